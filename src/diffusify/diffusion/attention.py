@@ -1,0 +1,160 @@
+"""Who may look at whom, and where in the network's output each answer stands.
+
+Axes: b texts, n canvas positions, m scene positions (n, or 2n where a clean copy stands beside the canvas).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from diffusify.canvas import Canvas
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (b, h, q, k) -> bool: a flex_attention mask_mod
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the network is shown, and which of its outputs is about which canvas position."""
+
+    tokens: Int[Tensor, "b m"]
+    positions: Int[Tensor, "b m"]
+    answers: Int[Tensor, "b n"]  # the scene position whose output is about each canvas position
+    ar_answers: Int[Tensor, "b n"]  # the same, read from text that is clean and seen causally
+    rule: Rule
+    ragged: bool  # whether the rule differs between rows
+    unmasked: bool = False  # whether everything sees everything
+
+    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m m"]:
+        """The rule as a matrix, one for all rows (`rows` = 1) unless they differ; `window` hides what is that far away."""
+        b, m = self.tokens.shape
+        device = self.tokens.device
+        row = torch.arange(b if self.ragged or window is not None else 1, device=device)[:, None, None]
+        at = torch.arange(m, device=device)
+        seen = self.rule(row, torch.zeros_like(row), at[:, None], at).expand(len(row), m, m)
+        if window is not None:
+            seen = seen & ((self.positions[:, :, None] - self.positions[:, None, :]).abs() < window)
+        return seen
+
+    def bias(self, dtype: torch.dtype, window: int | None = None) -> Float[Tensor, "rows 1 m m"]:
+        """The rule as an additive bias: the one form that both `sdpa` and `eager` obey (a boolean one is added as 0/1)."""
+        seen = self.visible(window)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _alone(canvas: Canvas, shift: int, rule: Rule, *, ragged: bool = False, unmasked: bool = False) -> Scene:
+    """The canvas by itself under a rule, every document apart from the others."""
+    document = canvas.document
+    one = bool((document == document[:, :1]).all())
+    alike = one or bool((document == document[:1]).all())
+    answers = (torch.arange(document.shape[1], device=document.device) - shift).clamp_min(0).expand(document.shape)
+
+    def within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rule(b, h, q, k) & (document[b, q] == document[b, k])
+
+    return Scene(
+        canvas.tokens, canvas.positions, answers, answers, within, ragged=ragged or not alike, unmasked=unmasked and one
+    )
+
+
+def _everything(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q >= 0) & (k >= 0)
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Every token sees itself and what stands before it."""
+
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+        return _alone(canvas, shift, lambda b, h, q, k: k <= q)
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Every token sees its whole document."""
+
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+        return _alone(canvas, shift, _everything, unmasked=True)
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Causal, and every look ahead is allowed with chance `share`: one matrix for the whole batch (DiffuLLaMA).
+
+    The matrix depends on `seed` alone, so it is the same on every rank and after a resume.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+        n = canvas.tokens.shape[1]
+        ahead = torch.rand(n, n, generator=torch.Generator().manual_seed(self.seed)) < self.share
+        ahead = ahead.to(canvas.tokens.device)
+        return _alone(canvas, shift, lambda b, h, q, k: (k <= q) | ahead[q, k])
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The prompt (all that is not editable) sees the prompt; what is written sees everything (prefix LM)."""
+
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+        editable = canvas.editable
+        return _alone(canvas, shift, lambda b, h, q, k: editable[b, q] | ~editable[b, k], ragged=True)
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A block sees itself in full and earlier blocks when they are clean (BD3-LM).
+
+    Blocks are counted from their document's start. Inside a clean block sight is causal (`clean="token"`, exactly
+    the AR model's, so its KV cache too) or full (`clean="block"`). While training, the canvas stands beside its clean
+    self, and one pass denoises every block against clean history; while sampling, a block without open positions is
+    clean. The two agree. Under shift a block's first position is answered by its left neighbour in the *clean* text.
+    """
+
+    size: int
+    clean: Literal["token", "block"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"block size {self.size} must be at least 1; 4 is a good start")
+
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+        first = canvas.positions % self.size == 0
+        block = first.cumsum(1) - 1
+        by_block = self.clean == "block"
+        if clean is None:
+            noisy = torch.zeros_like(block).scatter_add(1, block, canvas.open.long()).gather(1, block) > 0
+
+            def written(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                full = noisy[b, q] | by_block
+                return (k <= q) | (full & (block[b, k] == block[b, q]))
+
+            return _alone(canvas, shift, written, ragged=True)
+
+        b, n = clean.shape
+        document = canvas.document
+
+        def beside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < n, k < n
+            same, earlier = block[b, at_q] == block[b, at_k], block[b, at_k] < block[b, at_q]
+            history = earlier | (~noisy_q & same & ((at_k <= at_q) | by_block))
+            return ((noisy_q & noisy_k & same) | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
+
+        left = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(b, n)
+        return Scene(
+            tokens=torch.cat([canvas.tokens, clean], 1),
+            positions=canvas.positions.repeat(1, 2),
+            answers=torch.where(first, left + n, left) if shift else left,
+            ar_answers=left + n,
+            rule=beside,
+            ragged=not bool((document == document[:1]).all()),
+        )
+
+
+# Who may look at whom: (canvas, clean, shift) -> Scene; `clean` is there while training and absent while sampling.
+AttentionPattern = Causal | Bidirectional | Annealed | Prefix | BlockCausal

@@ -1,0 +1,103 @@
+"""What an error is worth.
+
+Axes: b texts, n positions, k open positions (row by row), j positions of the AR co-loss, v vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.corruption import Noised
+from diffusify.diffusion.schedules import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """-alpha'(t) / (1 - alpha(t)), which makes the loss a bound on the negative log-likelihood; 1/t when linear."""
+
+    def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
+        return schedule.rate(t)
+
+
+@dataclass(frozen=True)
+class Rdm:
+    """T - (Tt - 1) for T = `steps` discrete times: more weight to little noise (RDM, Diffusion-LLM)."""
+
+    steps: int = 50
+
+    def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
+        return self.steps * (1 - t) + 1
+
+
+@dataclass(frozen=True)
+class Flat:
+    """1 at every time (MaskGIT, plain masked language modelling)."""
+
+    def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
+        return torch.ones_like(t)
+
+
+Weight = Elbo | Rdm | Flat
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum and the count it is to be divided by, once, over the whole global batch.
+
+    `nll` (nats, per open position) and `ar_nll` are there to be reported.
+    """
+
+    total: Float[Tensor, ""]
+    count: Float[Tensor, ""]
+    nll: Float[Tensor, " k"]
+    ar_nll: Float[Tensor, " j"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
+
+    `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
+    """
+
+    weight: Weight = Elbo()
+    per: Literal["editable", "open", "text"] = "editable"
+    ar_weight: float = 0.0
+    ar_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.ar_weight < 0 or not 0 < self.ar_share <= 1:
+            raise ValueError(
+                f"ar_weight={self.ar_weight} must be at least 0 and ar_share={self.ar_share} in (0, 1]; "
+                "ar_weight=0.0 turns the AR co-loss off"
+            )
+
+    def count(self, canvas: Canvas) -> Float[Tensor, ""]:
+        """What the loss of these canvases is divided by."""
+        if self.per == "open":
+            return canvas.open.sum().float()
+        if self.per == "editable":
+            return canvas.editable.sum().float()
+        return canvas.editable.any(1).sum().float()
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "k v"],
+        ar_logits: Float[Tensor, "j v"],
+        noised: Noised,
+        schedule: NoiseSchedule,
+    ) -> Loss:
+        canvas, clean = noised.canvas, noised.clean
+        nll = F.cross_entropy(logits.float(), clean[canvas.open], reduction="none")
+        ar_nll = F.cross_entropy(ar_logits.float(), clean[noised.ar], reduction="none")
+        share = torch.ones_like(noised.t)
+        if self.per == "text":
+            share = share / canvas.editable.sum(1, keepdim=True).clamp_min(1)
+        worth = self.weight(noised.t, schedule) * share
+        total = (nll * worth[canvas.open]).sum() + self.ar_weight / self.ar_share * (ar_nll * share[noised.ar]).sum()
+        return Loss(total, self.count(canvas), nll.detach(), ar_nll.detach())

@@ -1,0 +1,60 @@
+"""Which token, and how sure.
+
+Axes: k asked positions, v vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The likeliest token."""
+
+    def __call__(
+        self, logits: Float[Tensor, "k v"], generator: Generator | None = None
+    ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
+        score, tokens = logits.log_softmax(-1).max(-1)
+        return tokens, score
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token drawn at a temperature, from the `top_k` likeliest, or the fewest that hold `top_p` of the probability.
+
+    The score is the drawn token's log-probability before temperature and truncation. The noise is float64: float32
+    cuts the tail of the distribution and acts as a lower temperature.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0 to draw; 0 is Greedy()")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1.0 keeps every token")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it unset to keep every token")
+
+    def __call__(
+        self, logits: Float[Tensor, "k v"], generator: Generator | None = None
+    ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
+        probs = (logits.double() / self.temperature).softmax(-1)
+        if self.top_k is not None:
+            least = probs.topk(min(self.top_k, probs.shape[-1])).values[..., -1:]
+            probs = probs.masked_fill(probs < least, 0.0)
+        if self.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+        race = torch.empty_like(probs).exponential_(generator=generator)
+        tokens = (probs / race).argmax(-1)  # the first of exponential clocks, each at its token's rate
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+Pick = Greedy | Draw

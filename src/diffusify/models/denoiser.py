@@ -1,0 +1,171 @@
+"""A pretrained network behind the one contract: `Denoiser(canvas).logits[b, i]` is about position i, always.
+
+Axes: b texts, n canvas positions, k asked positions, j positions of the AR co-loss, v vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diffusify.canvas import Canvas
+from diffusify.config import DiffusionConfig
+from diffusify.diffusion.attention import AttentionPattern, Scene
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits about canvas positions: all of them, `[b, n, v]`, or the asked ones row by row, `[k, v]`.
+
+    The mask token is never an answer: its logit is -inf. `ar_logits` are the clean text's next-token predictions.
+    """
+
+    logits: Float[Tensor, "*asked v"]
+    ar_logits: Float[Tensor, "j v"]
+
+
+class Denoiser(nn.Module):
+    """Any stock `transformers` language model, made to answer one question: what belongs at each position?
+
+    The shift of left-to-right networks, the ban on the mask token, the attention pattern and the networks' own ways
+    of taking a mask live here and nowhere else. Only asked positions are projected to the vocabulary.
+    """
+
+    def __init__(self, network: PreTrainedModel, config: DiffusionConfig) -> None:
+        super().__init__()
+        kernel = network.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise ValueError(f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa or eager")
+        self.network, self.diffusion = network, config
+        self._accepts = inspect.signature(network.forward).parameters
+        self._offset = _position_offset(network)
+        self._windows = _windows(network)
+        self._wanted: Tensor | None = None
+        head = network.get_output_embeddings()
+        assert head is not None, "loading refuses networks without a language-model head"
+        head.register_forward_pre_hook(self._gather)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def config(self) -> Any:
+        """The network's own configuration; `transformers.Trainer` asks for it."""
+        return self.network.config
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens fit, as far as the network says."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else limit - self._offset
+
+    def answerable(self, clean: Canvas) -> Canvas:
+        """The canvas with only those positions editable that have an answer: under shift a document's first has none."""
+        return replace(clean, editable=clean.editable & (clean.positions >= self.diffusion.shift))
+
+    def forward(
+        self,
+        canvas: Canvas,
+        clean: Int[Tensor, "b n"] | None = None,
+        *,
+        ask: Bool[Tensor, "b n"] | None = None,
+        ar: Bool[Tensor, "b n"] | None = None,
+        attention: AttentionPattern | None = None,
+    ) -> Prediction:
+        """Answers for all positions, or for those in `ask`, and for the clean text's in `ar`.
+
+        `clean` is the finished text while training. `attention` stands in for the card's pattern (annealing).
+        """
+        pattern = self.diffusion.attention if attention is None else attention
+        if ask is not None and clean is None and self.diffusion.block_size:
+            canvas, ask = self._crop(canvas, ask, self.diffusion.block_size)
+        scene = pattern(canvas, clean, shift=self.diffusion.shift)
+        row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
+        asked = (row + scene.answers).flatten() if ask is None else (row + scene.answers)[ask]
+        also = asked[:0] if ar is None else (row + scene.ar_answers)[ar]
+        logits = self._project(scene, torch.cat([asked, also]))
+        about, ar_logits = logits.split([len(asked), len(also)])
+        return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits)
+
+    def _crop(self, canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
+        """The canvas up to the end of the last asked block: what comes later is not seen."""
+        at = torch.arange(ask.shape[1], device=ask.device)
+        ends = torch.where(ask, at - canvas.positions % size + size, 0)
+        end = min(int(ends.max()), ask.shape[1])
+        return canvas[:, :end], ask[:, :end]
+
+    def _project(self, scene: Scene, wanted: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
+        """Run the network on a scene and give the logits of the wanted outputs (indices into b * m)."""
+        optional = {"position_ids": scene.positions + self._offset, "use_cache": False}
+        inputs: dict[str, Any] = {name: value for name, value in optional.items() if name in self._accepts}
+        windows = {kind: w if w and w < scene.tokens.shape[1] else None for kind, w in self._windows.items()}
+        limited = any(windows.values())
+        self._wanted = wanted
+        try:
+            with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
+                mask = None if shown is None else _bias(shown, self.network.dtype, windows if limited else {})
+                logits = self.network(input_ids=scene.tokens, attention_mask=mask, **inputs).logits[0]
+        finally:
+            self._wanted = None
+        return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
+
+    def _gather(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Just before the projection to the vocabulary, keep only the hidden states that were asked for."""
+        if self._wanted is None:
+            return None
+        return (args[0].flatten(0, 1)[self._wanted][None], *args[1:])
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.network.gradient_checkpointing_enable(**kwargs)
+
+
+@contextmanager
+def _unmasked(network: PreTrainedModel) -> Iterator[None]:
+    """Here the network sees everything without any mask, on the attention kernel's fast path."""
+    causal = [part for part in (network.config, *network.modules()) if getattr(part, "is_causal", None) is True]
+    silent = not hasattr(network.config, "is_causal")
+    for part in causal:
+        part.is_causal = False
+    if silent:
+        network.config.is_causal = False
+    try:
+        yield
+    finally:
+        for part in causal:
+            part.is_causal = True
+        if silent:
+            del network.config.is_causal
+
+
+def _bias(scene: Scene, dtype: torch.dtype, windows: dict[str, int | None]) -> Tensor | dict[str, Tensor]:
+    """An additive bias, or one for each kind of layer where only some layers see a window."""
+    biases = {kind: scene.bias(dtype, window) for kind, window in windows.items()}
+    if not biases:
+        return scene.bias(dtype)
+    return biases if len(biases) > 1 else next(iter(biases.values()))
+
+
+def _position_offset(network: PreTrainedModel) -> int:
+    """Where the network's own position ids start: RoBERTa's first is one past the padding id."""
+    embeddings = getattr(network.base_model, "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return embeddings.padding_idx + 1 if counts_from_padding else 0
+
+
+def _windows(network: PreTrainedModel) -> dict[str, int | None]:
+    """How far each kind of layer sees (None: no limit); empty when no layer is limited."""
+    config = network.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return {}
+    reach = window + 1 if type(network).__name__.endswith("MaskedLM") else window  # masked networks count inclusively
+    if kinds is None:
+        return {"sliding_attention": reach}
+    return {kind: reach if kind == "sliding_attention" else None for kind in kinds}

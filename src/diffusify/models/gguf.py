@@ -1,0 +1,75 @@
+"""GGUF files, unpacked once into a folder that transformers opens like any other."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+
+_MEGABYTE = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where unpacked weights are kept: $DIFFUSIFY_CACHE, else the user's cache."""
+    if folder := os.environ.get("DIFFUSIFY_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusify"
+
+
+def unpacked(path: Path, check: Callable[[PreTrainedConfig], object]) -> Path:
+    """The float32 safetensors folder of a GGUF file, with its tokenizer; made by the first call, found by the next.
+
+    `check` sees the network's config before its weights are read, and may raise.
+    """
+    folder = cache_folder() / f"{path.stem}-{_fingerprint(path)}"
+    if folder.is_dir():
+        return folder
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader raises whatever the broken bytes happen to cause
+        raise _unreadable(path, error) from error
+    check(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A crash must leave no half folder under the final name.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as parent:
+        draft = Path(parent) / folder.name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            # Left packed, the network would refuse to be saved or trained.
+            network, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if missing := sorted(report["missing_keys"]):  # they would be saved as random numbers
+            raise ValueError(f"{path} lacks {len(missing)} tensors of its network, such as {missing[0]}")
+        network.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        try:
+            os.replace(draft, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its folder is as good
+                raise
+    return folder
+
+
+def _fingerprint(path: Path) -> str:
+    """Size and both ends of a file: enough to tell models apart without reading gigabytes."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MEGABYTE))
+        file.seek(max(0, size - _MEGABYTE))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"cannot read {path} as GGUF ({error}); fetch the file again or give a safetensors folder")

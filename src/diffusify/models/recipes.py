@@ -1,0 +1,93 @@
+"""Ways from a pretrained network to a denoiser: DiffuLLaMA's, Diffusion-LLM's, and block diffusion."""
+
+from dataclasses import dataclass
+
+from diffusify.config import DiffusionConfig
+from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal
+from diffusify.diffusion.corruption import PerBlock, PerText, TimeSampler
+from diffusify.diffusion.objectives import Elbo, Objective, Rdm
+from diffusify.diffusion.policies import Policy, Threshold, Unmask
+from diffusify.diffusion.schedules import Linear, NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a network is adapted, in one printable value.
+
+    `attention` is the pattern the adapted model is used with; `annealing_steps` is over how many steps training
+    gets there from causal attention (0: at once).
+    """
+
+    name: str
+    shift: int
+    attention: AttentionPattern
+    time: TimeSampler
+    objective: Objective
+    schedule: NoiseSchedule = Linear()
+    policy: Policy = Unmask()
+    annealing_steps: int = 0
+
+    def __post_init__(self) -> None:
+        causal_copy = isinstance(self.attention, BlockCausal) and self.attention.clean == "token"
+        if self.objective.ar_weight and not (self.shift and causal_copy):
+            raise ValueError(
+                f"ar_weight={self.objective.ar_weight} needs shift=1 and a token-causal clean half to read the "
+                "AR loss from; use block(size) on a left-to-right network, or ar_weight=0.0"
+            )
+
+    def attention_at(self, step: int) -> AttentionPattern:
+        """The pattern to train with at a step: a share (step + 1) / annealing_steps of the looks ahead is allowed."""
+        if step + 1 >= self.annealing_steps:
+            return self.attention
+        return Annealed((step + 1) / self.annealing_steps, seed=step)
+
+    def card(self, architecture: str, mask_token_id: int, base_model: str) -> DiffusionConfig:
+        """The configuration that is saved beside the weights."""
+        return DiffusionConfig(
+            mask_token_id=mask_token_id,
+            shift=self.shift,
+            attention=self.attention,
+            architecture=architecture,
+            recipe=self.name,
+            base_model=base_model,
+            schedule=self.schedule,
+            objective=self.objective,
+            policy=self.policy,
+        )
+
+
+def ar(
+    annealing_steps: int = 100,
+    *,
+    shift: int = 1,
+    schedule: NoiseSchedule = Linear(),
+    objective: Objective = Objective(),
+) -> Recipe:
+    """A left-to-right network becomes fully bidirectional: shift and attention-mask annealing (DiffuGPT, DiffuLLaMA).
+
+    The paper anneals over 10,000 steps; the default suits short runs. `Objective(per="open")` is the paper's own
+    normalisation.
+    """
+    return Recipe(
+        "ar", shift, Bidirectional(), PerText(), objective, schedule=schedule, annealing_steps=annealing_steps
+    )
+
+
+def mlm(steps: int = 50, *, objective: Objective | None = None) -> Recipe:
+    """A masked network learns every masking rate: discrete time, coupled pair, RDM weights (Diffusion-LLM)."""
+    objective = Objective(weight=Rdm(steps), per="text") if objective is None else objective
+    return Recipe("mlm", 0, Bidirectional(), PerText(grid=steps, draws=2), objective)
+
+
+def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None) -> Recipe:
+    """Blocks written left to right, the tokens of a block in parallel (BD3-LM), with an exact key-value cache.
+
+    On a left-to-right network clean text is seen causally, and `ar_weight` (0.5) keeps the AR model alive in the same
+    weights: a block's first position starts at the AR model's own quality. On a `masked` network there is no AR model.
+    """
+    attention = BlockCausal(size, clean="block" if masked else "token")
+    weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
+    objective = Objective(Elbo(), ar_weight=weight)
+    return Recipe(
+        "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
+    )

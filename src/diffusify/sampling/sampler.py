@@ -1,0 +1,112 @@
+"""The denoising loop: a generator of canvases.
+
+Axes: b texts, n positions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from diffusify.canvas import Canvas, Guess, Move
+from diffusify.diffusion.picking import Greedy
+from diffusify.diffusion.policies import Moment, Unmask
+
+
+@runtime_checkable
+class Answers(Protocol):
+    @property
+    def logits(self) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """What the loop needs of a model: logits [k, v] at the asked positions of a canvas, row by row."""
+
+    def __call__(self, canvas: Canvas, *, ask: Tensor) -> Answers: ...
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The canvas after a step, the score each written token had (log-probability), and the forwards so far."""
+
+    canvas: Canvas
+    score: Float[Tensor, "b n"]
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How open positions are filled: what is picked, what is written at each step, and how many steps there are.
+
+    Any callables of the same form as the ready-made picks and policies will do.
+    `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
+    written; behind a written `end_token_id` a row needs no more work.
+    """
+
+    pick: Callable[[Tensor, Generator | None], tuple[Tensor, Tensor]] = Greedy()
+    policy: Callable[[Moment], Move] = Unmask()
+    steps: int | None = None
+    banned: tuple[int, ...] = ()
+    end_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1; leave it unset for one step a token")
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        denoiser: Denoises,
+        canvas: Canvas,
+        window: Int[Tensor, "b n"] | None = None,
+        *,
+        noise: int,
+        generator: Generator | None = None,
+    ) -> Iterator[Frame]:
+        """Yield the canvas after every step.
+
+        `window` numbers the positions that are worked on together, lowest first (blocks); None is all at once. Every
+        row goes at its own pace, so a row's text does not depend on its neighbours.
+        """
+        window = torch.zeros_like(canvas.tokens) if window is None else window
+        room = canvas.open.sum(1)
+        score = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
+        step = current = torch.full_like(room, -1)
+        forwards = 0
+        while (todo := canvas.open & ~self._finished(canvas)[:, None]).any():
+            front = window.masked_fill(~todo, torch.iinfo(window.dtype).max).amin(1)
+            asked = todo & (window == front[:, None])
+            step = torch.where(front == current, step + 1, 0)
+            steps = self._steps((canvas.editable & (window == front[:, None])).sum(1), room)
+            current = front
+            logits = denoiser(canvas, ask=asked).logits
+            forwards += 1
+            if self.banned:
+                logits[:, list(self.banned)] = -torch.inf
+            tokens, sure = self.pick(logits, generator)
+            guess = Guess(
+                canvas.tokens.masked_scatter(asked, tokens),
+                torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
+            )
+            move = self.policy(Moment(canvas, guess, asked, logits, step, steps, generator))
+            score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
+            canvas = canvas.play(move, guess, noise)
+            yield Frame(canvas, score, forwards)
+
+    def _steps(self, size: Int[Tensor, " b"], room: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """The steps that fall to a window, in proportion to its share of the text."""
+        if self.steps is None:
+            return size.clamp_min(1)
+        share = self.steps * size / room.clamp_min(1)
+        return share.round().long().clamp_min(1)
+
+    def _finished(self, canvas: Canvas) -> Bool[Tensor, " b"]:
+        """Rows whose text is settled up to an end token that they wrote themselves."""
+        if self.end_token_id is None:
+            return torch.zeros_like(canvas.open[:, 0])
+        settled = canvas.open.long().cumsum(1) == 0
+        return (settled & canvas.editable & (canvas.tokens == self.end_token_id)).any(1)

@@ -1,0 +1,43 @@
+"""A picture of a run: the bound over the tokens it was trained on."""
+
+import json
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+
+def plot_curve(folder: Path | str) -> Path:
+    """Draw `curve.png` from the `training.json` in a run's folder: the bound, its parts by position, the AR loss."""
+    folder = Path(folder)
+    run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    points = [entry for entry in run["log"] if "eval_bound" in entry]
+    tokens = [entry["step"] * run["tokens_per_step"] / 1000 for entry in points]
+    places = sorted(key for key in points[-1] if key.startswith("eval_bound_at_"))
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, key in enumerate(places):
+        shade = colormaps["viridis"](0.15 + 0.7 * i / max(1, len(places) - 1))
+        place = int(key.removeprefix("eval_bound_at_")) + 1
+        axes.plot(
+            tokens, [p[key] for p in points], color=shade, marker="o", ms=3, lw=1.2, label=f"token {place} of a block"
+        )
+    axes.plot(
+        tokens, [p["eval_bound"] for p in points], color="black", lw=2.2, marker="o", ms=4, label="bound, all tokens"
+    )
+    if "eval_ar_nll" in points[-1]:
+        axes.plot(
+            tokens, [p["eval_ar_nll"] for p in points], color="tab:red", lw=1.6, ls="--", label="AR loss, same weights"
+        )
+    for key, color in (("eval_bound", "black"), ("eval_ar_nll", "tab:red")):
+        if key in points[-1]:
+            axes.annotate(
+                f"{points[-1][key]:.2f}", (tokens[-1], points[-1][key]), xytext=(6, 0), textcoords="offset points",
+                color=color, va="center",
+            )  # fmt: skip
+    axes.set(xlabel="thousand tokens trained on", ylabel="nats per token, held-out text", ylim=(0, None))
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "curve.png", dpi=150)
+    return folder / "curve.png"

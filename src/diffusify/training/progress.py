@@ -1,0 +1,54 @@
+"""What a person sees while a model trains."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from diffusify.training.budget import Budget
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with rate, loss and time left, and a line for every evaluation."""
+
+    def __init__(self, budget: Budget, tokens_per_step: int, console: Console) -> None:
+        self.budget, self.tokens_per_step, self.console = budget, tokens_per_step, console
+        self.first_step, self.first_second = 0, 0.0
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("adapting"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("adapting", total=1.0, note="first evaluation")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first_step, self.first_second = state.global_step, self.budget.seconds
+        self.bar.start()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        seconds, steps = self.budget.seconds - self.first_second, state.global_step - self.first_step
+        rate = self.tokens_per_step * steps / seconds if seconds else 0.0
+        left = self.budget.seconds_left
+        ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
+        note = f"step {state.global_step}  loss {logs['loss']:.2f}{ar}  {rate:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        self.bar.update(self.task, completed=self.budget.progress, note=note)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        tokens = state.global_step * self.tokens_per_step
+        ar = f"   AR loss {metrics['eval_ar_nll']:.2f}" if "eval_ar_nll" in metrics else ""
+        self.bar.console.print(
+            f"{tokens:>12,} tokens   bound {metrics['eval_bound']:.2f} nats/token ({metrics['eval_bits']:.2f} bits){ar}"
+        )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.stop()

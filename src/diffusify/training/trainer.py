@@ -1,0 +1,160 @@
+"""The training loop: a `transformers.Trainer` that noises texts and asks a denoiser to repair them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.corruption import noised
+from diffusify.models.denoiser import Denoiser
+from diffusify.models.recipes import Recipe
+from diffusify.models.saving import load_denoiser, save_denoiser
+from diffusify.text.packing import collate
+from diffusify.training.budget import Budget
+from diffusify.training.validation import validate
+
+
+class DiffusionTrainer(Trainer):
+    """`transformers.Trainer` for denoisers: the usual `TrainingArguments`, diffusion's loss, bounds as metrics.
+
+    Noise is drawn once for a whole optimizer step, from (seed, step, rank): time is stratified over all its
+    micro-batches, the loss is a sum divided by the global count, and a resumed run repeats the same noise.
+    Datasets have rows `{"tokens", "document"}` as `diffusify.text.packing.pack` makes them.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        recipe: Recipe,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        budget: Budget | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        args.label_names = []
+        super().__init__(
+            model=denoiser,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), *([budget] if budget else [])],
+            **kwargs,
+        )
+        self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
+        self._nll: list[Tensor] = []
+        self._ar_nll: list[Tensor] = []
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        batches = [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        if not batches:
+            return [], None
+        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536 + self.args.process_index
+        objective, schedule = self.recipe.objective, self.recipe.schedule
+        rows = [len(batch["tokens"]) for batch in batches]
+        text = Canvas.clean(*(torch.cat([batch[name].cpu() for batch in batches]) for name in ("tokens", "document")))
+        whole = noised(
+            self.denoiser.answerable(text),
+            self.recipe.time,
+            schedule,
+            self.denoiser.diffusion.mask_token_id,
+            ar_share=objective.ar_share if objective.ar_weight else 0.0,
+            generator=torch.Generator().manual_seed(seed % 2**63),
+        )
+        views = len(whole.t) // sum(rows)
+        starts = [sum(rows[:i]) * views for i in range(len(rows) + 1)]
+        count = self.accelerator.gather(objective.count(whole.canvas).to(device)).sum().clamp_min(1)
+        return [{"noised": whole[a:b], "count": count} for a, b in zip(starts, starts[1:], strict=False)], count
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = inputs["noised"].to(self.args.device)
+        prediction = model(
+            batch.canvas,
+            batch.clean,
+            ask=batch.canvas.open,
+            ar=batch.ar,
+            attention=self.recipe.attention_at(self.state.global_step),
+        )
+        loss = self.recipe.objective(prediction.logits, prediction.ar_logits, batch, self.recipe.schedule)
+        self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
+        self._ar_nll.append(torch.stack([loss.ar_nll.sum(), loss.ar_nll.new_tensor(len(loss.ar_nll))]))
+        loss_on_rank = loss.total * self.accelerator.num_processes / inputs["count"]
+        return (loss_on_rank, prediction) if return_outputs else loss_on_rank
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss, with the plain cross-entropies (nats) that are inside it."""
+        if "loss" in logs and self._nll:
+            for name, parts in (("nll", self._nll), ("ar_nll", self._ar_nll)):
+                total, count = torch.stack(parts).sum(0).tolist()
+                if count:
+                    logs[name] = total / count
+                parts.clear()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The bound on held-out text, at the model's final attention pattern, on the same noise every time."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        report = validate(
+            self.denoiser,
+            rows,
+            batch_size=self.args.per_device_eval_batch_size,
+            autocast=self.compute_loss_context_manager,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in report.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        save_denoiser(folder, self.denoiser, self.processing_class)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The arguments' own schedule; under a budget of minutes, a linear one over the time instead of the steps."""
+        if self.budget is None or self.budget.minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        budget, warmup = self.budget, max(1, self.args.get_warmup_steps(num_training_steps))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
+        )
+        return self.lr_scheduler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the parent class writes checkpoints: aside, until they are whole."""
+        return str(Path(self.args.output_dir) / ".unfinished")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        whole = Path(self.args.output_dir) / name
+        if self.args.should_save and not whole.exists():
+            os.replace(Path(self._get_output_dir(trial)) / name, whole)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved, _ = load_denoiser(resume_from_checkpoint)
+        self.denoiser.network.load_state_dict(saved.network.state_dict())

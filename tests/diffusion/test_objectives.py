@@ -1,0 +1,100 @@
+"""Losses: both seeds' own numbers, sums and counts, and what is never asked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.corruption import Noised, PerText, noised
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.diffusion.schedules import Linear
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def test_diffullama_loss_of_the_authors_code() -> None:
+    given = load_file(DATA / "losses.safetensors")
+    x, masked = given["diffullama.x"], given["diffullama.masked"]
+    logits = given["diffullama.network_logits"].roll(1, dims=1)  # about position i, from position i - 1
+    canvas = Canvas(x, open=masked, editable=torch.ones_like(masked), document=torch.ones_like(x))
+    canvas.open[:, 0] = False
+    t = given["diffullama.t"][:, None].expand(x.shape)
+    batch = Noised(canvas, x, t, torch.zeros_like(masked))
+    loss = Objective(Elbo(), per="open")(logits[canvas.open], logits[batch.ar], batch, Linear())
+    torch.testing.assert_close(loss.total / loss.count, given["diffullama.expected_loss"])
+
+
+def test_rdm_loss_of_the_authors_code() -> None:
+    given = load_file(DATA / "losses.safetensors")
+    x, masked = given["rdm.x"], given["rdm.masked"]
+    canvas = Canvas(x, open=masked, editable=given["rdm.maskable"], document=torch.ones_like(x))
+    t = (given["rdm.t"] / 50)[:, None].expand(x.shape)
+    batch = Noised(canvas, x, t, torch.zeros_like(masked))
+    loss = Objective(Rdm(50), per="text")(given["rdm.logits"][masked], given["rdm.logits"][batch.ar], batch, Linear())
+    torch.testing.assert_close(loss.total / loss.count, given["rdm.expected_loss"])
+
+
+@given(st.integers(0, 500), st.sampled_from(["editable", "open", "text"]), st.integers(1, 5))
+def test_sums_and_counts_add_up_however_the_batch_is_split(seed: int, per: str, cut: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 7, (6, 9), generator=rng)
+    document = (torch.arange(9) < torch.randint(1, 10, (6, 1), generator=rng)).long()
+    batch = noised(Canvas.clean(text, document), PerText(), Linear(), 7, ar_share=0.4, generator=rng)
+    logits = torch.randn(6, 9, 7, generator=rng)
+    objective = Objective(Elbo(), per=per, ar_weight=0.5, ar_share=0.4)  # type: ignore[arg-type]
+
+    def loss(rows: slice):
+        part = batch[rows]
+        return objective(logits[rows][part.canvas.open], logits[rows][part.ar], part, Linear())
+
+    whole, parts = loss(slice(0, 6)), (loss(slice(0, cut)), loss(slice(cut, 6)))
+    torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
+    torch.testing.assert_close(whole.count, parts[0].count + parts[1].count)
+
+
+def test_a_batch_without_open_positions_gives_zero() -> None:
+    canvas = Canvas.clean(torch.zeros(2, 4, dtype=torch.long))
+    batch = Noised(canvas, canvas.tokens, torch.full((2, 4), 0.1), canvas.open)
+    nothing = torch.zeros(0, 5, requires_grad=True)
+    loss = Objective()(nothing, nothing, batch, Linear())
+    loss.total.backward()
+    assert loss.total == 0 and loss.count == 8
+
+
+def test_the_elbo_normalised_per_token_does_not_depend_on_the_batch_size() -> None:
+    """With a cross-entropy of 1 everywhere its mean is 1; the seed's per-open count gives about 2 for large batches."""
+    rng = torch.Generator().manual_seed(0)
+    clean = Canvas.clean(torch.zeros(32, 64, dtype=torch.long))
+    logits = torch.full((32, 64, 2), 0.0)
+    logits[..., 1] = torch.tensor(torch.e - 1).log()  # cross-entropy of token 0 is exactly 1
+    means = {}
+    for per in ("editable", "open"):
+        values = []
+        for _ in range(200):
+            batch = noised(clean, PerText(), Linear(), 0, generator=rng)
+            loss = Objective(per=per)(logits[batch.canvas.open], logits[batch.ar], batch, Linear())
+            values.append(float(loss.total / loss.count))
+        means[per] = sum(values) / len(values)
+    assert abs(means["editable"] - 1) < 0.03
+    assert 1.9 < means["open"] < 2.2
+
+
+def test_a_perfect_next_token_oracle_has_loss_zero_and_off_by_one_does_not() -> None:
+    """Law 2, on the loss: logits about position i that are right give 0; shifted by one they give more than log V."""
+    text = torch.randint(0, 11, (4, 20), generator=torch.Generator().manual_seed(0))
+    batch = noised(Canvas.clean(text), PerText(), Linear(), 11, generator=torch.Generator().manual_seed(1))
+    sure = F.one_hot(text, 11).float() * 100
+    for logits, right in ((sure, True), (sure.roll(1, 1), False)):
+        loss = Objective(Flat(), per="open")(logits[batch.canvas.open], logits[batch.ar], batch, Linear())
+        mean = float(loss.total / loss.count)
+        assert (mean < 1e-6) if right else (mean > torch.tensor(11.0).log())
+
+
+def test_impossible_ar_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="ar_share"):
+        Objective(ar_share=0.0)

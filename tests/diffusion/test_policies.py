@@ -1,0 +1,97 @@
+"""Policies write what their rule says, row by row."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusify.canvas import Canvas, Guess
+from diffusify.diffusion.policies import (
+    Ancestral,
+    Confidence,
+    Entropy,
+    Evenly,
+    Leftmost,
+    Margin,
+    Moment,
+    Random,
+    Rank,
+    Threshold,
+    Unmask,
+)
+from diffusify.diffusion.schedules import Cosine, Linear
+
+
+def moment(asked: torch.Tensor, logits: torch.Tensor, step: int = 0, steps: int = 4, seed: int = 0) -> Moment:
+    """Greedy guesses at the asked positions of canvases that are otherwise written."""
+    canvas = Canvas(torch.zeros_like(asked).long(), asked, torch.ones_like(asked), torch.ones_like(asked).long())
+    score = torch.full(asked.shape, -torch.inf)
+    tokens = torch.zeros_like(canvas.tokens)
+    score[asked], tokens[asked] = logits.log_softmax(-1).max(-1)
+    b = len(asked)
+    rng = torch.Generator().manual_seed(seed)
+    return Moment(canvas, Guess(tokens, score), asked, logits, torch.full((b,), step), torch.full((b,), steps), rng)
+
+
+@given(
+    st.integers(0, 999), st.integers(0, 3), st.sampled_from([Confidence(), Margin(), Entropy(), Leftmost(), Random()])
+)
+def test_unmask_writes_the_best_of_each_row_and_nothing_else(seed: int, step: int, rank: Rank) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    asked = torch.rand(3, 8, generator=rng) < 0.6
+    now = moment(asked, torch.randn(int(asked.sum()), 5, generator=rng), step, seed=seed)
+    move = Unmask(rank)(now)
+    left = asked.sum(1)
+    assert torch.equal(move.write.sum(1), -(-left // (4 - step)))  # an even share, rounded up
+    assert not (move.write & ~asked).any() and not move.erase.any()
+    if rank != Random():
+        values = rank(now)
+        for row in range(3):
+            if move.write[row].any() and (rest := asked[row] & ~move.write[row]).any():
+                assert values[row][move.write[row]].min() >= values[row][rest].max()
+
+
+def test_ranks_put_first_what_they_say() -> None:
+    asked = torch.ones(1, 3, dtype=torch.bool)
+    probabilities = torch.tensor([[0.50, 0.49, 0.01], [0.48, 0.26, 0.26], [0.45, 0.35, 0.20]])
+    now = moment(asked, probabilities.log())
+    assert int(Confidence()(now).argmax()) == 0
+    assert int(Margin()(now).argmax()) == 1
+    assert int(Entropy()(now).argmax()) == 0
+    assert int(Leftmost()(now).argmax()) == 0
+
+
+@given(st.floats(0.05, 1.0), st.integers(0, 999))
+def test_a_threshold_writes_all_that_is_surer_and_at_least_one(least: float, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    asked = torch.rand(3, 8, generator=rng) < 0.6
+    now = moment(asked, torch.randn(int(asked.sum()), 5, generator=rng) * 3, steps=100)
+    sure = asked & (now.guess.score.exp() > least + 1e-6)
+    write = Unmask(quota=Threshold(least))(now).write
+    assert (write & sure).sum() == sure.sum()
+    assert torch.equal(write.any(1), asked.any(1))
+    alone = write.sum(1) == 1
+    assert ((write & ~sure).sum(1)[~alone] == 0).all()
+
+
+def test_steps_hold_a_threshold_to_their_pace() -> None:
+    asked = torch.ones(1, 8, dtype=torch.bool)
+    now = moment(asked, torch.zeros(8, 5), step=1, steps=3)
+    assert Threshold(0.99)(now).item() == 4 == Evenly()(now).item()
+
+
+@pytest.mark.parametrize("least", [0.0, 1.5, -1.0])
+def test_a_threshold_out_of_bounds_is_refused(least: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        Threshold(least)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+def test_ancestral_writes_at_the_reverse_process_own_rate(schedule: Linear | Cosine) -> None:
+    open = torch.ones(1, 20_000, dtype=torch.bool)
+    for step in range(4):
+        before = schedule.alpha(torch.tensor(1 - step / 4))
+        after = schedule.alpha(torch.tensor(1 - (step + 1) / 4))
+        write = Ancestral(schedule)(moment(open, torch.zeros(20_000, 2), step, seed=step)).write
+        assert abs(float(write.float().mean()) - float((after - before) / (1 - before))) < 0.015
+    assert write.all()  # the last step writes all

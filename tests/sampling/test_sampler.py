@@ -1,0 +1,169 @@
+"""The loop: other people's samplers, exact distributions, and rows that keep to themselves."""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from diffusify.canvas import Canvas, Move
+from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.picking import Draw
+from diffusify.diffusion.policies import Ancestral, Evenly, Leftmost, Moment, Policy, Random, Threshold, Unmask
+from diffusify.sampling.sampler import Sampler
+from tests.families import MASK, tiny_denoiser
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Logits:
+    logits: torch.Tensor
+
+
+def last(frames):
+    *_, frame = frames
+    return frame
+
+
+class TopKTies:
+    """The default policy, with equals in the order of `torch.topk` instead of from left to right."""
+
+    def __call__(self, now: Moment) -> Move:
+        ours = Unmask()(now)
+        write = torch.zeros_like(ours.write)
+        for row, count in enumerate(Evenly()(now).tolist()):
+            write[row, now.guess.score[row].topk(count).indices] = True
+        for row in range(len(write)):  # the same choice, up to ties
+            same = [now.guess.score[row][m[row]].sort().values for m in (ours.write, write)]
+            assert torch.equal(*same)
+        return Move(write, ours.erase)
+
+
+@pytest.mark.parametrize(("width", "steps"), [(32, 32), (32, 8), (8, 16), (4, 32)])
+def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
+    """LLaDA's sampler, run on a toy network by others' code: equal token for token.
+
+    The toy gives equal logits to many positions; the peer broke those ties as `torch.topk` happens to.
+    """
+    given = load_file(DATA / "low_confidence.safetensors")
+    weight, prompts = given["toy_weight"], given["prompts"]
+
+    def toy(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        hidden = weight[canvas.tokens]
+        logits = hidden + 0.7 * hidden.roll(1, 1) + 0.5 * hidden.roll(-1, 1) + hidden.mean(1, keepdim=True)
+        logits[..., 63] = -torch.inf
+        return Logits(logits[ask])
+
+    canvas = Canvas.room([[*prompt, *[None] * 32] for prompt in prompts.tolist()], noise=63, pad=0)
+    window = (torch.arange(36) - 4).clamp_min(0) // width
+    frame = last(Sampler(policy=TopKTies(), steps=steps)(toy, canvas, window.expand(2, 36), noise=63))
+    assert torch.equal(frame.canvas.tokens, given[f"expected_block{width}_steps{steps}"])
+    assert frame.forwards == steps
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_leftmost_greedy_under_causal_attention_is_ar_decoding(family: str) -> None:
+    """Law 4."""
+    denoiser = tiny_denoiser(family, Causal())
+    denoiser.network.set_output_embeddings(denoiser.network.get_output_embeddings())
+    prompt = [5, 9, 33]
+    settings = GenerationConfig(
+        max_new_tokens=20, do_sample=False, suppress_tokens=[MASK], pad_token_id=0, eos_token_id=None
+    )
+    expected = denoiser.network.generate(torch.tensor([prompt]), generation_config=settings)
+    canvas = Canvas.room([[*prompt, *[None] * 20]], noise=MASK, pad=0)
+    frame = last(Sampler(policy=Unmask(Leftmost()))(denoiser, canvas, noise=MASK))
+    assert frame.canvas.tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("policy", "steps"), [(Unmask(Random()), None), (Ancestral(), 120)])
+def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> None:
+    """Law 7: with the exact posterior of a toy distribution, random order and enough steps, chi-square."""
+    joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 2
+    joint = joint / joint.sum()
+
+    def posterior(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        out = []
+        for row, open, asked in zip(canvas.tokens.tolist(), canvas.open.tolist(), ask.tolist(), strict=True):
+            given = joint[tuple(slice(None) if o else t for t, o in zip(row, open, strict=True))]
+            for i in (i for i, a in enumerate(asked) if a):
+                axis = sum(open[:i])
+                rest = [a for a in range(given.dim()) if a != axis]
+                out.append((given.sum(rest) if rest else given).log())
+        return Logits(torch.stack(out))
+
+    draws = 3000
+    canvas = Canvas.room([[None] * 3] * draws, noise=9, pad=0)
+    sampler = Sampler(Draw(), policy, steps=steps)
+    frame = last(sampler(posterior, canvas, noise=9, generator=torch.Generator().manual_seed(0)))
+    code = (frame.canvas.tokens * torch.tensor([9, 3, 1])).sum(1)
+    observed = torch.bincount(code, minlength=27).double()
+    expected = torch.tensor([joint[t] for t in product(range(3), repeat=3)]) * draws
+    assert float(((observed - expected) ** 2 / expected).sum()) < 54.1  # 26 degrees of freedom, p = 0.001
+
+
+POLICIES = [Unmask(), Unmask(quota=Threshold(0.3)), Unmask(Leftmost())]
+
+
+@pytest.mark.parametrize("pattern", [Bidirectional(), BlockCausal(4)])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirectional | BlockCausal) -> None:
+    denoiser = tiny_denoiser("llama", pattern)
+    rows = [[1, 5, 6, *[None] * 9], [1, *[None] * 5], [1, 7, 8, 9, 10, *[None] * 11]]
+
+    def write(some: list) -> torch.Tensor:
+        canvas = Canvas.room(some, noise=MASK, pad=0)
+        window = canvas.positions // 4 if pattern != Bidirectional() else None
+        return last(Sampler(policy=policy)(denoiser, canvas, window, noise=MASK)).canvas.tokens
+
+    together = write(rows)
+    for i, row in enumerate(rows):
+        assert write([row])[0].tolist() == together[i, : len(row)].tolist()
+
+
+def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
+    denoiser = tiny_denoiser("llama")
+    canvas = Canvas.room([[1, 5, None, None, MASK, None, 6]], noise=MASK, pad=0)  # the mask token's id as given text
+    texts = []
+    for seed in (0, 0, 1, 2):
+        sampler = Sampler(Draw(2.0), Ancestral(), steps=3)
+        frames = list(sampler(denoiser, canvas, noise=MASK, generator=torch.Generator().manual_seed(seed)))
+        final = frames[-1].canvas
+        assert not final.open.any() and frames[-1].forwards <= 3
+        assert final.tokens[0, [0, 1, 4, 6]].tolist() == [1, 5, MASK, 6]
+        assert (final.tokens[0, [2, 3, 5]] != MASK).all()
+        texts.append(final.tokens[0].tolist())
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts}) > 1
+
+
+def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
+    def toy(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        logits = torch.zeros(*canvas.tokens.shape, 5)
+        logits[:, :, 3] = 2.0
+        logits[0, 4, 2] = 9.0  # the first row ends at position 4
+        return Logits(logits[ask])
+
+    canvas = Canvas.room([[1, 1, *[None] * 6], [1, 1, *[None] * 6]], noise=4, pad=0)
+    frames = list(Sampler(policy=Unmask(Leftmost()), end_token_id=2)(toy, canvas, noise=4))
+    assert frames[-1].forwards == 6
+    assert frames[-1].canvas.open.sum(1).tolist() == [3, 0]
+    frames = list(Sampler(banned=(3, 2), end_token_id=2)(toy, canvas, noise=4))
+    assert set(frames[-1].canvas.tokens[:, 2:].flatten().tolist()) <= {0, 1, 4}
+
+
+def test_steps_are_shared_out_over_blocks() -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4))
+    canvas = Canvas.room([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
+    for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16)):
+        frame = last(Sampler(steps=steps)(denoiser, canvas, canvas.positions // 4, noise=MASK))
+        assert frame.forwards == forwards
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps=0"):
+        Sampler(steps=0)
