@@ -18,8 +18,8 @@ FLOORS = {
     "evaluation": 5,
     "serving": 6,
     "cli": 7,
-    "demo": 7,
-    "__init__": 8,
+    "demo": 8,
+    "__init__": 9,
 }
 SCIENCE = {"canvas", "diffusion"}
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -123,7 +123,10 @@ def infill(
 ) -> None:
     """Fill the holes of a text, with a view of both sides."""
     with clear_errors():
+        from diffusify.text.prompts import parse_holes
+
         settings = sampling(steps, threshold, temperature, seed)
+        parse_holes(text)
         lm = open_model(model)
         write(lm, lm.infill_frames(text, settings), settings, watch=watch, as_json=as_json, spans=True)
 

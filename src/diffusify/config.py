@@ -59,7 +59,7 @@ def nearest(name: str, known: Any) -> str:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How a network became a denoiser. Saved beside the weights as `diffusion_config.json` and read back by everyone."""
+    """How a network became a denoiser: saved beside the weights as `diffusion_config.json`, read back by everyone."""
 
     mask_token_id: int
     shift: int  # 1: the output at position i is about position i + 1, as in a left-to-right model
@@ -98,7 +98,6 @@ class DiffusionConfig:
                 "make one with `diffusify adapt BASE --out DIR`"
             )
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
+            return from_plain(json.loads(path.read_text(encoding="utf-8")), cls, "card")
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        return from_plain(plain, cls, str(path))
+            raise ValueError(f"{path} does not read as a card: {error}") from error

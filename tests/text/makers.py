@@ -1,8 +1,11 @@
 """Tiny tokenizers of every kind that is tested, trained on the spot."""
 
-from diffusify.text.tokens import TextTokenizer
+import json
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from diffusify.text.tokens import TextTokenizer
 
 WORDS = "The quick brown fox jumps over the lazy dog, and the cat sat on the mat. (Is it so? It is!) 0 1 2 3 4 5: done."
 
@@ -23,7 +26,7 @@ def byte_level() -> TextTokenizer:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", mask_token="<|mask|>", bos_token="<|endoftext|>"
     )
-    return TextTokenizer(fast, fast.convert_tokens_to_ids("<|mask|>"))
+    return with_mask(fast, "<|mask|>")
 
 
 def word_piece() -> TextTokenizer:
@@ -40,7 +43,7 @@ def word_piece() -> TextTokenizer:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True, **names)
-    return TextTokenizer(fast, fast.convert_tokens_to_ids("[MASK]"))
+    return with_mask(fast, "[MASK]")
 
 
 def unigram() -> TextTokenizer:
@@ -65,34 +68,29 @@ def unigram() -> TextTokenizer:
         unk_token="<unk>",
         mask_token=AddedToken("<mask>", lstrip=True, special=True),
     )
-    return TextTokenizer(fast, fast.convert_tokens_to_ids("<mask>"))
+    return with_mask(fast, "<mask>")
 
 
 def sentence_bpe() -> TextTokenizer:
-    """As Llama 2: the space before the first word is put there by the normalizer, bytes where letters fail."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    """As Llama 2: the normalizer puts a space before the first word; letters it does not know become bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False)
+    trained.train_from_iterator([WORDS], trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=["\u2581"], show_progress=False
-    )
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator([WORDS], trainer)
-    state = trained.model.__getstate__()
-    del state
-    return _llama(trained, tokenizer)
-
-
-def _llama(trained: Tokenizer, tokenizer: Tokenizer) -> TextTokenizer:
-    import json
-
-    model = json.loads(trained.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer.model = models.BPE(model["vocab"], merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.add_special_tokens({"mask_token": "<|mask|>"})
-    return TextTokenizer(fast, fast.convert_tokens_to_ids("<|mask|>"))
+    return with_mask(fast, "<|mask|>")
+
+
+def with_mask(fast: PreTrainedTokenizerFast, mask: str) -> TextTokenizer:
+    mask_token_id = fast.convert_tokens_to_ids(mask)
+    assert isinstance(mask_token_id, int)
+    return TextTokenizer(fast, mask_token_id)

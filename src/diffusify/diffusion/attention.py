@@ -29,7 +29,7 @@ class Scene:
     unmasked: bool = False  # whether everything sees everything
 
     def visible(self, window: int | None = None) -> Bool[Tensor, "rows m m"]:
-        """The rule as a matrix, one for all rows (`rows` = 1) unless they differ; `window` hides what is that far away."""
+        """The rule as a matrix, one for all rows unless they differ; `window` hides what is that far away."""
         b, m = self.tokens.shape
         device = self.tokens.device
         row = torch.arange(b if self.ragged or window is not None else 1, device=device)[:, None, None]
@@ -40,7 +40,7 @@ class Scene:
         return seen
 
     def bias(self, dtype: torch.dtype, window: int | None = None) -> Float[Tensor, "rows 1 m m"]:
-        """The rule as an additive bias: the one form that both `sdpa` and `eager` obey (a boolean one is added as 0/1)."""
+        """The rule as an additive bias, which `sdpa` and `eager` both obey (`eager` adds a boolean one as 0/1)."""
         seen = self.visible(window)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 

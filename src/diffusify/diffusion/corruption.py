@@ -44,7 +44,7 @@ class PerText:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One time for each block of `size` tokens, counted from its document's start (BD3-LM); stratified over all blocks."""
+    """One time for each block of `size` tokens, stratified over all blocks; blocks restart with documents (BD3-LM)."""
 
     size: int
     least: float = 1e-3

@@ -67,7 +67,7 @@ class Denoiser(nn.Module):
         return None if limit is None else limit - self._offset
 
     def answerable(self, clean: Canvas) -> Canvas:
-        """The canvas with only those positions editable that have an answer: under shift a document's first has none."""
+        """The canvas with only those positions editable that have an answer: under shift, not a document's first."""
         return replace(clean, editable=clean.editable & (clean.positions >= self.diffusion.shift))
 
     def forward(

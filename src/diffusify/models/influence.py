@@ -12,8 +12,10 @@ from diffusify.models.denoiser import Denoiser
 @torch.no_grad()
 def influence(denoiser: Denoiser, attention: AttentionPattern, n: int = 6) -> Bool[Tensor, "n n"]:
     """influence[i, j]: does another token at position j move the logits about position i?"""
-    tokens = torch.arange(n).repeat(n + 1, 1)
-    tokens[range(n), range(n)] += n
+    vocabulary = denoiser.config.get_text_config().vocab_size
+    text = torch.linspace(0.1 * vocabulary, 0.4 * vocabulary, n).long()  # far from special and unused tokens
+    tokens = text.repeat(n + 1, 1)
+    tokens[range(n), range(n)] += vocabulary // 2
     training = denoiser.training
     logits = denoiser.eval()(Canvas.clean(tokens.to(denoiser.device)), attention=attention).logits
     denoiser.train(training)

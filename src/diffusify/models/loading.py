@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from diffusify.models.gguf import unpacked
+from diffusify.models.quiet import quiet
 
 FORMS = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 
@@ -65,7 +64,8 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     """
     path = _path(source)
     if path is not None and path.is_file():
-        path = unpacked(path, lambda config: network_class(config, source))
+        with quiet():
+            path = unpacked(path, lambda config: network_class(config, source))
     folder = path or _snapshot(source, ["*.json"])
     network, masked = network_class(_config(folder, source), source)
     if path is None:
@@ -180,7 +180,7 @@ def _config(folder: Path, source: str) -> PreTrainedConfig:
 
 def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
     _check_files(folder, source)
-    with _quiet():
+    with quiet():
         network, report = network_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             dtype=dtype,
@@ -269,14 +269,3 @@ def _set_to_mean(network: PreTrainedModel, row: int) -> None:
 def _some(names: Iterable[str]) -> str:
     first, rest = sorted(names)[:5], len(set(names)) - 5
     return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No table of odd tensors in the log: they are either harmless or in the error."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from diffusify.config import DiffusionConfig
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import load_base
+from diffusify.models.quiet import quiet
 
 
 def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -22,8 +23,9 @@ def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedT
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(mkdtemp(dir=folder, prefix=".saving-"))
     try:
-        denoiser.network.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        with quiet():
+            denoiser.network.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         denoiser.diffusion.save(aside)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "diffusion_config.json"):
             os.replace(path, folder / path.name)

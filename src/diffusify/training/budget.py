@@ -15,7 +15,7 @@ class Budget(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, steps: int | None = None, minutes: float | None = None, *, parts: int = 6, save_minutes: float = 10.0
+        self, steps: int | None = None, minutes: float | None = None, *, parts: int = 5, save_minutes: float = 10.0
     ) -> None:
         if (steps is None) == (minutes is None):
             raise ValueError(f"steps={steps} and minutes={minutes}: give one of the two")

@@ -36,9 +36,9 @@ class TrainingProgress(TrainerCallback):
             return
         seconds, steps = self.budget.seconds - self.first_second, state.global_step - self.first_step
         rate = self.tokens_per_step * steps / seconds if seconds else 0.0
-        left = self.budget.seconds_left
+        minutes, rest = divmod(round(self.budget.seconds_left), 60)
         ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
-        note = f"step {state.global_step}  loss {logs['loss']:.2f}{ar}  {rate:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        note = f"step {state.global_step}  loss {logs['loss']:.2f}{ar}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
         self.bar.update(self.task, completed=self.budget.progress, note=note)
 
     def on_evaluate(

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from diffusify.canvas import Canvas
@@ -56,6 +57,7 @@ class DiffusionTrainer(Trainer):
             callbacks=[*(callbacks or []), *([budget] if budget else [])],
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)
         self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
@@ -63,7 +65,7 @@ class DiffusionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        batches = [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536 + self.args.process_index

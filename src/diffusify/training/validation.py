@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal
-from diffusify.diffusion.bounds import bound
+from diffusify.diffusion.bounds import Bound, bound
 from diffusify.models.denoiser import Denoiser
 from diffusify.text.packing import collate
 
@@ -25,7 +25,7 @@ def validate(
     rows: Dataset,
     *,
     batch_size: int = 8,
-    draws: int = 4,
+    draws: int = 1,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
@@ -36,8 +36,6 @@ def validate(
     of 0.2 to 0.4 of the unit is open; `ar_nll` the network's own next-token loss where it is still trained.
     """
     size = denoiser.diffusion.block_size
-    pattern = denoiser.diffusion.attention
-    causal_copy = isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift == 1
     generator = torch.Generator().manual_seed(seed)
     training = denoiser.training
     denoiser.eval()
@@ -45,25 +43,39 @@ def validate(
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         clean = denoiser.answerable(Canvas.clean(batch["tokens"], batch["document"]).to(denoiser.device))
-
-        def answer(canvas: Canvas, text: Tensor) -> Tensor:
-            with autocast():
-                return denoiser(canvas, text, ask=canvas.open).logits
-
-        unit = clean.document * clean.tokens.shape[1] + (clean.positions // size if size else 0)
-        estimate = bound(answer, clean, unit, noise=denoiser.diffusion.mask_token_id, draws=draws, generator=generator)
+        estimate, next_nll = _measure(denoiser, clean, draws, generator, autocast)
         nll.append(torch.stack([estimate.nll.sum(1), clean.editable.sum(1)], 1).cpu())
         masked.append(estimate.masked.cpu())
-        where.append(
-            torch.stack([estimate.nll[clean.editable], (clean.positions % (size or 1))[clean.editable]], 1).cpu()
-        )
-        if causal_copy:
-            with autocast():
-                nothing = torch.zeros_like(clean.open)
-                logits = denoiser(clean, clean.tokens, ask=nothing, ar=clean.editable).ar_logits
-            ar.append(F.cross_entropy(logits.float(), clean.tokens[clean.editable], reduction="none").cpu())
+        place = (clean.positions % (size or 1))[clean.editable]
+        where.append(torch.stack([estimate.nll[clean.editable], place], 1).cpu())
+        ar += [part.cpu() for part in next_nll]
     denoiser.train(training)
     return _report(torch.cat(nll), torch.cat(masked), torch.cat(where), torch.cat(ar) if ar else None, size)
+
+
+def _measure(
+    denoiser: Denoiser,
+    clean: Canvas,
+    draws: int,
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Bound, list[Tensor]]:
+    """The bound of a batch, and, from the same passes, the next-token losses of its clean half where there is one."""
+    pattern, size = denoiser.diffusion.attention, denoiser.diffusion.block_size
+    has_ar = isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift == 1
+    next_nll: list[Tensor] = []
+
+    def answer(canvas: Canvas, text: Tensor) -> Tensor:
+        ar = canvas.editable if has_ar and not next_nll else None  # the same at every draw
+        with autocast():
+            prediction = denoiser(canvas, text, ask=canvas.open, ar=ar)
+        if ar is not None:
+            next_nll.append(F.cross_entropy(prediction.ar_logits.float(), text[ar], reduction="none"))
+        return prediction.logits
+
+    unit = clean.document * clean.tokens.shape[1] + (clean.positions // size if size else 0)
+    noise = denoiser.diffusion.mask_token_id
+    return bound(answer, clean, unit, noise=noise, draws=draws, generator=generator), next_nll
 
 
 def _report(nll: Tensor, masked: Tensor, where: Tensor, ar: Tensor | None, size: int | None) -> dict[str, float]:

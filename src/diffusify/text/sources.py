@@ -1,0 +1,264 @@
+"""Where texts come from: files, folders, hubs, the standard library, and mixtures of them."""
+
+import gzip
+import io
+import json
+import os
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
+from datasets.iterable_dataset import ExamplesIterable
+from pyarrow import ArrowInvalid, parquet
+
+from diffusify.config import nearest
+from diffusify.text.tokens import TextTokenizer
+
+KINDS = (".txt", ".md", ".jsonl", ".parquet")
+HELP = "give a file, a folder, hub:NAME or builtin:pydoc"
+# A number and a star, then a source; the comma that parts two of them stands before the next number and star.
+_WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
+_COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
+_HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+
+
+def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Dataset | IterableDataset:
+    """The documents of a source, as a dataset with the one column `text`. Blank documents are left out.
+
+    - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: one per record, its field `text`; each of
+      them may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
+    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub, always streamed; split `train` if unset.
+    - `builtin:pydoc`: the topics of Python's own `help()`.
+    - `0.7*data.jsonl,0.3*notes.txt`: a mixture. A weight is a source's share of the documents drawn (by `seed`).
+      Drawing ends when every document has been drawn; a source that runs out before starts again, so shares hold.
+
+    With `streaming` files are read while the texts are used, else at once into memory. A path that exists is a path,
+    whatever it looks like. ValueError for a source that does not exist, cannot be read or has no documents.
+    """
+    path = Path(source).expanduser()
+    # A mixture can be longer than a file's name may be: Path.exists raises then, os.path.exists does not.
+    if not source or not os.path.exists(path):
+        if source.startswith("hub:"):
+            return _hub(source)
+        if source.startswith("builtin:"):
+            return _builtin(source, streaming)
+        if _WEIGHTED.fullmatch(source):
+            return _mixture(source, streaming, seed)
+        raise ValueError(_missing(source, path))
+    paths = _files(path)
+    if streaming:
+        # IterableDataset.from_generator would do the same, and leave a lock file in a cache folder besides.
+        files = ExamplesIterable(_examples, {"paths": paths})
+        texts = IterableDataset(files, info=DatasetInfo(features=Features({"text": Value("string")})))
+        empty = next(iter(texts), None) is None
+    else:
+        texts = Dataset.from_dict({"text": [text for file in paths for text in _read(file)]})
+        empty = not len(texts)
+    if empty:
+        raise ValueError(f"data source {source} has no documents: all of its {len(paths)} files are empty")
+    return texts
+
+
+def split_off(
+    dataset: Dataset | IterableDataset, tokens: int, tokenizer: TextTokenizer, *, seed: int = 0
+) -> tuple[Dataset | IterableDataset, Dataset]:
+    """The dataset without some documents, and those documents, worth about `tokens` tokens: held out, to measure on.
+
+    Of a Dataset, whole documents drawn by `seed`: at least one, at most a tenth of them. A single document is cut
+    near its end instead, between paragraphs if one ends there. Of a stream, the first documents. A document that
+    occurs again is held out with all its copies. ValueError if nothing would be left.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1, or there is nothing to measure on")
+    if isinstance(dataset, IterableDataset):
+        return _split_stream(dataset, tokens, tokenizer)
+    texts = dataset["text"][:]
+    documents = list(dict.fromkeys(texts))
+    if not documents:
+        raise ValueError("there are no documents to hold some out of")
+    if len(documents) == 1:
+        train, held = _split_document(documents[0], tokens, tokenizer)
+        return Dataset.from_dict({"text": [train] * len(texts)}), Dataset.from_dict({"text": [held]})
+    random.Random(seed).shuffle(documents)
+    held_out = _worth(iter(documents[: max(1, len(documents) // 10)]), tokens, tokenizer)
+    held = set(held_out)
+    train = dataset.select([n for n, text in enumerate(texts) if text not in held])
+    return train, Dataset.from_dict({"text": held_out})
+
+
+def _worth(documents: Iterator[str], tokens: int, tokenizer: TextTokenizer) -> list[str]:
+    """The first documents that have `tokens` tokens together, or all."""
+    taken = []
+    for document in documents:
+        taken.append(document)
+        tokens -= len(tokenizer.document(document))
+        if tokens <= 0:
+            break
+    return taken
+
+
+def _split_stream(stream: IterableDataset, tokens: int, tokenizer: TextTokenizer) -> tuple[IterableDataset, Dataset]:
+    held_out = _worth((row["text"] for row in stream), tokens, tokenizer)
+    held = set(held_out)
+    train = stream.skip(len(held_out)).filter(lambda text: text not in held, input_columns="text")
+    if next(iter(train), None) is None:
+        raise ValueError(
+            f"nothing is left to train on when {tokens} tokens are held out of this stream of "
+            f"{len(held_out)} documents; hold out less, or load the texts without streaming"
+        )
+    return train, Dataset.from_dict({"text": held_out})
+
+
+def _split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[str, str]:
+    """A text cut in two. The end is a twentieth or less; up to a fifth where that spares a paragraph or a line."""
+    text = text.strip()
+    wanted = len(text) * (1 - min(0.05, tokens / len(tokenizer.document(text))))
+    for boundary in (r"\n\s*\n", r"\n"):
+        ends = [found.end() for found in re.finditer(boundary, text)]
+        if near := [end for end in ends if 0.8 * len(text) <= end <= wanted]:
+            return text[: near[-1]], text[near[-1] :]
+    words = [found.end() for found in re.finditer(r"\s+", text)]
+    if not words:
+        raise ValueError(f"the data is the single word {text[:40]!r}, of which nothing can be held out; give more text")
+    cut = max((end for end in words if end <= wanted), default=words[-1])
+    return text[:cut], text[cut:]
+
+
+def _missing(source: str, path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    hint = f"did you mean {path.with_name(close[0])}? else {HELP}" if close else HELP
+    mixture = "; a mixture has a weight for each source: 0.7*FILE,0.3*FILE" if "," in source else ""
+    return f"data source {source} does not exist; {hint}{mixture}"
+
+
+def _files(path: Path) -> list[Path]:
+    """The files to read: the one, or all of the known kinds in a folder."""
+    if path.is_file():
+        if _kind(path) not in KINDS:
+            raise ValueError(f"data source {path} is of an unknown kind; known: {', '.join(KINDS)}, each also as .gz")
+        return [path]
+    paths = sorted(p for p in path.rglob("*") if _kind(p) in KINDS and p.is_file())
+    if not paths:
+        raise ValueError(f"folder {path} has no file of a known kind: {', '.join(KINDS)}, each also as .gz")
+    return paths
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how to read a file: `.jsonl` for a.jsonl.gz."""
+    return (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
+
+
+def _gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _examples(paths: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Single documents under unique names, as the datasets library wants them."""
+    for path in paths:
+        for number, text in enumerate(_read(path)):
+            yield f"{path}/{number}", {"text": text}
+
+
+def _read(path: Path) -> Iterator[str]:
+    """The documents of a file, blank ones left out."""
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        for text in readers.get(_kind(path), _read_whole)(path):
+            if text.strip():
+                yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError, ArrowInvalid) as error:
+        raise ValueError(f"{path} is damaged or not what its name says: {error}") from error
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    if _gzipped(path):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _read_whole(path: Path) -> Iterator[str]:
+    with _open(path) as file:
+        yield file.read()
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+                yield _text_of(record, f"{path} line {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    # Parquet is read from its end, where a gzipped file cannot seek.
+    with parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if _gzipped(path) else path) as table:
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(_no_text(str(path), table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+            for record in batch.to_pylist():
+                yield _text_of(record, str(path))
+
+
+def _text_of(record: object, where: str) -> str:
+    """The field `text` of a record. ValueError if it has none that is a string."""
+    if not isinstance(record, dict) or "text" not in record:
+        raise ValueError(_no_text(where, list(record) if isinstance(record, dict) else []))
+    if not isinstance(record["text"], str):
+        raise ValueError(f"{where}: the field text is no string but {str(record['text'])[:40]}")
+    return record["text"]
+
+
+def _no_text(where: str, fields: list[str]) -> str:
+    return f"{where} has no field text; fields found: {', '.join(map(str, fields)) or 'none'}; rename the one you want"
+
+
+def _hub(source: str) -> IterableDataset:
+    found = _HUB.fullmatch(source)
+    if found is None:
+        raise ValueError(f"data source {source} is no name; write hub:NAME or hub:NAME:CONFIG@SPLIT")
+    split = found["split"] or "train"
+    stream = datasets.load_dataset(found["name"], found["config"], split=split, streaming=True)
+    names = stream.column_names or list(next(iter(stream), {}))
+    if "text" not in names:
+        raise ValueError(_no_text(source, names))
+    return stream.select_columns(["text"]).filter(lambda text: bool(text and text.strip()), input_columns="text")
+
+
+def _builtin(source: str, streaming: bool) -> Dataset | IterableDataset:
+    name = source.removeprefix("builtin:")
+    if name != "pydoc":
+        raise ValueError(f'there is no built-in data "{name}"{nearest(name, ["pydoc"])}')
+    from pydoc_data.topics import topics
+
+    texts = Dataset.from_dict({"text": [topics[topic] for topic in sorted(topics)]})
+    return texts.to_iterable_dataset() if streaming else texts
+
+
+def _mixture(source: str, streaming: bool, seed: int) -> Dataset | IterableDataset:
+    weights, parts = [], []
+    for part in _COMMA.split(source):
+        found = _WEIGHTED.fullmatch(part)
+        assert found is not None, "load_texts matches the first part, the comma all others"
+        try:
+            weight = float(found[1])
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"weight {found[1]} of {found[2]} must be a number above 0, as in 0.7*a.txt,0.3*b.txt")
+        weights.append(weight)
+        parts.append(load_texts(found[2].strip(), streaming=streaming, seed=seed))
+    if any(isinstance(part, IterableDataset) for part in parts):
+        parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(parts, shares, seed=seed, stopping_strategy="all_exhausted")

@@ -1,0 +1,52 @@
+"""Recipes are the rows of the design's table, and refuse what does not fit together."""
+
+import pytest
+import torch
+
+from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal
+from diffusify.diffusion.corruption import PerBlock, PerText
+from diffusify.diffusion.objectives import Elbo, Objective, Rdm
+from diffusify.models.recipes import Recipe, ar, block, mlm
+from tests.families import tiny_denoiser
+
+
+def test_rows() -> None:
+    assert (ar().shift, ar().attention, ar().time, ar().objective.weight) == (1, Bidirectional(), PerText(), Elbo())
+    assert (mlm().shift, mlm().time, mlm().objective) == (0, PerText(grid=50, draws=2), Objective(Rdm(50), per="text"))
+    assert (block(8).shift, block(8).attention, block(8).time) == (1, BlockCausal(8, "token"), PerBlock(8))
+    assert (block(8, masked=True).shift, block(8, masked=True).attention) == (0, BlockCausal(8, "block"))
+    assert block().objective.ar_weight == 0.5 and block(masked=True).objective.ar_weight == 0
+
+
+def test_annealing_opens_the_future_linearly_and_repeats_itself() -> None:
+    recipe = ar(annealing_steps=10)
+    shares = [p.share if isinstance(p, Annealed) else 1.0 for p in map(recipe.attention_at, range(12))]
+    assert shares == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
+    assert recipe.attention_at(4) == recipe.attention_at(4) != recipe.attention_at(5)
+    assert ar(annealing_steps=0).attention_at(0) == Bidirectional()
+
+
+def test_the_annealed_share_of_looks_ahead_is_allowed() -> None:
+    from diffusify.canvas import Canvas
+
+    seen = Annealed(0.3, seed=1)(Canvas.clean(torch.zeros(1, 200, dtype=torch.long))).visible()[0]
+    ahead = torch.ones(200, 200).triu(1).bool()
+    assert seen[~ahead].all()
+    assert abs(float(seen[ahead].float().mean()) - 0.3) < 0.01
+
+
+def test_an_ar_loss_without_a_causal_clean_half_is_refused() -> None:
+    with pytest.raises(ValueError, match="ar_weight"):
+        Recipe("x", 1, Bidirectional(), PerText(), Objective(ar_weight=0.5))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_empty_blocks_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="block size"):
+        block(size)
+
+
+def test_the_card_says_what_the_recipe_decided() -> None:
+    card = block(8).card("LlamaForCausalLM", 7, "some/base")
+    assert (card.block_size, card.shift, card.mask_token_id, card.sees_right_context) == (8, 1, 7, False)
+    assert tiny_denoiser("llama").diffusion.sees_right_context

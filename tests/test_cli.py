@@ -1,0 +1,114 @@
+"""The command line: what it prints, and how it says no."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from diffusify.cli import app
+
+run = CliRunner()
+SMALL = ["-o", "length=32", "-o", "held_out=64", "-o", "per_device_train_batch_size=2", "-o", "bf16=false"]
+
+
+@pytest.fixture(scope="module")
+def models(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    for recipe in ("block", "ar"):
+        done = run.invoke(
+            app, ["adapt", causal_base, "--data", corpus, "--recipe", recipe, "--steps", "2", "--out", str(folder / recipe), *SMALL]
+        )
+        assert done.exit_code == 0, done.output
+        assert "diffusify generate" in done.output
+    return {recipe: str(folder / recipe) for recipe in ("block", "ar")}
+
+
+def test_generate_prints_the_text(models: dict[str, str]) -> None:
+    for recipe in ("block", "ar"):
+        done = run.invoke(app, ["generate", models[recipe], "The cat", "--max-new-tokens", "8"])
+        assert done.exit_code == 0 and done.stdout.startswith("The cat")
+        assert "tokens per forward" in done.stderr
+
+
+def test_json_holds_what_a_program_wants(models: dict[str, str]) -> None:
+    done = run.invoke(app, ["generate", models["block"], "The", "--max-new-tokens", "8", "--json", "--temperature", "1"])
+    result = json.loads(done.stdout)
+    assert {"text", "tokens", "forwards", "tokens_per_forward", "seconds", "tokens_per_second", "seed"} == set(result)
+    assert result["tokens_per_forward"] == pytest.approx(result["tokens"] / result["forwards"], abs=1e-3)
+    done = run.invoke(app, ["infill", models["ar"], "The [[3]] sat on [[2]] mat", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert len(result["spans"]) == 2 and result["tokens"] == 5
+    assert result["text"] == f"The{result['spans'][0]} sat on{result['spans'][1]} mat"
+
+
+def test_steps_and_threshold(models: dict[str, str]) -> None:
+    def forwards(*options: str) -> int:
+        done = run.invoke(app, ["generate", models["ar"], "The", "--max-new-tokens", "12", "--json", *options])
+        return json.loads(done.stdout)["forwards"]
+
+    assert forwards("--steps", "3") <= 3
+    assert forwards("--threshold", "0.000001") == 1
+
+
+def test_prompts_from_standard_input_and_from_nothing(models: dict[str, str]) -> None:
+    done = run.invoke(app, ["generate", models["block"], "--max-new-tokens", "4"], input="The dog")
+    assert done.stdout.startswith("The dog")
+    assert run.invoke(app, ["generate", models["block"], "--unconditional", "--max-new-tokens", "4"]).exit_code == 0
+
+
+def test_watching_ends_with_the_same_text(models: dict[str, str]) -> None:
+    plain, watched = (
+        run.invoke(app, ["generate", models["ar"], "The", "--max-new-tokens", "6", *extra]).stdout
+        for extra in ([], ["--watch"])
+    )
+    assert plain == watched
+
+
+def test_a_prompt_that_spells_the_mask_token_stays_text(models: dict[str, str]) -> None:
+    done = run.invoke(app, ["generate", models["ar"], "a <|mask|> b", "--max-new-tokens", "4"])
+    assert done.stdout.startswith("a <|mask|> b")
+
+
+def test_show(models: dict[str, str]) -> None:
+    facts = json.loads(run.invoke(app, ["show", models["ar"], "--json"]).stdout)
+    assert facts["can_infill"] is True and facts["card"]["type"] == "DiffusionConfig"
+    assert "can infill" in run.invoke(app, ["show", models["block"]]).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "nowhere", "x"], "nowhere is not a folder"),
+        (["generate", "MODEL", "x", "--threshold", "1.5"], "threshold=1.5"),
+        (["generate", "MODEL", "x", "--steps", "0"], "steps=0"),
+        (["generate", "MODEL", "x", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "MODEL", "x", "--max-new-tokens", "999"], "can see 64"),
+        (["generate", "MODEL", "x", "--unconditional"], "leave one of the two out"),
+        (["infill", "MODEL", "a [[999]] b"], "can see 64"),
+        (["infill", "MODEL", "no hole"], "no hole"),
+        (["infill", "MODEL", "a [[x]]"], "[[x]]"),
+        (["infill", "BLOCK", "a [[2]] b"], "--recipe ar"),
+        (["adapt", "BASE", "--data", "DATA", "--steps", "0"], "steps=0"),
+        (["adapt", "BASE", "--data", "missing.txt"], "missing.txt does not exist"),
+        (["adapt", "BASE"], "--data is missing"),
+        (["adapt", "./missing", "--data", "DATA"], "./missing does not exist"),
+        (["adapt", "BASE", "--data", "DATA", "-o", "learning_rte=1"], 'did you mean "learning_rate"'),
+        (["adapt", "BASE", "--data", "DATA", "-o", "sise=1"], 'did you mean "size"'),
+        (["adapt", "BASE", "--data", "DATA", "-o", "size=four"], "size"),
+        (["adapt", "BASE", "--data", "DATA", "-o", "size"], "KEY=VALUE"),
+        (["adapt", "BASE", "--data", "DATA", "--out", "MODEL", "--steps", "9"], "holds another run"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, models: dict[str, str], causal_base: str, corpus: str, tmp_path: Path
+) -> None:
+    named = {"MODEL": models["ar"], "BLOCK": models["block"], "BASE": causal_base, "DATA": corpus}
+    words = [named.get(word, word) for word in words]
+    if words[0] == "adapt" and "--out" not in words:
+        words += ["--out", str(tmp_path / "run")]
+    done = run.invoke(app, words)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists() and not done.stdout

@@ -1,0 +1,71 @@
+"""Cards are written and read back whole; what does not read is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusify.config import DiffusionConfig, from_plain, to_plain
+from diffusify.diffusion import attention, objectives, policies, schedules
+
+CARDS = st.builds(
+    DiffusionConfig,
+    mask_token_id=st.integers(0, 9),
+    shift=st.sampled_from([0, 1]),
+    attention=st.one_of(
+        st.builds(attention.BlockCausal, st.integers(1, 64), st.sampled_from(["token", "block"])),
+        st.sampled_from([attention.Causal(), attention.Bidirectional(), attention.Prefix()]),
+    ),
+    architecture=st.just("LlamaForCausalLM"),
+    schedule=st.one_of(st.builds(schedules.Polynomial, st.floats(0.1, 5)), st.just(schedules.Cosine())),
+    objective=st.builds(
+        objectives.Objective,
+        weight=st.one_of(st.builds(objectives.Rdm, st.integers(1, 99)), st.just(objectives.Flat())),
+        per=st.sampled_from(["editable", "open", "text"]),
+        ar_weight=st.floats(0, 2),
+    ),
+    policy=st.one_of(
+        st.builds(
+            policies.Unmask,
+            st.sampled_from([policies.Margin(), policies.Leftmost()]),
+            st.builds(policies.Threshold, st.floats(0.1, 1)),
+        ),
+        st.builds(policies.Ancestral, st.just(schedules.Cosine())),
+    ),
+)
+
+
+@given(CARDS)
+def test_cards_survive_json(card: DiffusionConfig) -> None:
+    assert from_plain(json.loads(json.dumps(to_plain(card))), DiffusionConfig) == card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 2}, "shift=2"),
+        ({"shift": "one"}, "'one' must be one of int"),
+        ({"shfit": 1}, 'did you mean "shift"'),
+        ({"schedule": {"type": "Linera"}}, 'did you mean "Linear"'),
+        ({"attention": {"type": "BlockCausal", "size": 4, "clean": "tokens"}}, "token, block"),
+        ({"attention": {"type": "BlockCausal", "sise": 4}}, 'did you mean "size"'),
+        ({"policy": "os.system"}, "must be one of Unmask, Ancestral"),
+    ],
+)
+def test_a_card_that_does_not_read_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    plain = to_plain(DiffusionConfig(3, 1, attention.Bidirectional(), "LlamaForCausalLM")) | change
+    (tmp_path / "diffusion_config.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="diffusion_config.json") as error:
+        DiffusionConfig.load(tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_missing_card_says_how_to_make_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="diffusify adapt"):
+        DiffusionConfig.load(tmp_path)
+
+
+def test_a_name_alone_stands_for_a_choice() -> None:
+    assert from_plain("Cosine", schedules.NoiseSchedule) == schedules.Cosine()

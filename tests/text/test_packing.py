@@ -1,0 +1,100 @@
+"""Every token of the documents, once, in order."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusify.canvas import Canvas
+from diffusify.text import packing
+from diffusify.text.packing import collate, pack
+from diffusify.text.tokens import TextTokenizer
+from tests.text.makers import byte_level, word_piece
+
+BYTES, PIECES = byte_level(), word_piece()
+
+
+def rows_of(dataset: Dataset | IterableDataset) -> list[dict[str, list[int]]]:
+    return [dict(row) for row in dataset]  # pyright: ignore  (a row is a dict)
+
+
+TEXTS = st.lists(st.text("the lazy dog<|mask|>\n", max_size=30), min_size=1, max_size=12)
+
+
+@given(TEXTS, st.integers(2, 40), st.booleans(), st.integers(1, 5), st.sampled_from([BYTES, PIECES]))
+@settings(max_examples=60, deadline=None)
+def test_every_token_once_in_order(
+    texts: list[str], length: int, keep_tail: bool, batch: int, tokenizer: TextTokenizer
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BATCH", batch)
+        texts_set = Dataset.from_dict({"text": texts})
+        rows = rows_of(pack(texts_set, tokenizer, length, keep_tail=keep_tail))
+        stream = pack(texts_set.to_iterable_dataset(), tokenizer, length, keep_tail=keep_tail)
+        assert rows_of(stream) == rows
+        assert rows_of(stream) == rows  # a second epoch
+    documents = [tokenizer.document(text) for text in texts]
+    flat = list(chain(*documents))
+    assert all(len(row["tokens"]) == len(row["document"]) == length for row in rows)
+    packed = [token for row in rows for token, n in zip(row["tokens"], row["document"], strict=True) if n]
+    whole = len(flat) // length * length
+    assert packed == (flat if keep_tail or not whole else flat[:whole])
+    # Where documents start is all that `document` says, apart from the rows' edges.
+    starts = {sum(map(len, documents[:n])) for n in range(len(documents))} | set(range(0, len(flat), length))
+    numbers = [[n for n in row["document"] if n] for row in rows]
+    found = {r * length + i for r, ns in enumerate(numbers) for i in range(len(ns)) if i == 0 or ns[i] != ns[i - 1]}
+    assert found == {start for start in starts if start < len(packed)}
+    for row, ns in zip(rows, numbers, strict=True):
+        assert ns[0] == 1 and all(b - a in (0, 1) for a, b in zip(ns, ns[1:], strict=False))
+        padding = row["tokens"][len(ns) :]
+        assert padding == [tokenizer.pad_token_id] * len(padding) and row["document"][len(ns) :] == [0] * len(padding)
+
+
+def test_a_lone_short_row_is_kept() -> None:
+    texts = Dataset.from_dict({"text": ["the dog"]})
+    (row,) = rows_of(pack(texts, PIECES, 64))
+    document = PIECES.document("the dog")
+    assert row["tokens"] == document + [PIECES.pad_token_id] * (64 - len(document))
+    assert rows_of(pack(texts.to_iterable_dataset(), PIECES, 64)) == [row]
+
+
+def test_a_stream_is_read_only_as_far_as_needed() -> None:
+    read = []
+
+    def texts() -> Iterator[dict[str, str]]:
+        for n in range(10 * packing.BATCH):
+            read.append(n)
+            yield {"text": "the lazy dog"}
+
+    rows = pack(IterableDataset.from_generator(texts), BYTES, 16)
+    assert not read
+    next(iter(rows))
+    assert len(read) <= 2 * packing.BATCH
+
+
+def test_unpicklable_tokenizers_do_no_harm(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = byte_level()
+    tokenizer.tokenizer.hook = (n for n in range(3))  # nobody can pickle a generator
+    texts = Dataset.from_dict({"text": ["the dog"] * 3})
+    assert list(pack(texts, tokenizer, 8)) == list(pack(texts.to_iterable_dataset(), tokenizer, 8))
+    assert not recwarn.list
+
+
+def test_collate_makes_a_batch() -> None:
+    rows = pack(Dataset.from_dict({"text": ["the lazy dog"] * 9}), BYTES, 16)
+    batch = collate([rows[0], rows[1]])
+    assert batch["tokens"].dtype == batch["document"].dtype == torch.int64
+    canvas = Canvas.clean(batch["tokens"], batch["document"])
+    assert canvas.tokens.shape == (2, 16) and canvas.positions[0, 0] == 0
+    assert [rows[0]["tokens"], rows[1]["tokens"]] == canvas.tokens.tolist()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="length=1 must be at least 2"):
+        pack(Dataset.from_dict({"text": ["a"]}), BYTES, 1)
+    with pytest.raises(ValueError, match="no texts to pack"):
+        pack(Dataset.from_dict({"text": []}), BYTES, 8)

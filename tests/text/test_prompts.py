@@ -1,0 +1,173 @@
+"""Strings to canvases and back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusify.canvas import Canvas
+from diffusify.text.prompts import continuation_canvas, infill_canvas, parse_holes, read, read_spans
+from diffusify.text.tokens import TextTokenizer
+from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
+
+BYTES, PIECES, UNIGRAM, SENTENCE = byte_level(), word_piece(), unigram(), sentence_bpe()
+ALL = [BYTES, PIECES, UNIGRAM, SENTENCE]
+
+
+def fill(canvas: Canvas, *rows: list[int]) -> Canvas:
+    """Write token ids into the open positions, row by row; those without an id stay open."""
+    tokens, open = canvas.tokens.clone(), canvas.open.clone()
+    for row, ids in enumerate(rows):
+        at = canvas.open[row].nonzero().flatten()[: len(ids)]
+        tokens[row, at], open[row, at] = torch.tensor(ids[: len(at)], dtype=torch.long), False
+    return replace(canvas, tokens=tokens, open=open)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("", []),
+        ("plain [x] ]]", ["plain [x] ]]"]),
+        ("a [[8]] b", ["a ", 8, " b"]),
+        ("[[1]][[ 02 ]]", [1, 2]),
+        (r"\[[8]] [[3]]", ["[[8]] ", 3]),
+        (r"x = \[[1, 2], [3, 4]]", ["x = [[1, 2], [3, 4]]"]),
+        ("[[[8]]]", ["[", 8, "]"]),
+        ("a\n[[2]]\n", ["a\n", 2, "\n"]),
+    ],
+)
+def test_parse_holes(text: str, pieces: list[str | int]) -> None:
+    assert parse_holes(text) == pieces
+
+
+@given(st.lists(st.text("[]8\\ a") | st.integers(1, 999_999)))
+def test_parse_holes_gives_back_what_was_escaped(pieces: list[str | int]) -> None:
+    # A bracket or backslash right before a hole would be read with it.
+    texts = [p.replace("[[", r"\[[").rstrip("[\\") + "." if isinstance(p, str) else f"[[{p}]]" for p in pieces]
+    parsed = parse_holes("".join(texts))
+    assert [p for p in parsed if isinstance(p, int)] == [p for p in pieces if isinstance(p, int)]
+    again = [p.replace("[[", r"\[[") if isinstance(p, str) else f"[[{p}]]" for p in parsed]
+    assert "".join(again) == "".join(texts)
+
+
+@pytest.mark.parametrize("hole", ["[[abc]]", "[[0]]", "[[-1]]", "[[]]", "[[1.5]]", "[[1000000]]", "[[1", "[["])
+def test_bad_holes(hole: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_holes("[[2]] then " + hole)
+    assert hole in str(error.value) and "[[8]]" in str(error.value) and r"\[[" in str(error.value)
+
+
+@pytest.mark.parametrize("tokenizer", ALL)
+def test_continuation(tokenizer: TextTokenizer) -> None:
+    canvas = continuation_canvas(tokenizer, ["the dog", ""], 3, context=None)
+    prompt = tokenizer.encode("the dog")
+    assert canvas.tokens[0, : len(prompt) + 1].tolist() == [tokenizer.start_token_id, *prompt]
+    assert canvas.open.sum(1).tolist() == [3, 3] and canvas.open[1, 1:4].all()
+    assert canvas.real.sum(1).tolist() == [len(prompt) + 4, 4]
+    assert read(tokenizer, canvas) == ["the dog___", "___"]
+    assert read(tokenizer, canvas, hole="") == ["the dog", ""]
+    cat = tokenizer.encode("cat")[:2]
+    written = fill(canvas, [tokenizer.end_token_id, *cat], [*cat, tokenizer.end_token_id])
+    assert read(tokenizer, written)[0] == "the dog"
+    assert read(tokenizer, written, hole="")[1] == tokenizer.decode(cat)
+    assert read_spans(tokenizer, written)[0] == [""]
+
+
+def test_continuation_room() -> None:
+    size = len(BYTES.encode("the dog")) + 1
+    assert continuation_canvas(BYTES, ["the dog"], 4, context=size + 4).tokens.shape == (1, size + 4)
+    with pytest.raises(ValueError, match=f"{size} tokens and max_new_tokens=9 make {size + 9}.* at most 4 new"):
+        continuation_canvas(BYTES, ["the dog"], 9, context=size + 4)
+    with pytest.raises(ValueError, match="can see 2; shorten the prompt"):
+        continuation_canvas(BYTES, ["the dog"], 1, context=2)
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        continuation_canvas(BYTES, ["the dog"], 0, context=None)
+    with pytest.raises(ValueError, match="at least one"):
+        continuation_canvas(BYTES, [], 3, context=None)
+
+
+def test_a_prompt_may_spell_the_mask_and_end_token() -> None:
+    prompt = "<|mask|> and <|endoftext|> are text"
+    canvas = continuation_canvas(BYTES, [prompt], 2, context=None)
+    assert int(canvas.open.sum()) == 2
+    assert read(BYTES, canvas) == [prompt + "__"]
+
+
+@given(
+    st.lists(st.text(max_size=6).filter(lambda text: "\u2581" not in text), min_size=2, max_size=4),
+    st.lists(st.text(min_size=1, max_size=6).filter(lambda text: "\u2581" not in text), min_size=3, max_size=3),
+    st.booleans(),
+    st.sampled_from([BYTES, SENTENCE]),
+)
+@settings(deadline=None)
+def test_infill_keeps_the_text_around_it(around: list[str], inside: list[str], close: bool, by: TextTokenizer) -> None:
+    words = [by.encode(word, continues=True) for word in inside[: len(around) - 1]]
+    escaped = [piece.replace("[[", r"\[[").replace("\\\\", "") + "." for piece in around]
+    given = [parse_holes(piece)[0] for piece in escaped]
+    holes = [f"[[{len(word)}]]" for word in words]
+    text = escaped[0] + "".join(hole + piece for hole, piece in zip(holes, escaped[1:], strict=True))
+    canvas = infill_canvas(by, [text], context=None, close=close)
+    assert read(by, canvas, hole="#") == [
+        str(given[0]) + "".join("#" * len(w) + str(g) for w, g in zip(words, given[1:], strict=True))
+    ]
+    canvas = fill(canvas, sum(words, []))
+    spans = read_spans(by, canvas)[0]
+    assert spans == inside[: len(around) - 1]
+    assert read(by, canvas) == [str(given[0]) + "".join(s + str(g) for s, g in zip(spans, given[1:], strict=True))]
+    assert (int(canvas.tokens[0, -1]) == by.end_token_id) == close
+    assert not canvas.editable[0, 0] and not canvas.editable[0, -1]
+
+
+@pytest.mark.parametrize("tokenizer", ALL)
+def test_the_space_before_a_hole_belongs_to_it(tokenizer: TextTokenizer) -> None:
+    words = tokenizer.encode(" lazy", continues=True)
+    canvas = infill_canvas(tokenizer, [f"the [[{len(words)}]] dog"], context=None)
+    assert read(tokenizer, canvas) == ["the" + "_" * len(words) + " dog"]
+    canvas = fill(canvas, words)
+    assert read(tokenizer, canvas) == ["the lazy dog"]
+    assert read_spans(tokenizer, canvas) == [[" lazy"]]
+
+
+@pytest.mark.parametrize("tokenizer", ALL)
+def test_a_hole_at_the_start(tokenizer: TextTokenizer) -> None:
+    words = tokenizer.encode("the lazy")
+    canvas = infill_canvas(tokenizer, [f"[[{len(words)}]] dog"], context=None)
+    assert read(tokenizer, canvas, hole="") == [" dog"]
+    canvas = fill(canvas, words)
+    assert read(tokenizer, canvas) == ["the lazy dog"]
+    assert read_spans(tokenizer, canvas) == [["the lazy"]]
+
+
+def test_touching_holes_are_one_run_and_an_end_ends_all() -> None:
+    canvas = infill_canvas(BYTES, ["a[[1]] [[2]]b[[2]]c", "[[1]]"], context=None)
+    assert canvas.open.sum(1).tolist() == [5, 1]
+    assert read_spans(BYTES, canvas) == [["___", "__"], ["_"]]
+    x, end = BYTES.encode("x")[0], BYTES.end_token_id
+    written = fill(canvas, [x, end, x, x, x], [x])
+    assert read(BYTES, written) == ["ax", "x"]
+    assert read_spans(BYTES, written) == [["x", ""], ["x"]]
+
+
+def test_noise_is_never_read() -> None:
+    canvas = infill_canvas(BYTES, ["a[[3]]b"], context=None)
+    noisy = replace(canvas, tokens=torch.where(canvas.open, BYTES.end_token_id, canvas.tokens))
+    assert read(BYTES, noisy) == ["a___b"]
+
+
+def test_finished_texts_are_read_whole() -> None:
+    rows = torch.tensor([BYTES.document("a dog")])
+    assert read(BYTES, Canvas.clean(rows)) == ["a dog"]
+
+
+def test_infill_refuses() -> None:
+    with pytest.raises(ValueError, match=r"'no hole' has no hole; write \[\[8\]\]"):
+        infill_canvas(BYTES, ["a[[2]]", "no hole"], context=None)
+    assert infill_canvas(BYTES, ["a[[2]]"], context=5).tokens.shape == (1, 5)
+    with pytest.raises(ValueError, match="needs 5 tokens or more, but the model can see 4"):
+        infill_canvas(BYTES, ["a[[2]]"], context=4)
+    with pytest.raises(ValueError, match="needs 1000001 tokens or more"):
+        infill_canvas(BYTES, ["a[[999999]]"], context=4)
+    with pytest.raises(ValueError, match="at least one"):
+        infill_canvas(BYTES, [], context=None)

@@ -1,0 +1,254 @@
+"""Where texts come from."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from datasets import Dataset, IterableDataset
+from pyarrow import parquet
+
+from diffusify.text.packing import pack
+from diffusify.text.sources import load_texts, split_off
+from tests.text.makers import byte_level
+
+BYTES = byte_level()
+
+
+def texts_of(dataset: Dataset | IterableDataset) -> list[str]:
+    assert dataset.column_names == ["text"]
+    return [row["text"] for row in dataset]  # pyright: ignore  (a row is a dict)
+
+
+def lines(*texts: str) -> str:
+    return "".join(json.dumps({"title": "t", "text": text}) + "\n" for text in texts)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c.txt").write_text("caf\u00e9\n\nsecond paragraph\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(lines("one", "two", " ") + "\n" + lines("three"))
+    (tmp_path / "empty.md").write_text("\n")
+    (tmp_path / "ignored.csv").write_text("text\nnot me\n")
+    (tmp_path / "b" / "x.MD.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf# packed"))
+    parquet.write_table(pa.table({"text": ["four", "five"], "n": [1, 2]}), tmp_path / "b" / "y.parquet")
+    (tmp_path / "b" / "z.parquet.gz").write_bytes(gzip.compress((tmp_path / "b" / "y.parquet").read_bytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files(folder: Path, streaming: bool) -> None:
+    def load(name: str) -> list[str]:
+        loaded = load_texts(str(folder / name), streaming=streaming)
+        assert isinstance(loaded, IterableDataset) == streaming
+        return texts_of(loaded)
+
+    assert load("c.txt") == ["caf\u00e9\n\nsecond paragraph\n"]
+    assert load("a.jsonl") == ["one", "two", "three"]
+    assert load("b/x.MD.gz") == ["# packed"]
+    assert load("b/y.parquet") == load("b/z.parquet.gz") == ["four", "five"]
+    assert load(".") == ["one", "two", "three", "# packed", "four", "five", "four", "five", load("c.txt")[0]]
+    with pytest.raises(ValueError, match="empty.md has no documents"):
+        load("empty.md")
+
+
+def test_odd_names_are_found(folder: Path) -> None:
+    for name in ("1*a.txt,2*b.txt", "builtin:pydoc.txt"):
+        (folder / name).write_text(name)
+        assert texts_of(load_texts(str(folder / name))) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"body": "b", "title": "t"}\n',
+            "line 2 has no field text; fields found: body, title",
+        ),
+        ("x.jsonl", b'["a"]\n', "line 1 has no field text; fields found: none"),
+        ("x.jsonl", b'{"text": 3}\n', "line 1: the field text is no string but 3"),
+        ("x.jsonl", b"{\n", "line 1 is not JSON"),
+        ("x.txt", b"\xff\xfe", "x.txt is not UTF-8 text"),
+        ("x.txt.gz", b"plain", "x.txt.gz is damaged"),
+        ("x.parquet", b"plain", "x.parquet is damaged"),
+        ("x.csv", b"text\na\n", "unknown kind; known: .txt, .md, .jsonl, .parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_texts(str(tmp_path / name))
+
+
+def test_parquet_without_text(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"body": ["four"]}), tmp_path / "y.parquet")
+    with pytest.raises(ValueError, match="y.parquet has no field text; fields found: body"):
+        load_texts(str(tmp_path / "y.parquet"))
+
+
+def test_missing(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.jsonlx does not exist; did you mean .*/a.jsonl\? else give a file"):
+        load_texts(str(folder / "a.jsonlx"))
+    with pytest.raises(ValueError, match="does not exist; give a file, a folder, hub:NAME or builtin:pydoc"):
+        load_texts(str(folder / "nowhere" / "a.txt"))
+    with pytest.raises(ValueError, match="a weight for each source"):
+        load_texts(f"{folder}/a.jsonl,{folder}/c.txt")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_texts("")
+    (folder / "none").mkdir()
+    with pytest.raises(ValueError, match="none has no file of a known kind"):
+        load_texts(str(folder / "none"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_builtin(streaming: bool) -> None:
+    texts = texts_of(load_texts("builtin:pydoc", streaming=streaming))
+    assert len(texts) > 50 and any('The "with" statement' in text for text in texts)
+    with pytest.raises(ValueError, match='no built-in data "pydocs"; did you mean "pydoc"'):
+        load_texts("builtin:pydocs")
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hub:org/name", ("org/name", None, "train")),
+        ("hub:name@test", ("name", None, "test")),
+        ("hub:org/name:a-config@validation", ("org/name", "a-config", "validation")),
+    ],
+)
+def test_hub(source: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> IterableDataset:
+        calls.append((path, name, split, streaming))
+        rows = Dataset.from_dict({"n": [1, 2, 3], "text": ["a", None, "b"]})
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts_of(load_texts(source)) == ["a", "b"]
+    assert calls == [(*asked, True)]
+
+
+def test_hub_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> IterableDataset:
+        return Dataset.from_dict({"body": ["a"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="hub:org/name has no field text; fields found: body"):
+        load_texts("hub:org/name")
+    with pytest.raises(ValueError, match="write hub:NAME"):
+        load_texts("hub:")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_mixture(tmp_path: Path, streaming: bool) -> None:
+    many = [f"a{n}" for n in range(200)]
+    (tmp_path / "a,1.jsonl").write_text(lines(*many))
+    (tmp_path / "b.txt").write_text("b")
+    source = f"3*{tmp_path}/a,1.jsonl, 1.0*{tmp_path}/b.txt"
+    texts = texts_of(load_texts(source, streaming=streaming, seed=1))
+    assert [text for text in texts if text != "b"][:200] == many  # all of them drawn, in order
+    assert 0.15 < texts.count("b") / len(texts) < 0.35
+    assert texts == texts_of(load_texts(source, streaming=streaming, seed=1))
+    assert texts != texts_of(load_texts(source, streaming=streaming, seed=2))
+
+
+def test_mixture_of_files_and_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_dict({"text": ["hub"] * 5})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    (tmp_path / "b.txt").write_text("b")
+    mixture = load_texts(f"0.5*{tmp_path}/b.txt,0.5*hub:org/name")
+    assert isinstance(mixture, IterableDataset) and set(texts_of(mixture)) == {"hub", "b"}
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "lots"])
+def test_weights(tmp_path: Path, weight: str) -> None:
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(ValueError, match=f"weight {weight} of .*b.txt must be a number above 0"):
+        load_texts(f"1*{tmp_path}/b.txt,{weight}*{tmp_path}/b.txt")
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_split_off(tokens: int) -> None:
+    texts = [f"document {n} " * 3 for n in range(100)]
+    dataset = Dataset.from_dict({"text": texts})
+    train, held = split_off(dataset, tokens, BYTES, seed=3)
+    kept, out = texts_of(train), texts_of(held)
+    assert sorted(kept + out) == sorted(texts) and kept == [text for text in texts if text not in out]
+    assert 1 <= len(out) <= 10
+    worth = [len(BYTES.document(text)) for text in out]
+    assert len(out) == 10 or sum(worth) >= tokens
+    assert sum(worth[:-1]) < tokens
+    assert texts_of(split_off(dataset, tokens, BYTES, seed=3)[1]) == out
+    assert any(texts_of(split_off(dataset, tokens, BYTES, seed=seed)[1]) != out for seed in range(9))
+
+
+def test_split_off_takes_all_copies() -> None:
+    dataset = Dataset.from_dict({"text": ["a", "b"] * 20})
+    train, held = split_off(dataset, 10**6, BYTES)
+    assert {*texts_of(train), *texts_of(held)} == {"a", "b"} and not {*texts_of(train)} & {*texts_of(held)}
+    dataset = Dataset.from_dict({"text": ["one two three"] * 3})
+    train, held = split_off(dataset, 10**6, BYTES)
+    assert texts_of(train) == ["one two "] * 3 and texts_of(held) == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("\n\n".join(f"paragraph {n}" for n in range(30)), "paragraph 29"),
+        ("\n\n".join(["long words\nand lines " * 30] * 2), "and lines"),
+        ("word " * 10 + "last", "last"),
+        ("a verylongword" + "x" * 60, "verylongword" + "x" * 60),
+        ("x" * 60 + " b", "b"),
+    ],
+)
+def test_a_single_document_is_cut(text: str, held: str) -> None:
+    train, out = split_off(Dataset.from_dict({"text": [text]}), 10**6, BYTES)
+    (kept,), (end,) = texts_of(train), texts_of(out)
+    assert kept + end == text.strip() and kept.strip()
+    assert end.endswith(held) and len(end) <= max(0.2 * len(text), len(held))
+
+
+def test_a_single_document_gives_no_more_than_asked() -> None:
+    text = "\n\n".join(f"paragraph {n}" for n in range(300))
+    _, held = split_off(Dataset.from_dict({"text": [text]}), 5, BYTES)
+    assert texts_of(held) == ["paragraph 299"]
+
+
+def test_split_off_a_stream() -> None:
+    texts = [f"document {n % 30}" for n in range(60)]
+    stream = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    train, held = split_off(stream, 3 * len(BYTES.document("document 1")) - 1, BYTES)
+    assert isinstance(train, IterableDataset) and isinstance(held, Dataset)
+    assert texts_of(held) == texts[:3]
+    assert [row["text"] for row in train] == texts[3:30] + texts[33:]
+    assert len(list(pack(train, BYTES, 16))) > 10
+
+
+def test_split_off_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokens=0 must be at least 1"):
+        split_off(Dataset.from_dict({"text": ["a b"]}), 0, BYTES)
+    with pytest.raises(ValueError, match="no documents"):
+        split_off(Dataset.from_dict({"text": []}), 5, BYTES)
+    with pytest.raises(ValueError, match="single word 'word'"):
+        split_off(Dataset.from_dict({"text": ["word"]}), 5, BYTES)
+    (tmp_path / "b.txt").write_text("one document")
+    with pytest.raises(ValueError, match="nothing is left .* this stream of 1 documents"):
+        split_off(load_texts(str(tmp_path / "b.txt"), streaming=True), 5, BYTES)
+
+
+def test_no_cache_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    cache = folder / "cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    for streaming in (False, True):
+        texts = load_texts(str(folder), streaming=streaming)
+        train, held = split_off(texts, 3, BYTES)
+        assert list(pack(train, BYTES, 8)) and list(pack(held, BYTES, 8))
+        assert not getattr(train, "cache_files", None)
+    assert not cache.exists()
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,113 @@
+"""From a base to a folder, and every way it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import diffusify
+from diffusify.models.recipes import ar, block, mlm
+from diffusify.training.adapt import adapt
+from diffusify.training.budget import Budget
+
+TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
+
+
+def test_adapt_load_generate(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    """Law 10: save, load, generate; and a second call finds the finished run."""
+    out = adapt(causal_base, corpus, tmp_path / "run", steps=3, **TINY)
+    assert {"config.json", "model.safetensors", "diffusion_config.json", "curve.png", "training.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert not list(out.glob("checkpoint-*"))
+    first, second = (diffusify.load(out).generate("The cat", max_new_tokens=12, temperature=1.0) for _ in range(2))
+    assert first.text == second.text and first.text.startswith("The cat")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert adapt(causal_base, corpus, out, steps=3, **TINY) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_run_in_the_same_folder_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    adapt(causal_base, corpus, tmp_path / "run", steps=1, **TINY)
+    with pytest.raises(ValueError, match="holds another run .*steps"):
+        adapt(causal_base, corpus, tmp_path / "run", steps=2, **TINY)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds other files"):
+        adapt(causal_base, corpus, tmp_path / "mine", steps=1, **TINY)
+
+
+def test_an_interrupted_run_goes_on(
+    causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Budget.on_step_end
+
+    def interrupted(self: Budget, args, state, control, **more) -> None:
+        real(self, args, state, control, **more)
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Budget, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(causal_base, corpus, tmp_path / "run", steps=4, **TINY)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(Budget, "on_step_end", real)
+    adapt(causal_base, corpus, tmp_path / "run", steps=4, **TINY)
+    log = json.loads((tmp_path / "run" / "training.json").read_text())["log"]
+    assert max(entry["step"] for entry in log) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"minutes": 0.0, "steps": None}, "minutes=0.0"),
+        ({"minutes": 1.0}, "give one of the two"),
+        ({"base": "./nowhere"}, "nowhere does not exist"),
+        ({"data": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"length": 4096}, "length=4096"),
+        ({"learning_rat": 1e-4}, 'did you mean "learning_rate"'),
+        ({"recipe": mlm()}, "left-to-right"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    causal_base: str, corpus: str, tmp_path: Path, change: dict, message: str
+) -> None:
+    given = {"base": causal_base, "data": corpus, "steps": 1} | TINY | change
+    with pytest.raises(ValueError, match=message):
+        adapt(given.pop("base"), given.pop("data"), tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_masked_base_refuses_a_shift(masked_base: str, corpus: str, tmp_path: Path) -> None:
+    for recipe in (ar(), block(4)):
+        with pytest.raises(ValueError, match="masked"):
+            adapt(masked_base, corpus, tmp_path / "run", recipe=recipe, steps=1, **TINY)
+
+
+def test_a_card_for_another_architecture_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, corpus, tmp_path / "run", steps=1, **TINY)
+    card = json.loads((out / "diffusion_config.json").read_text())
+    (out / "diffusion_config.json").write_text(json.dumps(card | {"architecture": "GPT2LMHeadModel"}))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
+        diffusify.load(out)
+    (out / "diffusion_config.json").write_text(json.dumps(card))
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        diffusify.load(out)
+    shutil.rmtree(out)
+
+
+def test_minutes_end_a_run_and_lower_the_learning_rate(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, corpus, tmp_path / "run", minutes=0.02, logging_steps=1, warmup_steps=1, **TINY)
+    log = json.loads((out / "training.json").read_text())["log"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert len(rates) > 1 and rates[-1] < rates[0]
+    assert sum("eval_bound" in entry for entry in log) >= 2
+
+
+def test_a_streamed_mixture_trains(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, f"0.5*{corpus},0.5*{corpus}", tmp_path / "run", recipe=ar(), steps=2, **TINY)
+    assert diffusify.load(out).config.sees_right_context
