@@ -1,5 +1,7 @@
 """Tiny random networks of every family that is tested."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
@@ -42,7 +44,7 @@ MASKED = {
 FAMILIES = CAUSAL | MASKED
 
 
-def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random network, wide awake: weights large enough that every token matters."""
     settings = {"vocab_size": VOCABULARY} | FAMILIES[family] | changes
     config = AutoConfig.for_model(family, **settings)
@@ -57,7 +59,7 @@ def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: ob
 
 
 def tiny_denoiser(
-    family: str = "llama", attention: AttentionPattern = Bidirectional(), shift: int | None = None, **changes: object
+    family: str = "llama", attention: AttentionPattern = Bidirectional(), shift: int | None = None, **changes: Any
 ) -> Denoiser:
     network = tiny_network(family, **changes)
     shift = int(family in CAUSAL) if shift is None else shift

@@ -17,7 +17,20 @@ def models(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("models")
     for recipe in ("block", "ar"):
         done = run.invoke(
-            app, ["adapt", causal_base, "--data", corpus, "--recipe", recipe, "--steps", "2", "--out", str(folder / recipe), *SMALL]
+            app,
+            [
+                "adapt",
+                causal_base,
+                "--data",
+                corpus,
+                "--recipe",
+                recipe,
+                "--steps",
+                "2",
+                "--out",
+                str(folder / recipe),
+                *SMALL,
+            ],
         )
         assert done.exit_code == 0, done.output
         assert "diffusify generate" in done.output
@@ -32,7 +45,9 @@ def test_generate_prints_the_text(models: dict[str, str]) -> None:
 
 
 def test_json_holds_what_a_program_wants(models: dict[str, str]) -> None:
-    done = run.invoke(app, ["generate", models["block"], "The", "--max-new-tokens", "8", "--json", "--temperature", "1"])
+    done = run.invoke(
+        app, ["generate", models["block"], "The", "--max-new-tokens", "8", "--json", "--temperature", "1"]
+    )
     result = json.loads(done.stdout)
     assert {"text", "tokens", "forwards", "tokens_per_forward", "seconds", "tokens_per_second", "seed"} == set(result)
     assert result["tokens_per_forward"] == pytest.approx(result["tokens"] / result["forwards"], abs=1e-3)

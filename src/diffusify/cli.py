@@ -159,11 +159,9 @@ def show(model: Model, as_json: AsJson = False) -> None:
         table = Table(show_header=False, box=None)
         for name, value in facts.items():
             shown = (
-                f"{value:,}" if type(value) is int and value > 9999 else {True: "yes", False: "no"}.get(value, value)
+                ("no", "yes")[value] if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
             )
-            table.add_row(
-                f"[bold]{name.replace('_', ' ')}", str(shown) if type(value) is not bool else ("no", "yes")[value]
-            )
+            table.add_row(f"[bold]{name.replace('_', ' ')}", str(shown))
         Console().print(table)
 
 

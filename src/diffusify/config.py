@@ -26,7 +26,7 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
     A choice may also be given by its name alone ("Linear"). Anything else than `hint` allows is a ValueError.
     """
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    classes = {option.__name__: option for option in options if is_dataclass(option)}
+    classes: dict[str, Any] = {o.__name__: o for o in options if isinstance(o, type) and is_dataclass(o)}
     if isinstance(plain, str) and plain in classes:
         plain = {"type": plain}
     if isinstance(plain, dict) and classes:

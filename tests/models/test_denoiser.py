@@ -1,5 +1,7 @@
 """Laws 2 and 3: answers stand where they belong, and training's one pass equals sampling's many."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_only_asked_positions_are_projected_and_nothing_else_changes(family: str
     canvas = Canvas.clean(texts(3, 8))
     ask = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.4
     widths = []
-    head = denoiser.network.get_output_embeddings()
+    head: Any = denoiser.network.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[:-1].numel()))
     whole, some = denoiser(canvas).logits, denoiser(canvas, ask=ask).logits
     torch.testing.assert_close(whole[ask], some, atol=1e-5, rtol=1e-5)
@@ -46,7 +48,7 @@ def test_the_first_position_of_every_document_is_never_asked() -> None:
     assert torch.equal(tiny_denoiser("bert").answerable(clean).editable, clean.editable)
 
 
-def shown(denoiser: Denoiser, clean: torch.Tensor, ask: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+def shown(denoiser: Denoiser, clean: torch.Tensor, ask: torch.Tensor, document: torch.Tensor) -> Canvas:
     """A canvas with the asked positions open."""
     tokens = torch.where(ask, MASK, clean)
     return Canvas(tokens, open=ask, editable=document > 0, document=document)
@@ -56,7 +58,7 @@ def shown(denoiser: Denoiser, clean: torch.Tensor, ask: torch.Tensor, document: 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bert", "modernbert"])
 @pytest.mark.parametrize("half", ["token", "block"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_one_two_stream_pass_equals_block_by_block(family: str, half: str, size: int) -> None:
+def test_one_two_stream_pass_equals_block_by_block(family: str, half: Literal["token", "block"], size: int) -> None:
     denoiser = tiny_denoiser(family, BlockCausal(size, half))
     clean = texts(2, 12, seed=size)
     document = torch.tensor([[1] * 12, [1] * 5 + [2] * 5 + [0] * 2])

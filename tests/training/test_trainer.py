@@ -49,7 +49,9 @@ def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: P
         torch.testing.assert_close(tensor, weights(parts)[name], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [block(4), block(4, ar_weight=0.0), ar(annealing_steps=20)], ids=["ar-loss", "no-ar-loss", "ar"])
+@pytest.mark.parametrize(
+    "recipe", [block(4), block(4, ar_weight=0.0), ar(annealing_steps=20)], ids=["ar-loss", "no-ar-loss", "ar"]
+)
 def test_training_lowers_the_bound(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
     trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=60, learning_rate=3e-3)
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
@@ -83,6 +85,7 @@ def test_at_block_size_one_the_bound_is_the_ar_loss(causal_base: str, corpus: st
 def test_the_bound_does_not_depend_on_how_rows_are_batched(causal_base: str, corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(causal_base, corpus, tmp_path, block(1))
     rows = trainer.eval_dataset
+    assert isinstance(rows, Dataset)
     one, many = (validate(trainer.denoiser, rows, batch_size=size) for size in (1, 16))
     assert one["bound"] == pytest.approx(many["bound"], rel=1e-4)
     assert one["ar_nll"] == pytest.approx(many["ar_nll"], rel=1e-4)
@@ -130,7 +133,9 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     load_denoiser(tmp_path / "checkpoint-1")
-    again = trainer_for(causal_base, corpus, tmp_path, block(4), save_strategy="steps", save_steps=1, save_total_limit=2)
+    again = trainer_for(
+        causal_base, corpus, tmp_path, block(4), save_strategy="steps", save_steps=1, save_total_limit=2
+    )
     again.train(resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())

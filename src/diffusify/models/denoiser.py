@@ -129,19 +129,20 @@ class Denoiser(nn.Module):
 @contextmanager
 def _unmasked(network: PreTrainedModel) -> Iterator[None]:
     """Here the network sees everything without any mask, on the attention kernel's fast path."""
-    causal = [part for part in (network.config, *network.modules()) if getattr(part, "is_causal", None) is True]
-    silent = not hasattr(network.config, "is_causal")
+    config: Any = network.config
+    causal: list[Any] = [part for part in (config, *network.modules()) if getattr(part, "is_causal", None) is True]
+    silent = not hasattr(config, "is_causal")
     for part in causal:
         part.is_causal = False
     if silent:
-        network.config.is_causal = False
+        config.is_causal = False
     try:
         yield
     finally:
         for part in causal:
             part.is_causal = True
         if silent:
-            del network.config.is_causal
+            del config.is_causal
 
 
 def _bias(scene: Scene, dtype: torch.dtype, windows: dict[str, int | None]) -> Tensor | dict[str, Tensor]:
@@ -154,7 +155,7 @@ def _bias(scene: Scene, dtype: torch.dtype, windows: dict[str, int | None]) -> T
 
 def _position_offset(network: PreTrainedModel) -> int:
     """Where the network's own position ids start: RoBERTa's first is one past the padding id."""
-    embeddings = getattr(network.base_model, "embeddings", None)
+    embeddings: Any = getattr(network.base_model, "embeddings", None)
     counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
     return embeddings.padding_idx + 1 if counts_from_padding else 0
 

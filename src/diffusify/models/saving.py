@@ -48,7 +48,7 @@ def load_denoiser(
             "the two files do not belong together"
         )
     base = load_base(str(folder), dtype=dtype)
-    rows = base.network.get_input_embeddings().weight.shape[0]
+    rows = base.network.get_input_embeddings().get_parameter("weight").shape[0]
     if not 0 <= card.mask_token_id < rows:
         raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
     return Denoiser(base.network, card).to(device).eval(), base.tokenizer

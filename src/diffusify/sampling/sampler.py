@@ -86,7 +86,8 @@ class Sampler:
             logits = denoiser(canvas, ask=asked).logits
             forwards += 1
             if self.banned:
-                logits[:, list(self.banned)] = -torch.inf
+                banned = torch.tensor(self.banned, device=logits.device)
+                logits = logits.index_fill(-1, banned, -torch.inf)
             tokens, sure = self.pick(logits, generator)
             guess = Guess(
                 canvas.tokens.masked_scatter(asked, tokens),

@@ -183,6 +183,6 @@ def _run(trainer: DiffusionTrainer, out: Path, console: Console) -> None:
     try:
         trainer.train(resume_from_checkpoint=last)
     except KeyboardInterrupt:
-        trainer._save_checkpoint(trainer.model, None)
+        trainer._save_checkpoint(trainer.denoiser, None)
         console.print(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from there")
         raise

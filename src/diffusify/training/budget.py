@@ -34,7 +34,8 @@ class Budget(TrainerCallback, ExportableState):
         return self.steps or 1_000_000
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__)
+        saved: Any = state.stateful_callbacks or {}
+        kept = saved.get(type(self).__name__)
         if isinstance(kept, dict):
             self.seconds = self._saved = kept["attributes"]["seconds"]
         self._advance(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -38,7 +38,7 @@ class DiffusionTrainer(Trainer):
         recipe: Recipe,
         args: TrainingArguments,
         *,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Any = None,
         eval_dataset: Dataset | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -58,6 +58,8 @@ class DiffusionTrainer(Trainer):
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
+        assert args.output_dir is not None, "TrainingArguments fills it in"
+        self.folder = Path(args.output_dir)
         self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
@@ -82,7 +84,8 @@ class DiffusionTrainer(Trainer):
         )
         views = len(whole.t) // sum(rows)
         starts = [sum(rows[:i]) * views for i in range(len(rows) + 1)]
-        count = self.accelerator.gather(objective.count(whole.canvas).to(device)).sum().clamp_min(1)
+        counts: Any = self.accelerator.gather(objective.count(whole.canvas).to(device))
+        count = counts.sum().clamp_min(1)
         return [{"noised": whole[a:b], "count": count} for a, b in zip(starts, starts[1:], strict=False)], count
 
     def compute_loss(
@@ -117,6 +120,7 @@ class DiffusionTrainer(Trainer):
     ) -> dict[str, float]:
         """The bound on held-out text, at the model's final attention pattern, on the same noise every time."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(rows, Dataset), "the bound is measured on packed rows that can be read again"
         report = validate(
             self.denoiser,
             rows,
@@ -129,9 +133,8 @@ class DiffusionTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
-        save_denoiser(folder, self.denoiser, self.processing_class)
+        save_denoiser(output_dir or self.folder, self.denoiser, self.processing_class)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -140,22 +143,23 @@ class DiffusionTrainer(Trainer):
         if self.budget is None or self.budget.minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
         budget, warmup = self.budget, max(1, self.args.get_warmup_steps(num_training_steps))
+        made: Any = optimizer or self.optimizer
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
+            made, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
         )
         return self.lr_scheduler
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the parent class writes checkpoints: aside, until they are whole."""
-        return str(Path(self.args.output_dir) / ".unfinished")
+        return str(self.folder / ".unfinished")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        whole = Path(self.args.output_dir) / name
+        whole = self.folder / name
         if self.args.should_save and not whole.exists():
             os.replace(Path(self._get_output_dir(trial)) / name, whole)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, use_mtime=True)
+            rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved, _ = load_denoiser(resume_from_checkpoint)
