@@ -78,7 +78,8 @@ def adapt(
         out = out or Path("runs") / f"{recipe.value}-{Path(base).name.replace(':', '-')}"
         folder = run(base, ",".join(data), out, recipe=made, steps=steps, minutes=minutes, console=say, **settings)
         say.print(f"saved {folder}  (curve: {folder / 'curve.png'})\nnext:")
-        say.print(f"  diffusify generate {folder} 'Once upon a time' --watch\n  diffusify show {folder}", markup=False)
+        say.print(f"  diffusify generate {folder} 'Once upon a time' --watch", markup=False, soft_wrap=True)
+        say.print(f"  diffusify show {folder}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def main(
             f"diffusify show {out}",
             f"diffusify adapt {BASE} --recipe ar --data {DATA} --minutes 10 --out runs/infiller",
         ):
-            say.print(f"  {line}", markup=False)
+            say.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def samples(folder: Path) -> str:
