@@ -36,10 +36,11 @@ def ours(denoiser: Denoiser, batch: Noised) -> torch.Tensor:
 
 
 def plain(denoiser: Denoiser, batch: Noised) -> torch.Tensor:
-    """What a straightforward script does: a dense mask for every text, logits everywhere, then select."""
+    """The same step as a script would write it: a dense mask for every text, logits everywhere, then select."""
     network, canvas = denoiser.network, batch.canvas
     mask = torch.zeros(ROWS, 1, LENGTH, LENGTH)
     logits = network(canvas.tokens, attention_mask=mask).logits[:, :-1].float()
+    logits = logits.index_fill(-1, torch.tensor([denoiser.diffusion.mask_token_id]), -torch.inf)
     nll = F.cross_entropy(logits.transpose(1, 2), batch.clean[:, 1:], reduction="none")
     return (nll * canvas.open[:, 1:] / batch.t[:, 1:]).sum() / canvas.editable.sum()
 

@@ -55,9 +55,9 @@ def adapt(
         RecipeName,
         typer.Option(help="block: parallel blocks, left to right; ar: fully bidirectional; mlm: from a masked model."),
     ] = RecipeName.block,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps [default: 200 without --minutes].")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 200 where no --minutes are given.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training instead of steps.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the model goes [default: runs/RECIPE-BASE].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the model goes; runs/RECIPE-BASE if unset.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,7 +76,8 @@ def adapt(
             raise ValueError("--data is missing; builtin:pydoc is text that every Python carries")
         made, settings = parse_options(recipe, option or [])
         out = out or Path("runs") / f"{recipe.value}-{Path(base).name.replace(':', '-')}"
-        folder = run(base, ",".join(data), out, recipe=made, steps=steps, minutes=minutes, console=say, **settings)
+        source = data[0] if len(data) == 1 else ",".join(part if "*" in part else f"1*{part}" for part in data)
+        folder = run(base, source, out, recipe=made, steps=steps, minutes=minutes, console=say, **settings)
         say.print(f"saved {folder}  (curve: {folder / 'curve.png'})\nnext:")
         say.print(f"  diffusify generate {folder} 'Once upon a time' --watch", markup=False, soft_wrap=True)
         say.print(f"  diffusify show {folder}", markup=False, soft_wrap=True)

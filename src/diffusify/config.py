@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from diffusify.diffusion.attention import AttentionPattern, BlockCausal
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
@@ -82,7 +82,7 @@ class DiffusionConfig:
     @property
     def sees_right_context(self) -> bool:
         """Whether an open position is decided with a view of the text behind it: what infilling needs."""
-        return type(self.attention).__name__ in ("Bidirectional", "Prefix")
+        return isinstance(self.attention, Bidirectional | Prefix)
 
     def save(self, folder: Path | str) -> None:
         text = json.dumps(to_plain(self), indent=2)

@@ -3,6 +3,7 @@
 python -m diffusify.demo --out runs/demo
 """
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +30,7 @@ PROMPTS = [
     "The import statement",
     "A string literal",
 ]
+ROOM = 48
 say = Console(highlight=False)
 
 
@@ -40,8 +42,9 @@ def main(
     with clear_errors():
         say.print(f"[bold]1. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
         adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say)
+        gc.collect()  # the trainer and its optimizer refer to each other; two more networks are to fit
         say.print("[bold]2. write[/] the same prompts from left to right, and in blocks of four")
-        page = samples(out)
+        page, _ = samples(out)
         (out / "samples.md").write_text(page, encoding="utf-8")
         say.print(f"\n{page.split('## ')[0].strip()}\n", markup=False)
         say.print(f"[bold]made[/] {out}/ (the model), {out}/curve.png, {out}/samples.md")
@@ -54,37 +57,44 @@ def main(
             say.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def samples(folder: Path) -> str:
-    """A page of Markdown: AR and diffusion side by side, with what each took."""
+def samples(folder: Path) -> tuple[str, dict[str, dict[str, float]]]:
+    """A page of Markdown, AR and diffusion side by side, and what each way took."""
     model, base = DiffusionLM.from_pretrained(folder), load_base(BASE)
     ways: dict[str, Callable[[str], Generation]] = {
         "AR, base": lambda prompt: ar_text(base.network, model, prompt),
         "AR, adapted": lambda prompt: ar_text(model.denoiser.network, model, prompt),
-        "diffusion, threshold 0.9": lambda prompt: model.generate(prompt, max_new_tokens=48),
-        "diffusion, two tokens a step": lambda prompt: model.generate(prompt, max_new_tokens=48, steps=24),
+        "diffusion, threshold 0.9": lambda prompt: model.generate(prompt, max_new_tokens=ROOM),
+        "diffusion, two tokens a step": lambda prompt: model.generate(prompt, max_new_tokens=ROOM, steps=ROOM // 2),
     }
     for write in ways.values():
         write("Warm up")
     written = {name: [write(prompt) for prompt in PROMPTS] for name, write in ways.items()}
+    took = {name: rates(results) for name, results in written.items()}
     lines = ["# The same weights, two ways to write", "", "| | tokens per forward | tokens/s |", "| :-- | --: | --: |"]
-    for name, results in written.items():
-        tokens, forwards = sum(r.tokens for r in results), sum(r.forwards for r in results)
-        seconds = sum(r.seconds for r in results)
-        lines.append(f"| {name} | {tokens / forwards:.2f} | {tokens / seconds:.1f} |")
+    lines += [f"| {name} | {t['tokens_per_forward']:.2f} | {t['tokens_per_second']:.1f} |" for name, t in took.items()]
     for i, prompt in enumerate(PROMPTS):
         lines += ["", f"## {prompt}"]
         for name, results in written.items():
             text = results[i].text.removeprefix(prompt).strip().replace("\n", " ")
             lines += ["", f"**{name}** ({results[i].tokens_per_forward:.2f} tokens per forward): {text}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", took
 
 
-def ar_text(network: PreTrainedModel, model: DiffusionLM, prompt: str, max_new_tokens: int = 48) -> Generation:
+def rates(results: list[Generation]) -> dict[str, float]:
+    """Over all texts together."""
+    tokens = sum(result.tokens for result in results)
+    return {
+        "tokens_per_forward": round(tokens / sum(result.forwards for result in results), 2),
+        "tokens_per_second": round(tokens / sum(result.seconds for result in results), 1),
+    }
+
+
+def ar_text(network: PreTrainedModel, model: DiffusionLM, prompt: str) -> Generation:
     """Greedy decoding with a key-value cache by `transformers` itself."""
-    canvas = continuation_canvas(model.tokenizer, [prompt], max_new_tokens, context=None)
+    canvas = continuation_canvas(model.tokenizer, [prompt], ROOM, context=None)
     given = canvas.tokens[~canvas.editable][None]
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=ROOM,
         do_sample=False,
         eos_token_id=model.tokenizer.end_token_id,
         pad_token_id=model.tokenizer.pad_token_id,

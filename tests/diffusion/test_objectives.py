@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, PerText, noised
-from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm, cross_entropy
 from diffusify.diffusion.schedules import Linear
 
 DATA = Path(__file__).parents[1] / "data"
@@ -93,6 +93,21 @@ def test_a_perfect_next_token_oracle_has_loss_zero_and_off_by_one_does_not() -> 
         loss = Objective(Flat(), per="open")(logits[batch.canvas.open], logits[batch.ar], batch, Linear())
         mean = float(loss.total / loss.count)
         assert (mean < 1e-6) if right else (mean > torch.tensor(11.0).log())
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 300), (torch.bfloat16, 300), (torch.float32, 0)])
+def test_cross_entropy_in_chunks_agrees_with_torch(dtype: torch.dtype, rows: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    values = (torch.randn(rows, 40, generator=rng) * 4).to(dtype)
+    values[:, 7] = -torch.inf  # a banned token
+    targets = torch.randint(8, 40, (rows,), generator=rng)
+    worth = torch.rand(rows, generator=rng)
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    a, b = cross_entropy(ours, targets), F.cross_entropy(theirs.float(), targets, reduction="none")
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    (a * worth).sum().backward()
+    (b * worth).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_impossible_ar_settings_are_refused() -> None:

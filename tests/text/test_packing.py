@@ -98,3 +98,14 @@ def test_refusals() -> None:
         pack(Dataset.from_dict({"text": ["a"]}), BYTES, 1)
     with pytest.raises(ValueError, match="no texts to pack"):
         pack(Dataset.from_dict({"text": []}), BYTES, 8)
+
+
+def test_the_end_token_is_a_target_and_padding_never_is() -> None:
+    """Law 8."""
+    tokenizer = byte_level()
+    rows = pack(Dataset.from_dict({"text": ["ab", "cd"]}), tokenizer, 16, keep_tail=True)
+    batch = collate([rows[0]])
+    clean = Canvas.clean(batch["tokens"], batch["document"])
+    ends = clean.tokens == tokenizer.end_token_id
+    assert clean.editable[ends & clean.real].all() and (ends & clean.editable).sum() >= 2
+    assert not clean.editable[~clean.real].any() and (~clean.real).any()

@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 import diffusify
 from diffusify.models.recipes import ar, block, mlm
+from diffusify.text.sources import load_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
 
@@ -108,6 +110,13 @@ def test_minutes_end_a_run_and_lower_the_learning_rate(causal_base: str, corpus:
     assert sum("eval_bound" in entry for entry in log) >= 2
 
 
-def test_a_streamed_mixture_trains(causal_base: str, corpus: str, tmp_path: Path) -> None:
-    out = adapt(causal_base, f"0.5*{corpus},0.5*{corpus}", tmp_path / "run", recipe=ar(), steps=2, **TINY)
+def test_a_mixture_and_a_stream_train(
+    causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = adapt(causal_base, f"0.5*{corpus},0.5*{corpus}", tmp_path / "mixture", recipe=ar(), steps=2, **TINY)
     assert diffusify.load(out).config.sees_right_context
+    stream = load_texts(corpus, streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **settings: stream)
+    out = adapt(causal_base, "hub:some/texts", tmp_path / "stream", steps=60, **TINY)  # more than an epoch
+    log = json.loads((out / "training.json").read_text())["log"]
+    assert max(entry["step"] for entry in log) == 60

@@ -4,11 +4,10 @@ Axes: b texts, n positions, k open positions (row by row), j positions of the AR
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
@@ -43,6 +42,34 @@ class Flat:
 
 
 Weight = Elbo | Rdm | Flat
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Float32 arithmetic in chunks of rows: a vocabulary-wide float32 copy of all logits never exists."""
+
+    CHUNK = 128
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        norm = torch.cat([part.float().logsumexp(-1) for part in logits.split(_CrossEntropy.CHUNK)])
+        ctx.save_for_backward(logits, targets, norm)
+        return norm - logits.gather(-1, targets[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, targets, norm = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        pieces = (x.split(_CrossEntropy.CHUNK) for x in (logits, targets, norm, grad, out))
+        for part, target, total, worth, into in zip(*pieces, strict=True):
+            chance = (part.float() - total[:, None]).exp_()
+            chance.scatter_add_(-1, target[:, None], chance.new_full((len(target), 1), -1.0))
+            into.copy_(chance.mul_(worth[:, None]))
+        return out, None
+
+
+def cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """The negative log-probability (nats, float32) of each target; logits may be bfloat16 and hold -inf."""
+    return _CrossEntropy.apply(logits, targets)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -93,8 +120,8 @@ class Objective:
         schedule: NoiseSchedule,
     ) -> Loss:
         canvas, clean = noised.canvas, noised.clean
-        nll = F.cross_entropy(logits.float(), clean[canvas.open], reduction="none")
-        ar_nll = F.cross_entropy(ar_logits.float(), clean[noised.ar], reduction="none")
+        nll = cross_entropy(logits, clean[canvas.open])
+        ar_nll = cross_entropy(ar_logits, clean[noised.ar])
         share = torch.ones_like(noised.t)
         if self.per == "text":
             share = share / canvas.editable.sum(1, keepdim=True).clamp_min(1)

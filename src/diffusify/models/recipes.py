@@ -57,7 +57,7 @@ class Recipe:
 
 
 def ar(
-    annealing_steps: int = 100,
+    annealing_steps: int = 20,
     *,
     shift: int = 1,
     schedule: NoiseSchedule = Linear(),

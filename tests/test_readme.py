@@ -1,0 +1,39 @@
+"""What the README claims is what was measured, and what it shows runs."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["result"]
+
+
+def test_the_numbers_are_those_of_the_results() -> None:
+    demo, step = result("demo"), result("train_step")
+    words = " ".join(README.split())
+    bound, ar = demo["bound_nats_per_token"], demo["ar_loss_nats_per_token"]
+    assert f"falls from {bound[0]} to {bound[-1]} nats per token" in words
+    assert f"own loss falls from {ar[0]} to {ar[-1]}" in words
+    assert f"runs at {step['speedup']['median']} times" in words
+    assert f"with {step['ours']['peak_gib']} instead of {step['plain']['peak_gib']} GiB" in words
+
+
+def test_python_in_the_readme_says_words_that_exist() -> None:
+    import diffusify
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "diffusify":
+                assert getattr(diffusify, node.attr)
+
+
+def test_every_file_the_readme_names_is_there() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
