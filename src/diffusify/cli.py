@@ -265,12 +265,11 @@ def _nothing() -> Iterator[None]:
 def picture(lm: "DiffusionLM", frame: "Frame") -> Text:
     """A canvas for the terminal: the prompt as it is, written tokens from red (guessed) to green (sure), holes dim."""
     canvas, text = frame.canvas, Text()
-    rows = zip(canvas.tokens[0].tolist(), canvas.open[0].tolist(), canvas.editable[0].tolist(), strict=True)
-    for (token, is_open, editable), score in zip(rows, frame.score[0].exp().tolist(), strict=True):
+    cells = zip(canvas.tokens[0].tolist(), canvas.open[0].tolist(), canvas.editable[0].tolist(), strict=True)
+    for (token, is_open, editable), score in zip(cells, frame.score[0].exp().tolist(), strict=True):
         if is_open:
             text.append("\u2581", style="dim")
-        elif editable:
-            text.append(lm.tokenizer.decode([token]), style=f"rgb({int(255 * (1 - score))},{int(90 + 130 * score)},90)")
-        else:
-            text.append(lm.tokenizer.decode([token]))
+            continue
+        colour = f"rgb({int(255 * (1 - score))},{int(90 + 130 * score)},90)" if editable else ""
+        text.append(lm.tokenizer.decode([token], continues=bool(text)), style=colour)
     return text

@@ -41,7 +41,7 @@ def main(
     """Adapt SmolLM2-135M with block diffusion, then write a page of samples."""
     with clear_errors():
         say.print(f"[bold]1. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
-        adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say)
+        adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say, per_device_train_batch_size=2)
         gc.collect()  # the trainer and its optimizer refer to each other; two more networks are to fit
         say.print("[bold]2. write[/] the same prompts from left to right, and in blocks of four")
         page, _ = samples(out)

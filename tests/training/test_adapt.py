@@ -70,6 +70,7 @@ def test_an_interrupted_run_goes_on(
         ({"data": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"length": 4096}, "length=4096"),
         ({"learning_rat": 1e-4}, 'did you mean "learning_rate"'),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' must be one of float"),
         ({"recipe": mlm()}, "left-to-right"),
     ],
 )

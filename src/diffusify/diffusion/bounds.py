@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.objectives import cross_entropy
 
 # (noisy canvas, clean tokens) -> logits [k, v] at the canvas's open positions, row by row
 Answer = Callable[[Canvas, Tensor], Tensor]
@@ -69,7 +69,7 @@ def bound(
     total = torch.zeros(clean.tokens.shape, device=clean.tokens.device)
     masked = []
     for canvas, share in mask_counts(clean, unit, draws, noise, generator):
-        nll = F.cross_entropy(answer(canvas, clean.tokens).float(), clean.tokens[canvas.open], reduction="none")
+        nll = cross_entropy(answer(canvas, clean.tokens), clean.tokens[canvas.open])
         total += torch.zeros_like(total).masked_scatter(canvas.open, nll) / share / draws
         masked.append(torch.stack([nll, share[canvas.open]], 1))
     return Bound(total, torch.cat(masked))

@@ -60,7 +60,7 @@ def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Datase
         texts = Dataset.from_dict({"text": [text for file in paths for text in _read(file)]})
         empty = not len(texts)
     if empty:
-        raise ValueError(f"data source {source} has no documents: all of its {len(paths)} files are empty")
+        raise ValueError(f"data source {source} has no documents: nothing but empty files in it ({len(paths)})")
     return texts
 
 

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from diffusify.config import nearest, to_plain
+from diffusify.config import from_plain, nearest, to_plain
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.influence import check_attention
 from diffusify.models.loading import Base, ensure_mask_token, load_base
@@ -46,12 +45,13 @@ def adapt(
 
     `base` and `data` as `load_base` and `load_texts` take them; rows of `length` tokens; `held_out` tokens are kept
     aside to measure the bound. The budget is `steps` or `minutes` (200 steps when neither is given). `training` are
-    fields of `transformers.TrainingArguments`. An interrupted run goes on where its last checkpoint stands; a
-    finished one is returned as it is. ValueError for anything that cannot work, before weights are touched.
+    fields of `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted
+    run goes on where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that
+    cannot work, before weights are touched.
     """
-    recipe, out, console = recipe or block(), Path(out), console or Console(quiet=True)
+    recipe, out, console = recipe or block(), Path(out), console or Console(stderr=True, highlight=False)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
-    check_training_options(training)
+    training = check_training_options(training)
     record = {
         "base": base,
         "data": data,
@@ -75,9 +75,9 @@ def adapt(
     rows = pack(train, tokenizer, length)
     held = pack(valid, tokenizer, length, keep_tail=True)
     assert isinstance(held, Dataset)
+    args = training_arguments(out, budget, denoiser, seed, training)
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    args = training_arguments(out, budget, denoiser, seed, training)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer = DiffusionTrainer(
         denoiser,
@@ -90,10 +90,12 @@ def adapt(
         budget=budget,
     )
     _run(trainer, out, console)
-    save_denoiser(out, denoiser, source.tokenizer)
+    if not args.should_save:  # the first process writes
+        return out
     curve = {"tokens_per_step": batch * length, "log": trainer.state.log_history}
     (out / "training.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
     plot_curve(out)
+    save_denoiser(out, denoiser, source.tokenizer)
     for leftover in (*out.glob("checkpoint-*"), out / ".unfinished"):
         shutil.rmtree(leftover, ignore_errors=True)
     return out
@@ -118,11 +120,14 @@ def make_denoiser(base: Base, recipe: Recipe) -> tuple[Denoiser, TextTokenizer]:
     return Denoiser(base.network, card), TextTokenizer(base.tokenizer, mask)
 
 
-def check_training_options(options: dict[str, Any]) -> None:
-    known = {f.name for f in fields(TrainingArguments)}
+def check_training_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with plain values of the right type. ValueError names what is no field, or no value for it."""
+    hints = get_type_hints(TrainingArguments)
     for name in options:
-        if name not in known:
-            raise ValueError(f'"{name}" is no field of TrainingArguments{nearest(name, known)}')
+        if name not in hints:
+            raise ValueError(f'"{name}" is no field of TrainingArguments{nearest(name, hints)}')
+    simple = bool | int | float | str
+    return {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
 
 
 def training_arguments(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.bounds import Bound, bound
+from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
 from diffusify.text.packing import collate
 
@@ -70,7 +70,7 @@ def _measure(
         with autocast():
             prediction = denoiser(canvas, text, ask=canvas.open, ar=ar)
         if ar is not None:
-            next_nll.append(F.cross_entropy(prediction.ar_logits.float(), text[ar], reduction="none"))
+            next_nll.append(cross_entropy(prediction.ar_logits, text[ar]))
         return prediction.logits
 
     unit = clean.document * clean.tokens.shape[1] + (clean.positions // size if size else 0)
