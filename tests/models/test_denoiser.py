@@ -55,7 +55,7 @@ def shown(denoiser: Denoiser, clean: torch.Tensor, ask: torch.Tensor, document: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bert", "modernbert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bert", "modernbert", "roberta"])
 @pytest.mark.parametrize("half", ["token", "block"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_one_two_stream_pass_equals_block_by_block(family: str, half: Literal["token", "block"], size: int) -> None:

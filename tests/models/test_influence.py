@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Causal, Prefix
@@ -57,8 +58,14 @@ def test_a_kernel_that_would_ignore_the_mask_is_refused() -> None:
         Denoiser(denoiser.network, denoiser.diffusion)
 
 
+def test_a_network_without_position_ids_is_refused() -> None:
+    config = BloomConfig(vocab_size=48, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="position_ids"):
+        Denoiser(BloomForCausalLM(config), tiny_denoiser("llama").diffusion)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "albert", "distilbert", "electra", "gpt_neox", "phi3"])
 def test_documents_and_padding_do_not_see_each_other(family: str) -> None:
     denoiser = tiny_denoiser(family)
     row = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 0, 0]])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.attention import AttentionPattern, Scene
+from diffusify.diffusion.attention import AttentionPattern, BlockCausal, Scene
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,13 @@ class Denoiser(nn.Module):
         if kernel not in ("sdpa", "eager"):
             raise ValueError(f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa or eager")
         self.network, self.diffusion = network, config
-        self._accepts = inspect.signature(network.forward).parameters
+        accepts = inspect.signature(network.forward).parameters
+        if "position_ids" not in accepts:
+            raise ValueError(
+                f"{type(network).__name__} takes no position_ids, so documents and blocks could not be placed; "
+                "give a network of another family"
+            )
+        self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
         self._offset = _position_offset(network)
         self._windows = _windows(network)
         self._wanted: Tensor | None = None
@@ -84,8 +90,8 @@ class Denoiser(nn.Module):
         `clean` is the finished text while training. `attention` stands in for the card's pattern (annealing).
         """
         pattern = self.diffusion.attention if attention is None else attention
-        if ask is not None and clean is None and self.diffusion.block_size:
-            canvas, ask = self._crop(canvas, ask, self.diffusion.block_size)
+        if ask is not None and clean is None and isinstance(pattern, BlockCausal):
+            canvas, ask = _crop(canvas, ask, pattern.size)
         scene = pattern(canvas, clean, shift=self.diffusion.shift)
         row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
         asked = (row + scene.answers).flatten() if ask is None else (row + scene.answers)[ask]
@@ -94,26 +100,23 @@ class Denoiser(nn.Module):
         about, ar_logits = logits.split([len(asked), len(also)])
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits)
 
-    def _crop(self, canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
-        """The canvas up to the end of the last asked block: what comes later is not seen."""
-        at = torch.arange(ask.shape[1], device=ask.device)
-        ends = torch.where(ask, at - canvas.positions % size + size, 0)
-        end = min(int(ends.max()), ask.shape[1])
-        return canvas[:, :end], ask[:, :end]
-
     def _project(self, scene: Scene, wanted: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
         """Run the network on a scene and give the logits of the wanted outputs (indices into b * m)."""
-        optional = {"position_ids": scene.positions + self._offset, "use_cache": False}
-        inputs: dict[str, Any] = {name: value for name, value in optional.items() if name in self._accepts}
         windows = {kind: w if w and w < scene.tokens.shape[1] else None for kind, w in self._windows.items()}
         limited = any(windows.values())
         self._wanted = wanted
         try:
             with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
                 mask = None if shown is None else _bias(shown, self.network.dtype, windows if limited else {})
-                logits = self.network(input_ids=scene.tokens, attention_mask=mask, **inputs).logits[0]
+                out = self.network(
+                    input_ids=scene.tokens,
+                    position_ids=scene.positions + self._offset,
+                    attention_mask=mask,
+                    **self._settings,
+                )
         finally:
             self._wanted = None
+        logits = out.logits[0]
         return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
 
     def _gather(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -124,6 +127,14 @@ class Denoiser(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.gradient_checkpointing_enable(**kwargs)
+
+
+def _crop(canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
+    """The canvas up to the end of the last asked block: what comes later is not seen."""
+    at = torch.arange(ask.shape[1], device=ask.device)
+    ends = torch.where(ask, at - canvas.positions % size + size, 0)
+    end = min(int(ends.max()), ask.shape[1])
+    return canvas[:, :end], ask[:, :end]
 
 
 @contextmanager
