@@ -28,9 +28,9 @@ def moment(asked: torch.Tensor, logits: torch.Tensor, step: int = 0, steps: int 
     score = torch.full(asked.shape, -torch.inf)
     tokens = torch.zeros_like(canvas.tokens)
     score[asked], tokens[asked] = logits.log_softmax(-1).max(-1)
-    b = len(asked)
     rng = torch.Generator().manual_seed(seed)
-    return Moment(canvas, Guess(tokens, score), asked, logits, torch.full((b,), step), torch.full((b,), steps), rng)
+    at, of = torch.full((len(asked),), step), torch.full((len(asked),), steps)
+    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked.sum(1), at, of, rng)
 
 
 @given(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Ancestral, Evenly, Leftmost, Moment, Policy, Random, Threshold, Unmask
+from diffusify.diffusion.policies import Ancestral, Evenly, Leftmost, Moment, Policy, Random, Reparam, Threshold, Unmask
 from diffusify.sampling.sampler import Sampler
 from tests.families import MASK, tiny_denoiser
 
@@ -64,6 +64,43 @@ def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
     frame = last(Sampler(policy=TopKTies(), steps=steps)(toy, canvas, window.expand(2, 36), noise=63))
     assert torch.equal(frame.canvas.tokens, given[f"expected_block{width}_steps{steps}"])
     assert frame.forwards == steps
+
+
+@pytest.mark.parametrize("curve", ["linear", "cosine"])
+@pytest.mark.parametrize("conditional", [False, True], ids=["uncond", "cond"])
+def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], conditional: bool) -> None:
+    """The authors' own routing on recorded logits: the same canvas after each of eight steps."""
+    given = load_file(DATA / f"rdm_decode_{'cond' if conditional else 'uncond'}_{curve}.safetensors")
+    steps = iter(given["logits"])
+
+    def recorded(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        return Logits(next(steps)[ask])
+
+    editable = given["editable"]
+    start = Canvas(given["tokens"], editable, editable, torch.ones_like(given["tokens"]))
+    noise = int(given["tokens"][editable][0])
+    sampler = Sampler(policy=Reparam(curve, conditional), steps=8)
+    frames = list(sampler(recorded, start, noise=noise))
+    assert len(frames) == 8
+    for frame, tokens, open in zip(frames, given["expected_tokens"], given["expected_open"], strict=True):
+        assert torch.equal(frame.canvas.tokens, tokens)
+        assert torch.equal(frame.canvas.open, open)
+
+
+def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:
+    denoiser = tiny_denoiser("bert", Bidirectional())
+    room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 5]], noise=MASK, pad=0)
+
+    def write(seed: int) -> torch.Tensor:
+        frames = Sampler(policy=Reparam(noise=5.0), steps=6)(
+            denoiser, room, noise=MASK, generator=torch.Generator().manual_seed(seed)
+        )
+        canvas = last(frames).canvas
+        assert not canvas.open.any()
+        return canvas.tokens
+
+    assert torch.equal(write(0), write(0))
+    assert any(not torch.equal(write(0), write(seed)) for seed in range(1, 5))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

@@ -5,6 +5,7 @@ Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,8 +21,10 @@ class Moment:
 
     canvas: Canvas
     guess: Guess
-    asked: Bool[Tensor, "b n"]  # the open positions where work is going on
+    score: Float[Tensor, "b n"]  # how sure each written token was when it was written
+    asked: Bool[Tensor, "b n"]  # where work is going on: open positions, or all editable ones where a policy revises
     logits: Float[Tensor, "k v"]  # at the asked positions
+    size: Int[Tensor, " b"]  # how many positions there are to write, those already written included
     step: Int[Tensor, " b"]
     steps: Int[Tensor, " b"]
     generator: Generator | None = None
@@ -33,6 +36,12 @@ class Moment:
 
     def rand(self) -> Float[Tensor, "b n"]:
         return torch.rand(self.asked.shape, generator=self.generator, device=self.asked.device)
+
+
+def open_share(curve: Literal["linear", "cosine"], now: Moment) -> Float[Tensor, " b"]:
+    """The share of positions that a curve leaves open after this step: none after the last."""
+    done = (now.step + 1).double() / now.steps
+    return (1 - done if curve == "linear" else torch.cos(math.pi / 2 * done)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,16 @@ class Threshold:
         return torch.maximum(sure, Evenly()(now))
 
 
-Quota = Evenly | Threshold  # (now) -> Int[b]: how many to write
+@dataclass(frozen=True)
+class Accelerating:
+    """Few at first, then more and more: a share cos(pi/2 p) stays open after a share p of the steps (MaskGIT)."""
+
+    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
+        left = (now.size * open_share("cosine", now) + 1e-9).floor().long()
+        return (now.asked.sum(1) - left).clamp_min(1)
+
+
+Quota = Evenly | Threshold | Accelerating  # (now) -> Int[b]: how many to write
 
 
 def best(rank: Float[Tensor, "b n"], among: Bool[Tensor, "b n"], count: Int[Tensor, " b"]) -> Bool[Tensor, "b n"]:
@@ -137,4 +155,35 @@ class Ancestral:
         return Move(write, erase=torch.zeros_like(write))
 
 
-Policy = Unmask | Ancestral
+@dataclass(frozen=True)
+class Reparam:
+    """Judge every position anew at every step and keep the surest (RDM, Diffusion-LLM).
+
+    A `curve` says how many positions stay noise; a written token that falls among the least sure is taken back. When
+    `conditional`, only if the network still gives that token, and is less sure of it than when it was written.
+    `noise` adds so much Gumbel noise to the scores at first, and less along the curve (stochastic routing).
+    """
+
+    revises: ClassVar[bool] = True
+    curve: Literal["linear", "cosine"] = "cosine"
+    conditional: bool = False
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.noise < 0:
+            raise ValueError(f"noise={self.noise} must be at least 0; 0.0 is deterministic routing")
+
+    def __call__(self, now: Moment) -> Move:
+        open, rank = now.canvas.open, now.guess.score
+        share = open_share(self.curve, now)
+        if self.noise:
+            gumbel = -torch.log(-torch.log(now.rand()))
+            rank = rank + self.noise * share[:, None] * gumbel
+        low = best(-rank, now.asked, (now.size * share + 1e-9).floor().long())
+        falls = low & ~open
+        if self.conditional:
+            falls = falls & (now.guess.tokens == now.canvas.tokens) & (now.guess.score < now.score)
+        return Move(write=now.asked & open & ~low, erase=falls)
+
+
+Policy = Unmask | Ancestral | Reparam

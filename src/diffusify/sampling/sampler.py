@@ -43,6 +43,7 @@ class Sampler:
     """How open positions are filled: what is picked, what is written at each step, and how many steps there are.
 
     Any callables of the same form as the ready-made picks and policies will do.
+    A policy that `revises` is shown all editable positions of a window, the written ones too.
     `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
     written; behind a written `end_token_id` a row needs no more work.
     """
@@ -73,15 +74,24 @@ class Sampler:
         row goes at its own pace, so a row's text does not depend on its neighbours.
         """
         window = torch.zeros_like(canvas.tokens) if window is None else window
+        nowhere = torch.iinfo(window.dtype).max
+        revises = getattr(self.policy, "revises", False)
         room = canvas.open.sum(1)
         score = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
-        step = current = torch.full_like(room, -1)
-        forwards = 0
-        while (todo := canvas.open & ~self._finished(canvas)[:, None]).any():
-            front = window.masked_fill(~todo, torch.iinfo(window.dtype).max).amin(1)
-            asked = todo & (window == front[:, None])
+        current = torch.full_like(room, -1)
+        step, steps, forwards = current, torch.zeros_like(room), 0
+        while True:
+            todo = canvas.open & ~self._finished(canvas)[:, None]
+            front = window.masked_fill(~todo, nowhere).amin(1)
+            if revises:  # a window gets all its steps: what is written may still change
+                front = torch.where(step + 1 < steps, current, front)
+            if (front == nowhere).all():
+                return
+            here = canvas.editable & (window == front[:, None])
+            asked = here if revises else here & canvas.open
+            size = here.sum(1)
             step = torch.where(front == current, step + 1, 0)
-            steps = self._steps((canvas.editable & (window == front[:, None])).sum(1), room)
+            steps = torch.where(front == nowhere, 0, self._steps(size, room))
             current = front
             logits = denoiser(canvas, ask=asked).logits
             forwards += 1
@@ -93,7 +103,7 @@ class Sampler:
                 canvas.tokens.masked_scatter(asked, tokens),
                 torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
             )
-            move = self.policy(Moment(canvas, guess, asked, logits, step, steps, generator))
+            move = self.policy(Moment(canvas, guess, score, asked, logits, size, step, steps, generator))
             score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
             canvas = canvas.play(move, guess, noise)
             yield Frame(canvas, score, forwards)
