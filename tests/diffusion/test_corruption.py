@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.corruption import PerBlock, PerText, corrupt, noised, stratified
+from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, corrupt, noised, stratified
 from diffusify.diffusion.schedules import Cosine, Linear
 
 
@@ -58,3 +58,18 @@ def test_blocks_have_a_time_each_and_restart_with_every_document() -> None:
     assert len({float(group[0]) for group in groups}) == 6
     cells = sorted(float(group[0]) for group in groups)
     assert all(abs(b - a - 1 / 6) < 1e-2 for a, b in zip(cells, cells[1:], strict=False))
+
+
+def test_packed_texts_have_a_time_each() -> None:
+    document = torch.tensor([[1] * 6 + [2] * 4, [1] * 10])
+    t = PerText(draws=2)(Canvas.clean(torch.zeros_like(document), document), generator(0))
+    for draw in t:
+        groups = [draw[0, :6], draw[0, 6:], draw[1]]
+        assert all(len(set(group.tolist())) == 1 for group in groups)
+    assert len(set(t.flatten().tolist())) == 6
+
+
+def test_a_fixed_time_opens_a_fixed_share() -> None:
+    batch = noised(Canvas.clean(torch.zeros(40, 500, dtype=torch.long)), Fixed(), Linear(), 1, generator=generator(0))
+    assert set(batch.t.flatten().tolist()) == {torch.tensor(0.15).item()}
+    assert abs(float(batch.canvas.open.float().mean()) - 0.15) < 0.01

@@ -39,6 +39,46 @@ def test_rdm_loss_of_the_authors_code() -> None:
     torch.testing.assert_close(loss.total / loss.count, given["rdm.expected_loss"])
 
 
+@given(st.integers(0, 500), st.sampled_from([0.0, 0.1, 0.5]))
+def test_label_smoothing_is_torch_s_own_on_the_tokens_that_can_be(seed: int, smoothing: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    possible = torch.randn(300, 6, generator=rng, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 6, (300,), generator=rng)
+    theirs = F.cross_entropy(possible, targets, reduction="none", label_smoothing=smoothing)
+    logits = torch.cat([possible, torch.full((300, 1), -torch.inf)], -1).float()
+    ours = cross_entropy(logits, targets, smoothing)
+    torch.testing.assert_close(ours, theirs.float())
+    worth = torch.rand(300, generator=rng)
+    grads = [torch.autograd.grad((loss * worth).sum(), possible)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_smoothing_changes_the_loss_but_not_what_is_reported() -> None:
+    rng = torch.Generator().manual_seed(0)
+    batch = noised(Canvas.clean(torch.randint(0, 7, (2, 9), generator=rng)), PerText(), Linear(), 7, generator=rng)
+    logits = torch.randn(int(batch.canvas.open.sum()), 7, generator=rng)
+    plain, smooth = (Objective(label_smoothing=s)(logits, logits[:0], batch, Linear()) for s in (0.0, 0.1))
+    assert plain.total != smooth.total
+    assert torch.equal(plain.nll, smooth.nll)
+
+
+def test_packed_texts_weigh_what_they_would_alone() -> None:
+    """Per text means per document, whether documents share a row or not."""
+    rng = torch.Generator().manual_seed(0)
+    tokens, open = torch.randint(0, 7, (1, 9), generator=rng), torch.rand(1, 9, generator=rng) < 0.5
+    logits, t, no = torch.randn(1, 9, 7, generator=rng), torch.full((1, 9), 0.5), torch.zeros(1, 9, dtype=torch.bool)
+    objective = Objective(Rdm(10), per="text")
+
+    def loss(part: slice, document: list[int]):
+        canvas = Canvas(tokens[:, part], open[:, part], torch.ones_like(open[:, part]), torch.tensor([document]))
+        batch = Noised(canvas, tokens[:, part], t[:, part], no[:, part])
+        return objective(logits[:, part][canvas.open], logits[0, :0], batch, Linear())
+
+    whole, parts = loss(slice(0, 9), [1, 1, 2, 2, 2, 2, 2, 2, 2]), (loss(slice(0, 2), [1] * 2), loss(slice(2, 9), [1] * 7))
+    torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
+    assert whole.count == 2
+
+
 @given(st.integers(0, 500), st.sampled_from(["editable", "open", "text"]), st.integers(1, 5))
 def test_sums_and_counts_add_up_however_the_batch_is_split(seed: int, per: str, cut: int) -> None:
     rng = torch.Generator().manual_seed(seed)

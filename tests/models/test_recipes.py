@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal
-from diffusify.diffusion.corruption import PerBlock, PerText
-from diffusify.diffusion.objectives import Elbo, Objective, Rdm
-from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
+from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.models.recipes import Recipe, ar, block, mlm, of_card
 from tests.families import tiny_denoiser
 
 
@@ -50,3 +50,15 @@ def test_the_card_says_what_the_recipe_decided() -> None:
     card = block(8).card("LlamaForCausalLM", 7, "some/base")
     assert (card.block_size, card.shift, card.mask_token_id, card.sees_right_context) == (8, 1, 7, False)
     assert tiny_denoiser("llama").diffusion.sees_right_context
+
+
+def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
+    assert mlm(prefix=True).attention == Prefix()
+    plain = mlm(mask_ratio=0.15, label_smoothing=0.1)
+    assert (plain.time, plain.objective) == (Fixed(0.15), Objective(Flat(), per="open", label_smoothing=0.1))
+    assert mlm(label_smoothing=0.1).objective.label_smoothing == 0.1
+
+
+@pytest.mark.parametrize("recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True)])
+def test_a_card_is_enough_to_go_on(recipe: Recipe) -> None:
+    assert of_card(recipe.card("X", 7, "some/base")) == recipe

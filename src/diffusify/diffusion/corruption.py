@@ -23,9 +23,14 @@ def stratified(count: int, generator: Generator | None = None) -> Float[Tensor, 
     return (cells + torch.rand(1, generator=generator)) / count
 
 
+def _numbered(starts: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """The stretches of a batch counted from 0, given where they start: position 0 of every row is a start."""
+    return starts.cpu().flatten().cumsum(0).view(starts.shape) - 1
+
+
 @dataclass(frozen=True)
 class PerText:
-    """One time for each text, stratified over the batch.
+    """One time for each text (document), stratified over the batch.
 
     `least` keeps 1/t weights bounded. `grid` draws from {1/grid, ..., 1} instead (discrete-time diffusion).
     `draws` times share one text's luck: 2 is the coupled pair of reparameterized discrete diffusion (RDM).
@@ -36,10 +41,10 @@ class PerText:
     draws: int = 1
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
-        b, n = clean.tokens.shape
-        u = stratified(self.draws * b, generator).view(self.draws, b, 1)
+        text = _numbered(clean.positions == 0)
+        u = stratified(self.draws * (int(text.max()) + 1), generator).view(self.draws, -1)
         t = self.least + (1 - self.least) * u if self.grid is None else ((u * self.grid).floor() + 1) / self.grid
-        return t.expand(self.draws, b, n)
+        return t[:, text]
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,27 @@ class PerBlock:
     least: float = 1e-3
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
-        starts = (clean.positions % self.size == 0).cpu()
-        block = starts.flatten().cumsum(0).view_as(starts) - 1  # position 0 of a row always starts a block
-        t = self.least + (1 - self.least) * stratified(int(starts.sum()), generator)
+        block = _numbered(clean.positions % self.size == 0)
+        t = self.least + (1 - self.least) * stratified(int(block.max()) + 1, generator)
         return t[block][None]
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The same time for every text: plain masked language modelling, which opens a share of 0.15."""
+
+    t: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t <= 1:
+            raise ValueError(f"t={self.t} must be in (0, 1]; 0.15 is what masked language models are trained at")
+
+    def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
+        return torch.full((1, *clean.tokens.shape), self.t)
+
+
 # How training time is drawn: (clean, generator) -> Float[d b n] on the CPU.
-TimeSampler = PerText | PerBlock
+TimeSampler = PerText | PerBlock | Fixed
 
 
 @dataclass(frozen=True)

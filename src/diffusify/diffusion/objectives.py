@@ -50,26 +50,41 @@ class _CrossEntropy(torch.autograd.Function):
     CHUNK = 128
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        norm = torch.cat([part.float().logsumexp(-1) for part in logits.split(_CrossEntropy.CHUNK)])
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        parts = logits.split(_CrossEntropy.CHUNK)
+        norm = torch.cat([part.float().logsumexp(-1) for part in parts])
+        wanted = logits.gather(-1, targets[:, None])[:, 0].float()
+        if smoothing:
+            possible = torch.cat([part.isfinite().sum(-1) for part in parts])
+            total = torch.cat([part.float().masked_fill(part.isinf(), 0.0).sum(-1) for part in parts])
+            wanted = (1 - smoothing) * wanted + smoothing * total / possible
         ctx.save_for_backward(logits, targets, norm)
-        return norm - logits.gather(-1, targets[:, None])[:, 0].float()
+        ctx.smoothing = smoothing
+        return norm - wanted
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, norm = ctx.saved_tensors
         out = torch.empty_like(logits)
         pieces = (x.split(_CrossEntropy.CHUNK) for x in (logits, targets, norm, grad, out))
         for part, target, total, worth, into in zip(*pieces, strict=True):
             chance = (part.float() - total[:, None]).exp_()
-            chance.scatter_add_(-1, target[:, None], chance.new_full((len(target), 1), -1.0))
+            if ctx.smoothing:
+                possible = part.isfinite()
+                chance -= possible * (ctx.smoothing / possible.sum(-1, keepdim=True))
+            chance.scatter_add_(-1, target[:, None], chance.new_full((len(target), 1), ctx.smoothing - 1))
             into.copy_(chance.mul_(worth[:, None]))
-        return out, None
+        return out, None, None
 
 
-def cross_entropy(logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """The negative log-probability (nats, float32) of each target; logits may be bfloat16 and hold -inf."""
-    return _CrossEntropy.apply(logits, targets)  # pyright: ignore[reportReturnType]
+def cross_entropy(
+    logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"], label_smoothing: float = 0.0
+) -> Float[Tensor, " k"]:
+    """The negative log-probability (nats, float32) of each target; logits may be bfloat16 and hold -inf.
+
+    `label_smoothing` gives that share of the target to all tokens alike, save those that cannot be (-inf).
+    """
+    return _CrossEntropy.apply(logits, targets, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -90,14 +105,18 @@ class Objective:
     """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
 
     `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
+    `label_smoothing` is for training from scratch (RDM: 0.1).
     """
 
     weight: Weight = Elbo()
     per: Literal["editable", "open", "text"] = "editable"
     ar_weight: float = 0.0
     ar_share: float = 0.25
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1); 0.0 is none, 0.1 is usual")
         if self.ar_weight < 0 or not 0 < self.ar_share <= 1:
             raise ValueError(
                 f"ar_weight={self.ar_weight} must be at least 0 and ar_share={self.ar_share} in (0, 1]; "
@@ -110,7 +129,7 @@ class Objective:
             return canvas.open.sum().float()
         if self.per == "editable":
             return canvas.editable.sum().float()
-        return canvas.editable.any(1).sum().float()
+        return (_sizes(canvas) > 0).sum().float()
 
     def __call__(
         self,
@@ -120,11 +139,19 @@ class Objective:
         schedule: NoiseSchedule,
     ) -> Loss:
         canvas, clean = noised.canvas, noised.clean
-        nll = cross_entropy(logits, clean[canvas.open])
+        targets, smoothing = clean[canvas.open], self.label_smoothing
+        error = cross_entropy(logits, targets, smoothing)
+        nll = cross_entropy(logits.detach(), targets) if smoothing else error.detach()
         ar_nll = cross_entropy(ar_logits, clean[noised.ar])
         share = torch.ones_like(noised.t)
         if self.per == "text":
-            share = share / canvas.editable.sum(1, keepdim=True).clamp_min(1)
+            share = share / _sizes(canvas).gather(1, canvas.document).clamp_min(1)
         worth = self.weight(noised.t, schedule) * share
-        total = (nll * worth[canvas.open]).sum() + self.ar_weight / self.ar_share * (ar_nll * share[noised.ar]).sum()
-        return Loss(total, self.count(canvas), nll.detach(), ar_nll.detach())
+        total = (error * worth[canvas.open]).sum() + self.ar_weight / self.ar_share * (ar_nll * share[noised.ar]).sum()
+        return Loss(total, self.count(canvas), nll, ar_nll.detach())
+
+
+def _sizes(canvas: Canvas) -> Int[Tensor, "b documents"]:
+    """How many editable tokens each document of each row has."""
+    sizes = canvas.document.new_zeros(len(canvas.document), int(canvas.document.max()) + 1)
+    return sizes.scatter_add(1, canvas.document, canvas.editable.long())

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal
-from diffusify.diffusion.corruption import PerBlock, PerText, TimeSampler
-from diffusify.diffusion.objectives import Elbo, Objective, Rdm
-from diffusify.diffusion.policies import Policy, Threshold, Unmask
+from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Prefix
+from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.diffusion.policies import Policy, Reparam, Threshold, Unmask
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
 
@@ -73,10 +73,24 @@ def ar(
     )
 
 
-def mlm(steps: int = 50, *, objective: Objective | None = None) -> Recipe:
-    """A masked network learns every masking rate: discrete time, coupled pair, RDM weights (Diffusion-LLM)."""
-    objective = Objective(weight=Rdm(steps), per="text") if objective is None else objective
-    return Recipe("mlm", 0, Bidirectional(), PerText(grid=steps, draws=2), objective)
+def mlm(
+    steps: int = 50,
+    *,
+    mask_ratio: float | None = None,
+    prefix: bool = False,
+    label_smoothing: float = 0.0,
+    objective: Objective | None = None,
+) -> Recipe:
+    """A masked network learns every masking rate: discrete time, coupled pair, RDM weights (Diffusion-LLM).
+
+    With `prefix` a prompt does not see what is written behind it. A `mask_ratio` keeps to that one rate instead, as
+    masked language models are trained: the paper's ablation. `label_smoothing` 0.1 suits training from scratch.
+    """
+    time = PerText(grid=steps, draws=2) if mask_ratio is None else Fixed(mask_ratio)
+    usual = Objective(Rdm(steps), per="text", label_smoothing=label_smoothing)
+    plain = Objective(Flat(), per="open", label_smoothing=label_smoothing)
+    objective = objective or (usual if mask_ratio is None else plain)
+    return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Reparam())
 
 
 def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None) -> Recipe:
@@ -91,3 +105,11 @@ def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None
     return Recipe(
         "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
     )
+
+
+def of_card(card: DiffusionConfig) -> Recipe:
+    """The recipe that goes on with a model as its card says."""
+    weight = card.objective.weight
+    rdm = PerText(grid=weight.steps, draws=2) if isinstance(weight, Rdm) else PerText()
+    time = rdm if card.block_size is None else PerBlock(card.block_size)
+    return Recipe(card.recipe, card.shift, card.attention, time, card.objective, card.schedule, card.policy)
