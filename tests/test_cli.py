@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it says no."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,16 @@ def test_json_holds_what_a_program_wants(models: dict[str, str]) -> None:
         app, ["generate", models["block"], "The", "--max-new-tokens", "8", "--json", "--temperature", "1"]
     )
     result = json.loads(done.stdout)
-    assert {"text", "tokens", "forwards", "tokens_per_forward", "seconds", "tokens_per_second", "seed"} == set(result)
+    assert {
+        "text",
+        "completion",
+        "tokens",
+        "forwards",
+        "tokens_per_forward",
+        "seconds",
+        "tokens_per_second",
+        "seed",
+    } == set(result)
     assert result["tokens_per_forward"] == pytest.approx(result["tokens"] / result["forwards"], abs=1e-3)
     done = run.invoke(app, ["infill", models["ar"], "The [[3]] sat on [[2]] mat", "--json"])
     assert done.exit_code == 0, done.output
@@ -90,6 +100,25 @@ def test_show(models: dict[str, str]) -> None:
     facts = json.loads(run.invoke(app, ["show", models["ar"], "--json"]).stdout)
     assert facts["can_infill"] is True and facts["card"]["type"] == "DiffusionConfig"
     assert "can infill" in run.invoke(app, ["show", models["block"]]).stdout
+
+
+def test_a_released_model_is_imported(causal_base: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "diffullama", tmp_path / "out"
+    shutil.copytree(causal_base, source)
+    done = run.invoke(app, ["import", str(source), "--out", str(out), "--mask-token-id", "2", "--dtype", "bfloat16"])
+    assert done.exit_code == 0, done.output
+    assert f"diffusify generate {out}" in done.stderr and not done.stdout
+    facts = json.loads(run.invoke(app, ["show", str(out), "--json"]).stdout)
+    assert facts["base"] == str(source) and facts["shift"] == 1 and facts["can_infill"] is True
+    assert run.invoke(app, ["generate", str(out), "The cat", "--max-new-tokens", "4"]).stdout.startswith("The cat")
+    for words, message in (
+        ([str(source), "--out", str(out)], "give an empty or new folder"),
+        ([causal_base, "--out", str(tmp_path / "other")], "`diffusify adapt` is what turns one into a diffusion model"),
+        ([str(source), "--out", str(tmp_path / "other"), "--layout", "diffulama"], 'did you mean "diffullama"'),
+    ):
+        done = run.invoke(app, ["import", *words])
+        assert done.exit_code == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

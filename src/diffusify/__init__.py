@@ -10,28 +10,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusify.models.importers import import_denoiser
+    from diffusify.models.lora import Lora
     from diffusify.models.recipes import Recipe, ar, block, mlm
-    from diffusify.sampling.generation import DiffusionLM, Generation, SamplingConfig, load
+    from diffusify.sampling.generation import DiffusionLM, Generation, load
+    from diffusify.sampling.settings import SamplingConfig
+    from diffusify.text.examples import Template
     from diffusify.training.adapt import adapt
     from diffusify.training.trainer import DiffusionTrainer
+    from diffusify.training.tune import tune
 
 __all__ = [
     "DiffusionLM",
     "DiffusionTrainer",
     "Generation",
+    "Lora",
     "Recipe",
     "SamplingConfig",
+    "Template",
     "adapt",
     "ar",
     "block",
+    "import_denoiser",
     "load",
     "mlm",
+    "tune",
 ]
 
 _ROOMS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
-    "diffusify.sampling.generation": {"DiffusionLM", "Generation", "SamplingConfig", "load"},
+    "diffusify.models.importers": {"import_denoiser"},
+    "diffusify.models.lora": {"Lora"},
+    "diffusify.sampling.generation": {"DiffusionLM", "Generation", "load"},
+    "diffusify.sampling.settings": {"SamplingConfig"},
+    "diffusify.text.examples": {"Template"},
     "diffusify.training.adapt": {"adapt"},
+    "diffusify.training.tune": {"tune"},
     "diffusify.training.trainer": {"DiffusionTrainer"},
 }
 

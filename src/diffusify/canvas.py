@@ -39,10 +39,16 @@ class Canvas:
     document: Int[Tensor, "b n"]  # 0 is padding; a packed row counts its documents from 1
 
     @classmethod
-    def clean(cls, tokens: Int[Tensor, "b n"], document: Int[Tensor, "b n"] | None = None) -> "Canvas":
-        """Finished texts, all of them editable; one document a row unless told otherwise."""
+    def clean(
+        cls,
+        tokens: Int[Tensor, "b n"],
+        document: Int[Tensor, "b n"] | None = None,
+        editable: Bool[Tensor, "b n"] | None = None,
+    ) -> "Canvas":
+        """Finished texts; unless told otherwise one document a row, and all of it editable."""
         document = torch.ones_like(tokens) if document is None else document
-        return cls(tokens, open=torch.zeros_like(document, dtype=torch.bool), editable=document > 0, document=document)
+        editable = document > 0 if editable is None else editable
+        return cls(tokens, open=torch.zeros_like(document, dtype=torch.bool), editable=editable, document=document)
 
     @classmethod
     def room(cls, rows: list[list[int | None]], *, noise: int, pad: int) -> "Canvas":
@@ -65,6 +71,12 @@ class Canvas:
         starts = torch.ones_like(self.document, dtype=torch.bool)
         starts[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
         return at - torch.where(starts, at, 0).cummax(1).values
+
+    @property
+    def sizes(self) -> Int[Tensor, "b documents"]:
+        """How many editable positions each document of each row has; column 0 is padding's."""
+        sizes = self.document.new_zeros(len(self.document), int(self.document.max()) + 1)
+        return sizes.scatter_add(1, self.document, self.editable.to(sizes.dtype))
 
     def play(self, move: Move, guess: Guess, noise: Int[Tensor, "b n"] | int) -> "Canvas":
         """The canvas after a move: guesses written, then erased positions opened to noise."""

@@ -57,6 +57,11 @@ def nearest(name: str, known: Any) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(sorted(known))}"
 
 
+def sees_right_context(attention: AttentionPattern) -> bool:
+    """Whether an open position is decided with a view of the text behind it: what infilling needs."""
+    return isinstance(attention, Bidirectional | Prefix)
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """How a network became a denoiser: saved beside the weights as `diffusion_config.json`, read back by everyone."""
@@ -70,6 +75,7 @@ class DiffusionConfig:
     schedule: NoiseSchedule = Linear()
     objective: Objective = Objective()
     policy: Policy = Unmask()
+    longest_answer: int | None = None  # the longest that the length head tells; no head if unset
 
     def __post_init__(self) -> None:
         if self.shift not in (0, 1):
@@ -81,8 +87,7 @@ class DiffusionConfig:
 
     @property
     def sees_right_context(self) -> bool:
-        """Whether an open position is decided with a view of the text behind it: what infilling needs."""
-        return isinstance(self.attention, Bidirectional | Prefix)
+        return sees_right_context(self.attention)
 
     def save(self, folder: Path | str) -> None:
         text = json.dumps(to_plain(self), indent=2)

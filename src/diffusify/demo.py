@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
-from diffusify.cli import clear_errors
+from diffusify.cli.terminal import clear_errors
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
 from diffusify.sampling.generation import DiffusionLM, Generation

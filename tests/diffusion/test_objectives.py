@@ -74,7 +74,10 @@ def test_packed_texts_weigh_what_they_would_alone() -> None:
         batch = Noised(canvas, tokens[:, part], t[:, part], no[:, part])
         return objective(logits[:, part][canvas.open], logits[0, :0], batch, Linear())
 
-    whole, parts = loss(slice(0, 9), [1, 1, 2, 2, 2, 2, 2, 2, 2]), (loss(slice(0, 2), [1] * 2), loss(slice(2, 9), [1] * 7))
+    whole, parts = (
+        loss(slice(0, 9), [1, 1, 2, 2, 2, 2, 2, 2, 2]),
+        (loss(slice(0, 2), [1] * 2), loss(slice(2, 9), [1] * 7)),
+    )
     torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
     assert whole.count == 2
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
 from diffusify.text import packing
-from diffusify.text.packing import collate, pack
+from diffusify.text.packing import collate, pack, pack_examples
 from diffusify.text.tokens import TextTokenizer
 from tests.text.makers import byte_level, word_piece
 
@@ -109,3 +110,53 @@ def test_the_end_token_is_a_target_and_padding_never_is() -> None:
     ends = clean.tokens == tokenizer.end_token_id
     assert clean.editable[ends & clean.real].all() and (ends & clean.editable).sum() >= 2
     assert not clean.editable[~clean.real].any() and (~clean.real).any()
+
+
+def examples_of(sizes: list[int]) -> Dataset:
+    """Examples of these sizes: each with tokens of its own, the second half of them target."""
+    tokens = [[100 * n + i for i in range(size)] for n, size in enumerate(sizes, 1)]
+    return Dataset.from_dict({"tokens": tokens, "target": [[2 * i >= size for i in range(size)] for size in sizes]})
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 50), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_whole_examples_once(sizes: list[int], length: int, open_rows: int) -> None:
+    examples = examples_of(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "OPEN_ROWS", open_rows)
+        packed = rows_of(pack_examples(examples, length, pad_token_id=7))
+        assert packed == rows_of(pack_examples(examples, length, pad_token_id=7))
+    found = []
+    for row in packed:
+        assert len(row["tokens"]) == len(row["document"]) == len(row["editable"]) == length
+        cells = list(zip(row["tokens"], row["document"], row["editable"], strict=True))
+        last = max(row["document"])
+        assert row["document"] == sorted(row["document"], key=lambda n: n or last + 1)  # in order, padding last
+        assert all(cell == (7, 0, False) for cell in cells if not cell[1])
+        for number in range(1, last + 1):
+            document = [cell for cell in cells if cell[1] == number]
+            found.append({"tokens": [t for t, _, _ in document], "target": [e for _, _, e in document]})
+    assert sorted(found, key=lambda example: example["tokens"]) == rows_of(examples)
+
+
+@pytest.mark.parametrize(("mean", "length"), [(4.5, 512), (5.0, 1024), (3.5, 256)])
+def test_rows_are_well_filled(mean: float, length: int) -> None:
+    sizes = np.random.default_rng(0).lognormal(mean, 0.7, 2000).astype(int).clip(2, length).tolist()
+    packed = pack_examples(examples_of(sizes), length, pad_token_id=0)
+    assert sum(sizes) / (len(packed) * length) > 0.92
+
+
+def test_packed_examples_make_a_batch() -> None:
+    packed = pack_examples(examples_of([4, 3, 2, 5]), 8, pad_token_id=0)
+    batch = collate([packed[0], packed[1]])
+    assert batch["tokens"].dtype == batch["document"].dtype == torch.int64 and batch["editable"].dtype == torch.bool
+    assert batch["document"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 2, 0]]
+    assert batch["editable"].int().tolist() == [[0, 0, 1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 1, 0]]
+    assert set(collate([{"tokens": [1], "document": [1]}])) == {"tokens", "document"}
+
+
+def test_examples_refused() -> None:
+    with pytest.raises(ValueError, match="an example of 9 tokens does not fit into length=8"):
+        pack_examples(examples_of([3, 9, 2]), 8, pad_token_id=0)
+    with pytest.raises(ValueError, match="no examples to pack"):
+        pack_examples(Dataset.from_dict({"tokens": [], "target": []}), 8, pad_token_id=0)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
-from diffusify.text.prompts import continuation_canvas, infill_canvas, parse_holes, read, read_spans
+from diffusify.text.dialogue import Dialogue
+from diffusify.text.examples import Template
+from diffusify.text.prompts import continuation_canvas, few_shot, infill_canvas, parse_holes, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
@@ -86,6 +88,29 @@ def test_continuation_room() -> None:
         continuation_canvas(BYTES, ["the dog"], 0, context=None)
     with pytest.raises(ValueError, match="at least one"):
         continuation_canvas(BYTES, [], 3, context=None)
+
+
+def test_prompts_of_token_ids_are_taken_as_they_are() -> None:
+    ids = Dialogue(byte_level()).prompt([{"role": "user", "content": "the dog"}])
+    canvas = continuation_canvas(BYTES, [ids, [5]], 3, context=len(ids) + 3)
+    assert canvas.tokens[0, : len(ids)].tolist() == ids and canvas.open.sum(1).tolist() == [3, 3]
+    assert canvas.tokens[1, 0] == 5 and canvas.real.sum(1).tolist() == [len(ids) + 3, 4]
+    text = continuation_canvas(BYTES, ["the dog"], 3, context=None)
+    same = continuation_canvas(BYTES, [[BYTES.start_token_id, *BYTES.encode("the dog")]], 3, context=None)
+    assert torch.equal(text.tokens, same.tokens) and torch.equal(text.open, same.open)
+    with pytest.raises(ValueError, match="a prompt of token ids has none"):
+        continuation_canvas(BYTES, [ids, []], 3, context=None)
+
+
+def test_few_shot() -> None:
+    template = Template("Question: {q}\nAnswer:", " {a}")
+    shots = [{"q": "1 + 1", "a": 2}, {"q": "{a}", "a": "[[8]]"}]
+    assert few_shot(shots, {"q": "2 + 2"}, template) == (
+        "Question: 1 + 1\nAnswer: 2\n\nQuestion: {a}\nAnswer: [[8]]\n\nQuestion: 2 + 2\nAnswer:"
+    )
+    assert few_shot([], {"q": "2 + 2"}, template) == template.fill_prompt({"q": "2 + 2"})
+    with pytest.raises(ValueError, match='no field "a"'):
+        few_shot([{"q": "1 + 1"}], {"q": "2 + 2"}, template)
 
 
 def test_a_prompt_may_spell_the_mask_and_end_token() -> None:

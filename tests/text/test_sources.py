@@ -2,17 +2,21 @@
 
 import gzip
 import json
+from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from diffusify.text.packing import pack
-from diffusify.text.sources import load_texts, split_off
+from diffusify.text.sources import load_records, load_texts, split_off
 from tests.text.makers import byte_level
 
 BYTES = byte_level()
@@ -252,3 +256,103 @@ def test_no_cache_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch, capf
         assert not getattr(train, "cache_files", None)
     assert not cache.exists()
     assert capfd.readouterr() == ("", "")
+
+
+PAIR = {"de": "Hund", "en": "dog"}
+CHAT = {"messages": [{"role": "user", "content": "caf\u00e9"}], "n": 1, "tags": None}
+
+
+def records_of(source: object, **settings: Any) -> list[Any]:
+    loaded = load_records(str(source), **settings)
+    assert loaded.column_names == ["record"]
+    return [json.loads(record) for record in loaded["record"]]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(PAIR)}\n\n{json.dumps(CHAT, ensure_ascii=False)}\n", "utf-8")
+    (tmp_path / "b" / "list.json.gz").write_bytes(gzip.compress(json.dumps([CHAT, PAIR], indent=1).encode()))
+    (tmp_path / "b" / "lines.json").write_text(f"{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n")
+    table = pa.table({"messages": [CHAT["messages"], None], "day": [date(2020, 1, 2), None]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    (tmp_path / "ignored.txt").write_text("text")
+    return tmp_path
+
+
+def test_records(records: Path) -> None:
+    rows = [{"messages": CHAT["messages"], "day": "2020-01-02"}, {"messages": None, "day": None}]
+    assert records_of(records / "a.jsonl") == [PAIR, CHAT]
+    assert records_of(records / "b" / "list.json.gz") == [CHAT, PAIR]
+    assert records_of(records / "c.parquet") == rows
+    assert records_of(records) == [PAIR, CHAT, PAIR, PAIR, CHAT, PAIR, *rows]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(), JSON, max_size=4), min_size=1, max_size=4))
+def test_records_of_any_form_survive(given_records: list[dict[str, Any]]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in given_records))
+        assert records_of(path) == given_records
+        path = path.rename(Path(folder) / "x.json")
+        path.write_text(json.dumps(given_records))
+        assert records_of(path) == given_records
+
+
+def test_records_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> Dataset:
+        calls.append((path, name, split, streaming))
+        return Dataset.from_list([CHAT, CHAT])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert records_of("hub:org/name:main@test") == [CHAT, CHAT]
+    assert calls == [("org/name", "main", "test", False)]
+
+
+def test_records_of_a_mixture(tmp_path: Path) -> None:
+    many = [{"n": n} for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in many))
+    (tmp_path / "b.json").write_text(json.dumps([PAIR]))
+    source = f"0.75*{tmp_path}/a.jsonl,0.25*{tmp_path}/b.json"
+    drawn = records_of(source, seed=1)
+    assert [record for record in drawn if record != PAIR][:200] == many
+    assert 0.15 < drawn.count(PAIR) / len(drawn) < 0.35
+    assert drawn == records_of(source, seed=1) != records_of(source, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", "{}\n[1]\n", r'x.jsonl line 2 is no record but \[1\]; write {"name"'),
+        ("x.json", '[{}, "a"]', 'x.json record 2 is no record but "a"'),
+        ("x.json", "[{},", "x.json is not JSON"),
+        ("x.json", '{"a":\n1}', "x.json line 1 is not JSON"),
+        ("x.json", "[]", "x.json has no records"),
+        ("x.jsonl", "\n", "x.jsonl has no records"),
+        ("x.txt", "text", "unknown kind; known: .jsonl, .json, .parquet"),
+    ],
+)
+def test_records_that_cannot_be_read(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_records(str(tmp_path / name))
+
+
+def test_missing_records(records: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"does not exist; did you mean .*/a.jsonl\? else give a file, a folder or hub:"
+    ):
+        load_records(str(records / "a.jsonlx"))
+    with pytest.raises(ValueError, match="builtin:pydoc does not exist"):
+        load_records("builtin:pydoc")
+    with pytest.raises(ValueError, match="weight 0 of"):
+        load_records(f"1*{records}/a.jsonl,0*{records}/a.jsonl")

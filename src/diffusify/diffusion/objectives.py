@@ -105,7 +105,8 @@ class Objective:
     """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
 
     `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
-    `label_smoothing` is for training from scratch (RDM: 0.1).
+    `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is what the length head's loss counts
+    for beside it, where there is one.
     """
 
     weight: Weight = Elbo()
@@ -113,6 +114,7 @@ class Objective:
     ar_weight: float = 0.0
     ar_share: float = 0.25
     label_smoothing: float = 0.0
+    length_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -129,7 +131,7 @@ class Objective:
             return canvas.open.sum().float()
         if self.per == "editable":
             return canvas.editable.sum().float()
-        return (_sizes(canvas) > 0).sum().float()
+        return (canvas.sizes > 0).sum().float()
 
     def __call__(
         self,
@@ -145,13 +147,7 @@ class Objective:
         ar_nll = cross_entropy(ar_logits, clean[noised.ar])
         share = torch.ones_like(noised.t)
         if self.per == "text":
-            share = share / _sizes(canvas).gather(1, canvas.document).clamp_min(1)
+            share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
         worth = self.weight(noised.t, schedule) * share
         total = (error * worth[canvas.open]).sum() + self.ar_weight / self.ar_share * (ar_nll * share[noised.ar]).sum()
         return Loss(total, self.count(canvas), nll, ar_nll.detach())
-
-
-def _sizes(canvas: Canvas) -> Int[Tensor, "b documents"]:
-    """How many editable tokens each document of each row has."""
-    sizes = canvas.document.new_zeros(len(canvas.document), int(canvas.document.max()) + 1)
-    return sizes.scatter_add(1, canvas.document, canvas.editable.long())

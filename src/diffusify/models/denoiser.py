@@ -17,17 +17,20 @@ from transformers import PreTrainedModel
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionPattern, BlockCausal, Scene
+from diffusify.models.length import LengthHead, prompts
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Logits about canvas positions: all of them, `[b, n, v]`, or the asked ones row by row, `[k, v]`.
 
-    The mask token is never an answer: its logit is -inf. `ar_logits` are the clean text's next-token predictions.
+    The mask token is never an answer: its logit is -inf. `ar_logits` are the clean text's next-token predictions,
+    `lengths` the length head's logits for each text with editable positions, where it was asked.
     """
 
     logits: Float[Tensor, "*asked v"]
     ar_logits: Float[Tensor, "j v"]
+    lengths: Float[Tensor, "d l"] | None = None
 
 
 class Denoiser(nn.Module):
@@ -53,6 +56,9 @@ class Denoiser(nn.Module):
         self._offset = _position_offset(network)
         self._windows = _windows(network)
         self._wanted: Tensor | None = None
+        self.length_head: LengthHead | None = None
+        if config.longest_answer is not None:
+            self.add_length_head(config.longest_answer)
         head = network.get_output_embeddings()
         assert head is not None, "loading refuses networks without a language-model head"
         head.register_forward_pre_hook(self._gather)
@@ -84,10 +90,12 @@ class Denoiser(nn.Module):
         ask: Bool[Tensor, "b n"] | None = None,
         ar: Bool[Tensor, "b n"] | None = None,
         attention: AttentionPattern | None = None,
+        lengths: bool = False,
     ) -> Prediction:
         """Answers for all positions, or for those in `ask`, and for the clean text's in `ar`.
 
         `clean` is the finished text while training. `attention` stands in for the card's pattern (annealing).
+        `lengths` asks the length head too, which sees nothing but the prompts.
         """
         pattern = self.diffusion.attention if attention is None else attention
         if ask is not None and clean is None and isinstance(pattern, BlockCausal):
@@ -98,32 +106,47 @@ class Denoiser(nn.Module):
         also = asked[:0] if ar is None else (row + scene.ar_answers)[ar]
         logits = self._project(scene, torch.cat([asked, also]))
         about, ar_logits = logits.split([len(asked), len(also)])
-        return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits)
+        told = self.lengths(canvas) if lengths else None
+        return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
+
+    def lengths(self, canvas: Canvas) -> Float[Tensor, "d l"]:
+        """The length head's logits: index i is an answer of i + 1 tokens, its end token included."""
+        assert self.length_head is not None, "asked for lengths without a length head"
+        given = prompts(canvas)
+        scene = self.diffusion.attention(given, shift=self.diffusion.shift)
+        return self.length_head(self._run(self.network.base_model, scene).last_hidden_state, given)
 
     def _project(self, scene: Scene, wanted: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
         """Run the network on a scene and give the logits of the wanted outputs (indices into b * m)."""
-        windows = {kind: w if w and w < scene.tokens.shape[1] else None for kind, w in self._windows.items()}
-        limited = any(windows.values())
         self._wanted = wanted
         try:
-            with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
-                mask = None if shown is None else _bias(shown, self.network.dtype, windows if limited else {})
-                out = self.network(
-                    input_ids=scene.tokens,
-                    position_ids=scene.positions + self._offset,
-                    attention_mask=mask,
-                    **self._settings,
-                )
+            logits = self._run(self.network, scene).logits[0]
         finally:
             self._wanted = None
-        logits = out.logits[0]
         return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
+
+    def _run(self, module: nn.Module, scene: Scene) -> Any:
+        """What the network, or its body without the head, makes of a scene."""
+        windows = {kind: w if w and w < scene.tokens.shape[1] else None for kind, w in self._windows.items()}
+        limited = any(windows.values())
+        with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
+            return module(
+                input_ids=scene.tokens,
+                position_ids=scene.positions + self._offset,
+                attention_mask=None if shown is None else _bias(shown, self.network.dtype, windows if limited else {}),
+                **self._settings,
+            )
 
     def _gather(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Just before the projection to the vocabulary, keep only the hidden states that were asked for."""
         if self._wanted is None:
             return None
         return (args[0].flatten(0, 1)[self._wanted][None], *args[1:])
+
+    def add_length_head(self, longest: int) -> None:
+        """From now on the model also learns to tell an answer's length, up to `longest` tokens."""
+        self.diffusion = replace(self.diffusion, longest_answer=longest)
+        self.length_head = LengthHead(self.config.get_text_config().hidden_size, longest).to(self.device)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.gradient_checkpointing_enable(**kwargs)

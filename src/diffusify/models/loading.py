@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,10 +30,14 @@ FORMS = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Tensors that a language model leaves behind by design: heads of other tasks, and buffers that old versions stored.
-_HARMLESS = re.compile(
+HARMLESS = re.compile(
     r"(^|\.)pooler\.|^cls\.seq_relationship\.|^sop_classifier\.|(^|\.)position_ids$|"
     r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 )
+
+# What is fetched from the hub: first what tells whether a network is of use, then the rest.
+CONFIG = ["*.json"]
+WHOLE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt"}
 
@@ -62,15 +67,15 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     refuses a network that cannot become a diffusion model, before its weights are read, and weights that do not fit
     it to the last tensor.
     """
-    path = _path(source)
+    path = local_path(source)
     if path is not None and path.is_file():
         with quiet():
             path = unpacked(path, lambda config: network_class(config, source))
-    folder = path or _snapshot(source, ["*.json"])
+    folder = path or snapshot(source, CONFIG)
     network, masked = network_class(_config(folder, source), source)
     if path is None:
-        folder = _snapshot(source, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-    return Base(_network(network, folder, source, dtype), _tokenizer(folder, source), source, masked)
+        folder = snapshot(source, WHOLE)
+    return Base(_network(network, folder, source, dtype), load_tokenizer(folder, source), source, masked)
 
 
 def ensure_mask_token(base: Base) -> int:
@@ -121,7 +126,7 @@ def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTraine
     raise ValueError(f"{source} ({config.model_type}) is neither a causal nor a masked language model")
 
 
-def _path(source: str) -> Path | None:
+def local_path(source: str) -> Path | None:
     """The folder or GGUF file a source names, or None for a hub name."""
     if source.startswith("pip:"):
         return _carried(source.removeprefix("pip:"))
@@ -149,7 +154,8 @@ def _carried(package: str) -> Path:
     return models[0]
 
 
-def _snapshot(name: str, patterns: list[str]) -> Path:
+def snapshot(name: str, patterns: list[str]) -> Path:
+    """The folder of a hub repository's files, fetched unless they are there."""
     try:
         # Subfolders and `consolidated*` hold the same weights again in other formats.
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
@@ -160,26 +166,31 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def _config(folder: Path, source: str) -> PreTrainedConfig:
+def read_settings(folder: Path, source: str) -> dict[str, Any]:
+    """What config.json says, as it stands there."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"base {source} has no config.json; {FORMS}")
     try:
-        settings = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
-    kind = settings.get("model_type")
+
+
+def _config(folder: Path, source: str) -> PreTrainedConfig:
+    settings = read_settings(folder, source)
+    kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
         why = "it needs its own remote code" if "auto_map" in settings else "transformers has no such class"
         raise ValueError(f"base {source} has model_type {kind}, which cannot be loaded: {why}; {FORMS}")
     try:
         return CONFIG_MAPPING[kind].from_pretrained(folder)
     except Exception as error:  # each family validates its settings with exceptions of its own
-        raise ValueError(f"{file} describes no valid {kind} network ({error})") from error
+        raise ValueError(f"{folder / 'config.json'} describes no valid {kind} network ({error})") from error
 
 
 def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    _check_files(folder, source)
+    weight_files(folder, source)
     with quiet():
         network, report = network_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
@@ -194,16 +205,16 @@ def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dt
         "of another shape": [
             f"{key} {tuple(has)}, not {tuple(needs)}" for key, has, needs in report["mismatched_keys"]
         ],
-        "unknown": [key for key in report["unexpected_keys"] if not _HARMLESS.search(key)],
+        "unknown": [key for key in report["unexpected_keys"] if not HARMLESS.search(key)],
     }
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+        told = "; ".join(f"{what}: {some(keys)}" for what, keys in wrong.items() if keys)
         raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {told}")
     return network
 
 
-def _check_files(folder: Path, source: str) -> None:
-    """Refuses weights that are absent, incomplete or in another format than safetensors."""
+def weight_files(folder: Path, source: str) -> list[Path]:
+    """The files with a network's weights. ValueError when they are absent, incomplete or no safetensors."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = {"model.safetensors"}
@@ -214,15 +225,17 @@ def _check_files(folder: Path, source: str) -> None:
             f"base {source} has no model.safetensors; if its weights are .bin files, convert them where you trust "
             f"them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    for file in sorted(folder / name for name in names):
+    files = sorted(folder / name for name in names)
+    for file in files:
         try:
             with safe_open(file, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is missing, cut short or not safetensors ({error}); fetch it again") from error
+    return files
 
 
-def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
     # Without a vocabulary file some classes quietly make an empty tokenizer.
     if not any(file.name in _VOCABULARIES or file.suffix == ".model" for file in folder.iterdir()):
         raise ValueError(f"base {source} has no tokenizer; put tokenizer.json beside its config.json")
@@ -266,6 +279,7 @@ def _set_to_mean(network: PreTrainedModel, row: int) -> None:
             parameter[row] = parameter[:row].mean(dim=0)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
     first, rest = sorted(names)[:5], len(set(names)) - 5
     return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

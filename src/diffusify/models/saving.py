@@ -1,21 +1,26 @@
-"""A diffusion model on disk: a standard `transformers` folder plus the card."""
+"""A diffusion model on disk: a standard `transformers` folder (or a PEFT one that names its base) plus the card."""
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import load_base
+from diffusify.models.loading import Base, ensure_mask_token, load_base, load_tokenizer
+from diffusify.models.lora import bake_lora, base_of, has_lora, load_lora, merge_lora, open_lora, save_lora
 from diffusify.models.quiet import quiet
+
+_LENGTH_HEAD = "length_head.safetensors"
 
 
 def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write network, tokenizer and card into a folder.
+    """Write network (or only its adapters), tokenizer and card into a folder.
 
     Everything is written aside first and then moved, the card last: a folder with a card is a whole model.
     """
@@ -24,8 +29,13 @@ def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedT
     aside = Path(mkdtemp(dir=folder, prefix=".saving-"))
     try:
         with quiet():
-            denoiser.network.save_pretrained(aside)
+            if has_lora(denoiser.network):
+                save_lora(denoiser.network, aside)
+            else:
+                denoiser.network.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+        if denoiser.length_head is not None:
+            save_file(denoiser.length_head.state_dict(), aside / _LENGTH_HEAD)
         denoiser.diffusion.save(aside)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "diffusion_config.json"):
             os.replace(path, folder / path.name)
@@ -38,17 +48,77 @@ def load_denoiser(
 ) -> tuple[Denoiser, PreTrainedTokenizerBase]:
     """A denoiser and its tokenizer from a folder that `save_denoiser` wrote, weights loaded strictly.
 
-    ValueError when there is no card, the card tells of another architecture, or tensors are missing or left over.
+    A folder of adapters opens on the base it names, with the adapters merged. ValueError when there is no card, the
+    card tells of another architecture, or tensors are missing or left over.
     """
+    folder = Path(folder)
     card = DiffusionConfig.load(folder)
-    found = AutoConfig.from_pretrained(folder).architectures or []
+    base = _adapted(folder, card, dtype) if base_of(folder) else _whole(folder, card, dtype)
+    denoiser = Denoiser(base.network, card)
+    _load_length_head(denoiser, folder)
+    return denoiser.to(device).eval(), base.tokenizer
+
+
+def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
+    """Set a denoiser's weights to those of a folder that `save_denoiser` wrote of it."""
+    folder = Path(folder)
+    if has_lora(denoiser.network):
+        load_lora(denoiser.network, folder)
+        _load_length_head(denoiser, folder)
+    else:
+        denoiser.load_state_dict(load_denoiser(folder)[0].state_dict())
+
+
+def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
+    """Write base and adapters as one folder of whole weights. ValueError when `adapters` is no folder of adapters."""
+    adapters, out = Path(adapters), Path(out)
+    if not base_of(adapters):
+        raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` makes them")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; give an empty or new folder")
+    denoiser, tokenizer = load_denoiser(adapters)
+    bake_lora(denoiser.network)
+    save_denoiser(out, denoiser, tokenizer)
+    return out
+
+
+def _whole(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
+    _check_architecture(folder, card, AutoConfig.from_pretrained(folder).architectures or [])
+    base = load_base(str(folder), dtype=dtype)
+    rows = base.network.get_input_embeddings().get_parameter("weight").shape[0]
+    if not 0 <= card.mask_token_id < rows:
+        raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
+    return base
+
+
+def _adapted(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
+    source = base_of(folder)
+    assert source is not None
+    try:
+        base = load_base(source, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters for the base {source}, which does not open: {error}") from error
+    _check_architecture(folder, card, [type(base.network).__name__])
+    if ensure_mask_token(base) != card.mask_token_id:
+        raise ValueError(
+            f"{folder} holds adapters for a base with mask_token_id={card.mask_token_id}; {source} differs"
+        )
+    open_lora(base.network, folder)
+    merge_lora(base.network)
+    return replace(base, tokenizer=load_tokenizer(folder, str(folder)))
+
+
+def _check_architecture(folder: Path, card: DiffusionConfig, found: list[str]) -> None:
     if card.architecture not in found:
         raise ValueError(
             f"the card in {folder} is for {card.architecture}, but config.json names {', '.join(found) or 'nothing'}; "
             "the two files do not belong together"
         )
-    base = load_base(str(folder), dtype=dtype)
-    rows = base.network.get_input_embeddings().get_parameter("weight").shape[0]
-    if not 0 <= card.mask_token_id < rows:
-        raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
-    return Denoiser(base.network, card).to(device).eval(), base.tokenizer
+
+
+def _load_length_head(denoiser: Denoiser, folder: Path) -> None:
+    if denoiser.length_head is None:
+        return
+    if not (folder / _LENGTH_HEAD).is_file():
+        raise ValueError(f"the card in {folder} speaks of a length head, but {_LENGTH_HEAD} is missing")
+    denoiser.length_head.load_state_dict(load_file(folder / _LENGTH_HEAD))

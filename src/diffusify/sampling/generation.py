@@ -1,60 +1,39 @@
 """A diffusion model as its users hold it: strings in, strings out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.picking import Draw, Greedy
-from diffusify.diffusion.policies import Policy, Threshold, Unmask
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.sampler import Frame, Sampler
+from diffusify.sampling.settings import SamplingConfig
+from diffusify.text.dialogue import Dialogue
 from diffusify.text.prompts import continuation_canvas, infill_canvas, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How a model writes. Unset values are the model's own, as its card has them.
-
-    `steps` denoising steps in all; `threshold` writes every token with a higher probability at once (and, where
-    `steps` are given too, never fewer than they ask for); `temperature` 0 takes the likeliest token.
-    """
-
-    steps: int | None = None
-    threshold: float | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 takes the likeliest token")
-        self.sampler(Unmask())
-
-    def sampler(self, default: Policy, *, banned: tuple[int, ...] = (), end: int | None = None) -> Sampler:
-        """The loop with these settings. ValueError for one that is out of bounds."""
-        pick = Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
-        policy = default if self.threshold is None else Unmask(quota=Threshold(float(self.threshold)))
-        return Sampler(pick, policy, self.steps, banned=banned, end_token_id=end)
+Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A written text and what it took: tokens written, network forwards, seconds."""
+    """A written text and what it took: tokens written, network forwards, seconds (of the whole batch)."""
 
     text: str
     tokens: int
     forwards: int
     seconds: float
     seed: int
+    completion: str | None = None  # without the prompt
     spans: tuple[str, ...] | None = None  # what was written into each hole, when there were holes
 
     @property
@@ -72,6 +51,63 @@ class Generation:
             "tokens_per_second": round(self.tokens_per_second, 3),
         }
         return {key: value for key, value in plain.items() if value is not None}
+
+
+class Writing:
+    """Texts on their way: iterate to see every step of the batch, then ask for the results.
+
+    Of every `beam` neighbouring rows, candidates for one text, the surest is a result.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        denoiser: Denoiser,
+        canvas: Canvas,
+        settings: SamplingConfig,
+        tell: Callable[[Canvas], dict[str, Any]],
+        *,
+        beam: int = 1,
+    ) -> None:
+        self.canvas, self.settings, self.forwards, self.seconds = canvas.to(denoiser.device), settings, 0, 0.0
+        self._end, self._tell, self._beam = sampler.end_token_id, tell, beam
+        self._frames = self._run(sampler, denoiser)
+        self._score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self._frames
+
+    def _run(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
+        size = denoiser.diffusion.block_size
+        window = self.canvas.positions // size if size else None
+        generator = torch.Generator(denoiser.device).manual_seed(self.settings.seed)
+        noise, begun = denoiser.diffusion.mask_token_id, perf_counter()
+        for frame in sampler(denoiser, self.canvas, window, noise=noise, generator=generator):
+            self.canvas, self.forwards, self._score = frame.canvas, frame.forwards, frame.score
+            self.seconds = perf_counter() - begun
+            yield frame
+
+    def results(self) -> list[Generation]:
+        """The finished texts; steps that nobody looked at yet are taken first."""
+        for _ in self._frames:
+            pass
+        counted = self._counted()
+        tokens = counted.sum(1)
+        sure = (self._score * counted).sum(1) / tokens.clamp_min(1)
+        best = sure.view(-1, self._beam).argmax(1) + torch.arange(0, len(sure), self._beam, device=sure.device)
+        took = {"forwards": self.forwards, "seconds": self.seconds, "seed": self.settings.seed}
+        return [
+            Generation(tokens=int(tokens[row]), **took, **self._tell(self.canvas[row : row + 1]))
+            for row in best.tolist()
+        ]
+
+    def _counted(self) -> Bool[Tensor, "b n"]:
+        """What was written, up to the end token."""
+        written = self.canvas.editable & ~self.canvas.open
+        if self._end is None:
+            return written
+        ended = (written & (self.canvas.tokens == self._end)).long().cumsum(1) > 0
+        return written & ~ended
 
 
 class DiffusionLM:
@@ -92,65 +128,116 @@ class DiffusionLM:
     def config(self) -> DiffusionConfig:
         return self.denoiser.diffusion
 
-    def generate(self, prompt: str = "", max_new_tokens: int = 64, **sampling: Any) -> Generation:
-        """Continue a prompt (or write from nothing). `sampling` are fields of `SamplingConfig`."""
-        settings = SamplingConfig(**sampling)
-        return self._finish(self.frames(prompt, max_new_tokens, settings), settings, spans=False)
+    @overload
+    def generate(self, prompt: str = "", max_new_tokens: int | None = None, **sampling: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: list[str], max_new_tokens: int | list[int] | None = None, **sampling: Any
+    ) -> list[Generation]: ...
+    def generate(
+        self, prompt: str | list[str] = "", max_new_tokens: int | list[int] | None = None, **sampling: Any
+    ) -> Generation | list[Generation]:
+        """Continue a prompt (or write from nothing), or a batch of prompts. `sampling` are fields of `SamplingConfig`.
 
-    def infill(self, text: str, **sampling: Any) -> Generation:
+        There is room for `max_new_tokens`, one number for all or one each; unset, as many as the length head tells,
+        else 64.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        results = self.continuing(prompts, max_new_tokens, SamplingConfig(**sampling)).results()
+        return results[0] if isinstance(prompt, str) else results
+
+    @overload
+    def infill(self, text: str, **sampling: Any) -> Generation: ...
+    @overload
+    def infill(self, text: list[str], **sampling: Any) -> list[Generation]: ...
+    def infill(self, text: str | list[str], **sampling: Any) -> Generation | list[Generation]:
         """Fill the holes of a text, written `[[8]]` for eight tokens. ValueError if the model cannot see ahead."""
-        settings = SamplingConfig(**sampling)
-        return self._finish(self.infill_frames(text, settings), settings, spans=True)
+        texts = [text] if isinstance(text, str) else text
+        results = self.infilling(texts, SamplingConfig(**sampling)).results()
+        return results[0] if isinstance(text, str) else results
 
-    def stream(self, prompt: str = "", max_new_tokens: int = 64, **sampling: Any) -> Iterator[Canvas]:
+    def chat(self, messages: list[Message], max_new_tokens: int | None = None, **sampling: Any) -> Generation:
+        """The assistant's next answer, as `completion` and `text`."""
+        return self.answering([messages], max_new_tokens, SamplingConfig(**sampling)).results()[0]
+
+    def stream(self, prompt: str = "", max_new_tokens: int | None = None, **sampling: Any) -> Iterator[Canvas]:
         """Every canvas on the way, the finished one last; `model.read(canvas)` gives its text."""
-        for frame in self.frames(prompt, max_new_tokens, SamplingConfig(**sampling)):
+        for frame in self.continuing([prompt], max_new_tokens, SamplingConfig(**sampling)):
             yield frame.canvas
 
     def read(self, canvas: Canvas) -> str:
         """The text of a canvas, with `_` for what is still open."""
         return read(self.tokenizer, canvas)[0]
 
-    def frames(self, prompt: str, max_new_tokens: int, settings: SamplingConfig) -> Iterator[Frame]:
-        """The steps of a continuation."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        sampler = settings.sampler(self.config.policy, end=self.tokenizer.end_token_id)
-        context = self.denoiser.context
-        canvas = continuation_canvas(self.tokenizer, [prompt], max_new_tokens, context=context)
-        return self._run(sampler, canvas, settings)
+    def continuing(
+        self, prompts: Sequence[str | list[int]], room: int | list[int] | None, settings: SamplingConfig
+    ) -> Writing:
+        """The writing of continuations; prompts are texts or token ids."""
 
-    def infill_frames(self, text: str, settings: SamplingConfig) -> Iterator[Frame]:
-        """The steps of an infill. ValueError if the model writes from left to right and cannot see what follows."""
+        def tell(canvas: Canvas) -> dict[str, Any]:
+            return {"text": self.read(canvas), "completion": "".join(read_spans(self.tokenizer, canvas)[0])}
+
+        return self._continue(prompts, room, settings, self.tokenizer.end_token_id, tell)
+
+    def answering(self, chats: list[list[Message]], room: int | None, settings: SamplingConfig) -> Writing:
+        """The writing of the assistant's next answers."""
+        dialogue = self.dialogue
+
+        def tell(canvas: Canvas) -> dict[str, Any]:
+            answer = dialogue.read(canvas.tokens[canvas.editable & ~canvas.open].tolist())
+            return {"text": answer, "completion": answer}
+
+        prompts = [dialogue.prompt(messages) for messages in chats]
+        return self._continue(prompts, room, settings, dialogue.end_token_id, tell)
+
+    def infilling(self, texts: list[str], settings: SamplingConfig) -> Writing:
+        """The writing of infills. ValueError if the model writes from left to right and cannot see what follows."""
         if not self.config.sees_right_context:
             raise ValueError(
                 f"this model ({self.config.recipe} recipe, {self.config.attention}) writes a hole without seeing the "
                 "text behind it, so it cannot infill; adapt the base with `--recipe ar` (or `mlm` for a masked model)"
             )
+
+        def tell(canvas: Canvas) -> dict[str, Any]:
+            return {"text": self.read(canvas), "spans": tuple(read_spans(self.tokenizer, canvas)[0])}
+
         ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
         sampler = settings.sampler(self.config.policy, banned=tuple(sorted(ends)))
-        return self._run(sampler, infill_canvas(self.tokenizer, [text], context=self.denoiser.context), settings)
+        canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context)
+        return Writing(sampler, self.denoiser, canvas, settings, tell)
 
-    def _run(self, sampler: Sampler, canvas: Canvas, settings: SamplingConfig) -> Iterator[Frame]:
-        device = self.denoiser.device
-        canvas = canvas.to(device)
-        size = self.config.block_size
-        window = canvas.positions // size if size else None
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        return sampler(self.denoiser, canvas, window, noise=self.tokenizer.mask_token_id, generator=generator)
+    @cached_property
+    def dialogue(self) -> Dialogue:
+        """The tokenizer's chat template."""
+        return Dialogue(self.tokenizer)
 
-    def _finish(self, frames: Iterator[Frame], settings: SamplingConfig, *, spans: bool) -> Generation:
-        begun = perf_counter()
-        *_, last = frames
-        return self.result(last, perf_counter() - begun, settings.seed, spans=spans)
+    def _continue(
+        self,
+        prompts: Sequence[str | list[int]],
+        room: int | list[int] | None,
+        settings: SamplingConfig,
+        end: int,
+        tell: Callable[[Canvas], dict[str, Any]],
+    ) -> Writing:
+        sampler, beam = settings.sampler(self.config.policy, end=end), 1
+        if room is None and self.denoiser.length_head is not None:
+            beam = min(settings.length_beam, self.denoiser.length_head.longest)
+            room = self._lengths(prompts, beam)
+            prompts = [prompt for prompt in prompts for _ in range(beam)]
+        canvas = continuation_canvas(
+            self.tokenizer, prompts, 64 if room is None else room, context=self.denoiser.context
+        )
+        return Writing(sampler, self.denoiser, canvas, settings, tell, beam=beam)
 
-    def result(self, frame: Frame, seconds: float, seed: int, *, spans: bool = False) -> Generation:
-        """What a last frame amounts to."""
-        canvas = frame.canvas
-        ended = (canvas.editable & ~canvas.open & (canvas.tokens == self.tokenizer.end_token_id)).long().cumsum(1) > 0
-        tokens = int((canvas.editable & ~canvas.open & ~ended).sum())
-        written = tuple(read_spans(self.tokenizer, canvas)[0]) if spans else None
-        return Generation(self.read(canvas), tokens, frame.forwards, seconds, seed, written)
+    @torch.inference_mode()
+    def _lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:
+        """The likeliest `beam` lengths for each prompt, as far as they fit."""
+        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=self.denoiser.context)
+        lengths = self.denoiser.lengths(canvas.to(self.denoiser.device)).topk(beam).indices.cpu() + 1
+        if self.denoiser.context is not None:
+            given = (canvas.real & ~canvas.editable).sum(1, keepdim=True)
+            lengths = torch.minimum(lengths, self.denoiser.context - given)
+        return lengths.flatten().tolist()
 
 
 load = DiffusionLM.from_pretrained

@@ -1,4 +1,4 @@
-"""Texts of any length to rows of one length, without losing a token."""
+"""Texts and examples of any length to rows of one length, without losing a token."""
 
 from collections.abc import Iterator
 from typing import overload
@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from diffusify.text.tokens import TextTokenizer
 
 BATCH = 128  # texts tokenized at once
+OPEN_ROWS = 256  # rows that wait for examples; when there are more, the fullest is closed
 
 
 @overload
@@ -42,9 +43,54 @@ def pack(
     return Dataset.from_dict({"tokens": np.concatenate(tokens), "document": np.concatenate(documents)})
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Int[Tensor, "b n"]]:
-    """Packed rows as the two tensors of a batch, `tokens` and `document`."""
-    return {name: torch.tensor([row[name] for row in rows]) for name in ("tokens", "document")}
+def pack_examples(examples: Dataset, length: int, *, pad_token_id: int) -> Dataset:
+    """Rows of `length` tokens: whole examples (`tokens`, `target`; see `make_examples`), as many as fit into each.
+
+    Each row has `tokens`, `document` (from 1; 0 is padding) and `editable`, which is what is to be written. An example
+    goes into the first open row that has room for it (see OPEN_ROWS); it is never cut.
+    """
+    if not len(examples):
+        raise ValueError("there are no examples to pack; give a dataset with at least one")
+    columns = examples.with_format("numpy")
+    written, target = columns["tokens"][:], columns["target"][:]
+    sizes = [len(tokens) for tokens in written]
+    if max(sizes) > length:
+        raise ValueError(f"an example of {max(sizes)} tokens does not fit into length={length}, and none is ever cut")
+    rows = _fit(sizes, length)
+    tokens = np.full((len(rows), length), pad_token_id, np.int32)
+    document, editable = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for n, row in enumerate(rows):
+        at = 0
+        for number, example in enumerate(row, 1):
+            here = np.s_[n, at : at + sizes[example]]
+            tokens[here], document[here], editable[here] = written[example], number, target[example]
+            at += sizes[example]
+    return Dataset.from_dict({"tokens": tokens, "document": document, "editable": editable})
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, Shaped[Tensor, "b n"]]:
+    """Packed rows as the tensors of a batch: `tokens`, `document` and, if the rows have it, `editable`."""
+    names = [name for name in ("tokens", "document", "editable") if name in rows[0]]
+    return {name: torch.tensor([row[name] for row in rows]) for name in names}
+
+
+def _fit(sizes: list[int], length: int) -> list[list[int]]:
+    """Which examples go into which row: each into the first open row that has room for it."""
+    rows: list[list[int]] = []
+    open: dict[int, int] = {}  # the room that is left in a row
+    for example, size in enumerate(sizes):
+        row = next((row for row, room in open.items() if room >= size), None)
+        if row is None:
+            if len(open) == OPEN_ROWS:
+                del open[min(open, key=lambda row: open[row])]
+            row = len(rows)
+            rows.append([])
+            open[row] = length
+        rows[row].append(example)
+        open[row] -= size
+        if not open[row]:
+            del open[row]
+    return rows
 
 
 def _rows(

@@ -1,11 +1,12 @@
 """Strings to canvases and back, so that nobody has to count tokens."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusify.canvas import Canvas
+from diffusify.text.examples import Template
 from diffusify.text.tokens import TextTokenizer
 
 _HOLE = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<size>.*?)(?:\]\]|\Z)", re.DOTALL)
@@ -37,24 +38,42 @@ def parse_holes(text: str) -> list[str | int]:
 
 
 def continuation_canvas(
-    tokenizer: TextTokenizer, prompts: list[str], max_new_tokens: int, *, context: int | None
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str | list[int]],
+    max_new_tokens: int | Sequence[int],
+    *,
+    context: int | None,
 ) -> Canvas:
-    """Each prompt behind the start token, then room for `max_new_tokens`; an empty prompt leaves all to the model.
+    """Each prompt behind the start token, then room for `max_new_tokens`, one number for all or one for each.
 
-    ValueError if a row is longer than the `context` tokens that the model can see.
+    An empty prompt leaves all to the model. A prompt of token ids (`Dialogue.prompt`) is taken as it is, without
+    another start token. ValueError if a row is longer than the `context` tokens that the model can see.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    heads = [[tokenizer.start_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    longest = max(map(len, heads), default=0)
-    if context is not None and longest + max_new_tokens > context:
-        left = context - longest
-        way = f"ask for at most {left} new tokens or shorten the prompt" if left > 0 else "shorten the prompt"
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, "
-            f"but the model can see {context}; {way}"
-        )
-    return _room(tokenizer, [[*head, *[None] * max_new_tokens] for head in heads])
+    rooms = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(rooms) != len(prompts):
+        raise ValueError(f"{len(rooms)} values of max_new_tokens for {len(prompts)} prompts; give one, or one for each")
+    rows: list[list[int | None]] = []
+    for prompt, room in zip(prompts, rooms, strict=True):
+        if room < 1:
+            raise ValueError(f"max_new_tokens={room} must be at least 1")
+        head = [tokenizer.start_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        if not head:
+            raise ValueError("a prompt of token ids has none; give at least the start token")
+        if context is not None and len(head) + room > context:
+            left = context - len(head)
+            way = f"ask for at most {left} new tokens or shorten the prompt" if left > 0 else "shorten the prompt"
+            raise ValueError(
+                f"a prompt of {len(head)} tokens and max_new_tokens={room} make {len(head) + room}, "
+                f"but the model can see {context}; {way}"
+            )
+        rows.append([*head, *[None] * room])
+    return _room(tokenizer, rows)
+
+
+def few_shot(shots: list[dict[str, Any]], question: dict[str, Any], template: Template) -> str:
+    """A prompt that shows how it is done: solved records, then the one to be solved, a blank line between them."""
+    solved = [template.fill_prompt(shot) + template.fill_target(shot) for shot in shots]
+    return "\n\n".join([*solved, template.fill_prompt(question)])
 
 
 def infill_canvas(tokenizer: TextTokenizer, texts: list[str], *, context: int | None, close: bool = True) -> Canvas:

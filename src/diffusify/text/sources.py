@@ -1,26 +1,24 @@
-"""Where texts come from: files, folders, hubs, the standard library, and mixtures of them."""
+"""Where texts and records come from: files, folders, hubs, the standard library, and mixtures of them."""
 
-import gzip
-import io
 import json
 import os
 import random
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.iterable_dataset import ExamplesIterable
-from pyarrow import ArrowInvalid, parquet
 
 from diffusify.config import nearest
+from diffusify.text.files import RECORDS, TEXTS, find_files, no_text, read_records, read_texts
 from diffusify.text.tokens import TextTokenizer
 
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
-HELP = "give a file, a folder, hub:NAME or builtin:pydoc"
 # A number and a star, then a source; the comma that parts two of them stands before the next number and star.
 _WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
 _COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
@@ -40,28 +38,54 @@ def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Datase
     With `streaming` files are read while the texts are used, else at once into memory. A path that exists is a path,
     whatever it looks like. ValueError for a source that does not exist, cannot be read or has no documents.
     """
-    path = Path(source).expanduser()
-    # A mixture can be longer than a file's name may be: Path.exists raises then, os.path.exists does not.
-    if not source or not os.path.exists(path):
+    path = _path(source)
+    if path is None:
         if source.startswith("hub:"):
-            return _hub(source)
+            return _hub_texts(source)
         if source.startswith("builtin:"):
             return _builtin(source, streaming)
         if _WEIGHTED.fullmatch(source):
-            return _mixture(source, streaming, seed)
-        raise ValueError(_missing(source, path))
-    paths = _files(path)
+            return _mixture(source, partial(load_texts, streaming=streaming, seed=seed), seed)
+        raise ValueError(_missing(source, "give a file, a folder, hub:NAME or builtin:pydoc"))
+    paths = find_files(path, TEXTS)
     if streaming:
         # IterableDataset.from_generator would do the same, and leave a lock file in a cache folder besides.
         files = ExamplesIterable(_examples, {"paths": paths})
         texts = IterableDataset(files, info=DatasetInfo(features=Features({"text": Value("string")})))
         empty = next(iter(texts), None) is None
     else:
-        texts = Dataset.from_dict({"text": [text for file in paths for text in _read(file)]})
+        texts = Dataset.from_dict({"text": [text for file in paths for text in read_texts(file)]})
         empty = not len(texts)
     if empty:
         raise ValueError(f"data source {source} has no documents: nothing but empty files in it ({len(paths)})")
     return texts
+
+
+def load_records(source: str, *, seed: int = 0) -> Dataset:
+    """The records of a source, as a dataset with the one column `record`: a JSON object, written out.
+
+    - `pairs.jsonl`, `pairs.json` (a list), `pairs.parquet`, each also as `.gz`, or a folder of such files.
+    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub; split `train` if unset.
+    - `0.7*pairs.jsonl,0.3*chats.jsonl`: a mixture, as `load_texts` draws it.
+
+    All of it is read now. Records may differ in their fields. What JSON cannot say (a date) becomes a string.
+    ValueError for a source that does not exist, cannot be read or has no records.
+    """
+    path = _path(source)
+    if path is not None:
+        records = chain.from_iterable(read_records(file) for file in find_files(path, RECORDS))
+    elif source.startswith("hub:"):
+        records = _hub(source, streaming=False)
+    elif _WEIGHTED.fullmatch(source):
+        mixture = _mixture(source, partial(load_records, seed=seed), seed)
+        assert isinstance(mixture, Dataset), "its parts are"
+        return mixture
+    else:
+        raise ValueError(_missing(source, "give a file, a folder or hub:NAME"))
+    written = [json.dumps(record, default=str) for record in records]
+    if not written:
+        raise ValueError(f"data source {source} has no records")
+    return Dataset.from_dict({"record": written})
 
 
 def split_off(
@@ -129,109 +153,42 @@ def _split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[s
     return text[:cut], text[cut:]
 
 
-def _missing(source: str, path: Path) -> str:
+def _path(source: str) -> Path | None:
+    """The source as a path, if there is anything at it."""
+    path = Path(source).expanduser()
+    # A mixture can be longer than a file's name may be: Path.exists raises then, os.path.exists does not.
+    return path if source and os.path.exists(path) else None
+
+
+def _missing(source: str, way: str) -> str:
+    path = Path(source).expanduser()
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, names, n=1)
-    hint = f"did you mean {path.with_name(close[0])}? else {HELP}" if close else HELP
+    hint = f"did you mean {path.with_name(close[0])}? else {way}" if close else way
     mixture = "; a mixture has a weight for each source: 0.7*FILE,0.3*FILE" if "," in source else ""
     return f"data source {source} does not exist; {hint}{mixture}"
-
-
-def _files(path: Path) -> list[Path]:
-    """The files to read: the one, or all of the known kinds in a folder."""
-    if path.is_file():
-        if _kind(path) not in KINDS:
-            raise ValueError(f"data source {path} is of an unknown kind; known: {', '.join(KINDS)}, each also as .gz")
-        return [path]
-    paths = sorted(p for p in path.rglob("*") if _kind(p) in KINDS and p.is_file())
-    if not paths:
-        raise ValueError(f"folder {path} has no file of a known kind: {', '.join(KINDS)}, each also as .gz")
-    return paths
-
-
-def _kind(path: Path) -> str:
-    """The suffix that says how to read a file: `.jsonl` for a.jsonl.gz."""
-    return (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
-
-
-def _gzipped(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
 
 
 def _examples(paths: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
     """Single documents under unique names, as the datasets library wants them."""
     for path in paths:
-        for number, text in enumerate(_read(path)):
+        for number, text in enumerate(read_texts(path)):
             yield f"{path}/{number}", {"text": text}
 
 
-def _read(path: Path) -> Iterator[str]:
-    """The documents of a file, blank ones left out."""
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    try:
-        for text in readers.get(_kind(path), _read_whole)(path):
-            if text.strip():
-                yield text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-    except (gzip.BadGzipFile, zlib.error, EOFError, ArrowInvalid) as error:
-        raise ValueError(f"{path} is damaged or not what its name says: {error}") from error
-
-
-def _open(path: Path) -> io.TextIOWrapper:
-    if _gzipped(path):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
-
-
-def _read_whole(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        yield file.read()
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-                yield _text_of(record, f"{path} line {number}")
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    # Parquet is read from its end, where a gzipped file cannot seek.
-    with parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if _gzipped(path) else path) as table:
-        if "text" not in table.schema_arrow.names:
-            raise ValueError(_no_text(str(path), table.schema_arrow.names))
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for record in batch.to_pylist():
-                yield _text_of(record, str(path))
-
-
-def _text_of(record: object, where: str) -> str:
-    """The field `text` of a record. ValueError if it has none that is a string."""
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError(_no_text(where, list(record) if isinstance(record, dict) else []))
-    if not isinstance(record["text"], str):
-        raise ValueError(f"{where}: the field text is no string but {str(record['text'])[:40]}")
-    return record["text"]
-
-
-def _no_text(where: str, fields: list[str]) -> str:
-    return f"{where} has no field text; fields found: {', '.join(map(str, fields)) or 'none'}; rename the one you want"
-
-
-def _hub(source: str) -> IterableDataset:
+def _hub(source: str, *, streaming: bool) -> Any:
     found = _HUB.fullmatch(source)
     if found is None:
         raise ValueError(f"data source {source} is no name; write hub:NAME or hub:NAME:CONFIG@SPLIT")
     split = found["split"] or "train"
-    stream = datasets.load_dataset(found["name"], found["config"], split=split, streaming=True)
+    return datasets.load_dataset(found["name"], found["config"], split=split, streaming=streaming)
+
+
+def _hub_texts(source: str) -> IterableDataset:
+    stream = _hub(source, streaming=True)
     names = stream.column_names or list(next(iter(stream), {}))
     if "text" not in names:
-        raise ValueError(_no_text(source, names))
+        raise ValueError(no_text(source, names))
     return stream.select_columns(["text"]).filter(lambda text: bool(text and text.strip()), input_columns="text")
 
 
@@ -245,11 +202,11 @@ def _builtin(source: str, streaming: bool) -> Dataset | IterableDataset:
     return texts.to_iterable_dataset() if streaming else texts
 
 
-def _mixture(source: str, streaming: bool, seed: int) -> Dataset | IterableDataset:
+def _mixture(source: str, load: Callable[[str], Dataset | IterableDataset], seed: int) -> Dataset | IterableDataset:
     weights, parts = [], []
     for part in _COMMA.split(source):
         found = _WEIGHTED.fullmatch(part)
-        assert found is not None, "load_texts matches the first part, the comma all others"
+        assert found is not None, "the caller matches the first part, the comma all others"
         try:
             weight = float(found[1])
         except ValueError:
@@ -257,7 +214,7 @@ def _mixture(source: str, streaming: bool, seed: int) -> Dataset | IterableDatas
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight {found[1]} of {found[2]} must be a number above 0, as in 0.7*a.txt,0.3*b.txt")
         weights.append(weight)
-        parts.append(load_texts(found[2].strip(), streaming=streaming, seed=seed))
+        parts.append(load(found[2].strip()))
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
     shares = [weight / sum(weights) for weight in weights]

@@ -16,7 +16,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
-from diffusify.models.saving import load_denoiser, save_denoiser
+from diffusify.models.saving import load_weights, save_denoiser
 from diffusify.text.packing import collate
 from diffusify.training.budget import Budget
 from diffusify.training.validation import validate
@@ -27,7 +27,7 @@ class DiffusionTrainer(Trainer):
 
     Noise is drawn once for a whole optimizer step, from (seed, step, rank): time is stratified over all its
     micro-batches, the loss is a sum divided by the global count, and a resumed run repeats the same noise.
-    Datasets have rows `{"tokens", "document"}` as `diffusify.text.packing.pack` makes them.
+    Datasets have rows `{"tokens", "document"}` and perhaps `"editable"`, as `diffusify.text.packing` makes them.
     """
 
     loss_is_scaled_for_ga = True
@@ -73,7 +73,7 @@ class DiffusionTrainer(Trainer):
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536 + self.args.process_index
         objective, schedule = self.recipe.objective, self.recipe.schedule
         rows = [len(batch["tokens"]) for batch in batches]
-        text = Canvas.clean(*(torch.cat([batch[name].cpu() for batch in batches]) for name in ("tokens", "document")))
+        text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
         whole = noised(
             self.denoiser.answerable(text),
             self.recipe.time,
@@ -84,9 +84,11 @@ class DiffusionTrainer(Trainer):
         )
         views = len(whole.t) // sum(rows)
         starts = [sum(rows[:i]) * views for i in range(len(rows) + 1)]
-        counts: Any = self.accelerator.gather(objective.count(whole.canvas).to(device))
-        count = counts.sum().clamp_min(1)
-        return [{"noised": whole[a:b], "count": count} for a, b in zip(starts, starts[1:], strict=False)], count
+        here = torch.stack([objective.count(whole.canvas), (whole.canvas.sizes > 0).sum()]).to(device)
+        everywhere: Any = self.accelerator.gather(here)
+        count, texts = everywhere.view(-1, 2).sum(0).clamp_min(1)
+        cuts = zip(starts, starts[1:], strict=False)
+        return [{"noised": whole[a:b], "count": count, "texts": texts} for a, b in cuts], count
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,11 +100,19 @@ class DiffusionTrainer(Trainer):
             ask=batch.canvas.open,
             ar=batch.ar,
             attention=self.recipe.attention_at(self.state.global_step),
+            lengths=self.denoiser.length_head is not None,
         )
-        loss = self.recipe.objective(prediction.logits, prediction.ar_logits, batch, self.recipe.schedule)
+        objective = self.recipe.objective
+        loss = objective(prediction.logits, prediction.ar_logits, batch, self.recipe.schedule)
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
         self._ar_nll.append(torch.stack([loss.ar_nll.sum(), loss.ar_nll.new_tensor(len(loss.ar_nll))]))
-        loss_on_rank = loss.total * self.accelerator.num_processes / inputs["count"]
+        share = loss.total / inputs["count"]
+        if prediction.lengths is not None:
+            sizes = batch.canvas.sizes
+            wanted = (sizes[sizes > 0] - 1).clamp_max(prediction.lengths.shape[1] - 1)
+            error = nn.functional.cross_entropy(prediction.lengths, wanted, reduction="sum")
+            share = share + objective.length_weight * error / inputs["texts"]
+        loss_on_rank = share * self.accelerator.num_processes
         return (loss_on_rank, prediction) if return_outputs else loss_on_rank
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -162,5 +172,4 @@ class DiffusionTrainer(Trainer):
             rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved, _ = load_denoiser(resume_from_checkpoint)
-        self.denoiser.network.load_state_dict(saved.network.state_dict())
+        load_weights(self.denoiser, resume_from_checkpoint)

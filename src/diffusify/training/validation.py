@@ -42,7 +42,7 @@ def validate(
     nll, masked, where, ar = [], [], [], []
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        clean = denoiser.answerable(Canvas.clean(batch["tokens"], batch["document"]).to(denoiser.device))
+        clean = denoiser.answerable(Canvas.clean(**batch).to(denoiser.device))
         estimate, next_nll = _measure(denoiser, clean, draws, generator, autocast)
         nll.append(torch.stack([estimate.nll.sum(1), clean.editable.sum(1)], 1).cpu())
         masked.append(estimate.masked.cpu())

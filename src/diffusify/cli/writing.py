@@ -1,0 +1,168 @@
+"""Commands that use a model: generate, infill, chat, show."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffusify.cli.options import read_value
+from diffusify.cli.terminal import clear_errors, converse, write
+
+if TYPE_CHECKING:
+    from diffusify.sampling.generation import DiffusionLM
+    from diffusify.sampling.settings import SamplingConfig
+
+Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made.")]
+Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps in all; unset: as the model's card says.")]
+Likely = Annotated[float | None, typer.Option(help="Write every token likelier than this at once, as 0.9.")]
+Rule = Annotated[
+    str | None,
+    typer.Option(help="Unmask, Ancestral or Reparam, or JSON as in the card; unset: the card's.", metavar="POLICY"),
+]
+Heat = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Show the text filling in; colour is confidence.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; standard input when left out.")] = None,
+    max_new_tokens: Room = None,
+    steps: Steps = None,
+    threshold: Likely = None,
+    policy: Rule = None,
+    temperature: Heat = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="Write from nothing, without a prompt.")
+    ] = False,
+    watch: Watch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    with clear_errors():
+        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        if unconditional and prompt:
+            raise ValueError("--unconditional writes without a prompt; leave one of the two out")
+        if prompt is None and not unconditional and sys.stdin.isatty():
+            raise ValueError("no prompt: give one, pipe one in, or use --unconditional")
+        text = "" if unconditional else sys.stdin.read() if prompt is None else prompt
+        lm = open_model(model)
+        write(lm, lm.continuing([text], max_new_tokens, settings), watch=watch, as_json=as_json)
+
+
+def infill(
+    model: Model,
+    text: Annotated[str, typer.Argument(help=r"Text with holes: [[8]] is room for 8 tokens; \[[ is a plain [[.")],
+    steps: Steps = None,
+    threshold: Likely = None,
+    policy: Rule = None,
+    temperature: Heat = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    watch: Watch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fill the holes of a text, with a view of both sides."""
+    with clear_errors():
+        from diffusify.text.prompts import parse_holes
+
+        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        parse_holes(text)
+        lm = open_model(model)
+        write(lm, lm.infilling([text], settings), watch=watch, as_json=as_json)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
+    max_new_tokens: Room = None,
+    steps: Steps = None,
+    threshold: Likely = None,
+    policy: Rule = None,
+    temperature: Heat = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model, its answers filling in live."""
+    with clear_errors():
+        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        converse(open_model(model), settings, max_new_tokens, system)
+
+
+def show(model: Model, as_json: AsJson = False) -> None:
+    """The model's card, its size, and what it can do."""
+    with clear_errors():
+        from diffusify.config import to_plain
+
+        lm = open_model(model)
+        network, card = lm.denoiser.network, lm.config
+        facts = {
+            "architecture": card.architecture,
+            "base": card.base_model,
+            "recipe": card.recipe,
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+            "vocabulary": lm.denoiser.config.get_text_config().vocab_size,
+            "context": lm.denoiser.context,
+            "mask_token": f"{lm.tokenizer.tokenizer.convert_ids_to_tokens(card.mask_token_id)} ({card.mask_token_id})",
+            "attention": str(card.attention),
+            "shift": card.shift,
+            "default_policy": str(card.policy),
+            "can_generate": True,
+            "can_infill": card.sees_right_context,
+        }
+        if as_json:
+            print(json.dumps(facts | {"card": to_plain(card)}))
+            return
+        table = Table(show_header=False, box=None)
+        for name, value in facts.items():
+            shown = (
+                ("no", "yes")[value] if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
+            )
+            table.add_row(f"[bold]{name.replace('_', ' ')}", str(shown))
+        Console().print(table)
+
+
+def sampling(
+    steps: int | None,
+    threshold: float | None,
+    policy: str | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+) -> "SamplingConfig":
+    """Settings, refused before a model is opened."""
+    from diffusify.config import from_plain
+    from diffusify.diffusion.policies import Policy
+    from diffusify.sampling.settings import SamplingConfig
+
+    return SamplingConfig(
+        steps=steps,
+        threshold=threshold,
+        policy=None if policy is None else from_plain(read_value(policy), Policy, "--policy"),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def open_model(folder: str) -> "DiffusionLM":
+    from diffusify.sampling.generation import DiffusionLM
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`")
+    return DiffusionLM.from_pretrained(folder)

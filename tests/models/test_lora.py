@@ -1,0 +1,74 @@
+"""Adapters change nothing at first, survive a save to the last tensor, and merge into plain weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from diffusify.models.lora import Lora, add_lora, bake_lora, base_of, merge_lora, open_lora, save_lora, unmerge_lora
+from tests.families import MASK, tiny_network
+
+IDS = torch.arange(6)[None] + 10
+
+
+def tuned(family: str, lora: Lora) -> PreTrainedModel:
+    """A network with adapters that have learnt something."""
+    network = tiny_network(family).eval()
+    before = network(input_ids=IDS).logits
+    add_lora(network, lora, MASK, "some/base")
+    assert torch.equal(network(input_ids=IDS).logits, before)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    assert not torch.allclose(network(input_ids=IDS).logits, before, atol=1e-2)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
+@pytest.mark.parametrize("embeddings", ["mask", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "albert", "modernbert"])
+def test_saved_opened_merged_unmerged_and_baked_are_one_model(family: str, embeddings, tmp_path: Path) -> None:
+    network = tuned(family, Lora(4, embeddings=embeddings))
+    logits = network(input_ids=IDS).logits
+    save_lora(network, tmp_path)
+    assert base_of(tmp_path) == "some/base"
+    again = tiny_network(family).eval()
+    open_lora(again, tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, logits)
+    for change in (merge_lora, merge_lora, unmerge_lora, unmerge_lora, bake_lora):
+        change(again)
+        torch.testing.assert_close(again(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
+    assert set(again.state_dict()) == set(tiny_network(family).state_dict())
+    theirs = PeftModel.from_pretrained(tiny_network(family).eval(), str(tmp_path))
+    torch.testing.assert_close(theirs(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
+
+
+def test_only_adapters_and_the_mask_token_are_trained() -> None:
+    network = tuned("llama", Lora(4))
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name or "trainable_tokens" in name for name in trained)
+    assert sum("trainable_tokens" in name for name in trained) == 1
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_adapters_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
+    save_lora(tuned("llama", Lora(4)), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    first = sorted(weights)[0]
+    if change == "missing":
+        del weights[first]
+    else:
+        weights[first.replace("embed_tokens", "nowhere")] = weights[first].clone()
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="do not fit their base: 1 tensors differ"):
+        open_lora(tiny_network("llama"), tmp_path)
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 0 must be at least 1"):
+        Lora(0)

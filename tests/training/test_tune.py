@@ -1,0 +1,179 @@
+"""Finetuning noises targets alone, learns from them, and what it saves opens by itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import diffusify
+from diffusify.canvas import Canvas
+from diffusify.models.lora import Lora
+from diffusify.models.recipes import block, mlm
+from diffusify.models.saving import load_denoiser, merge_adapters
+from diffusify.text.examples import Template
+from diffusify.training.adapt import adapt
+from diffusify.training.budget import Budget
+from diffusify.training.trainer import DiffusionTrainer
+from diffusify.training.tune import split_off_prompts, tune
+from tests.families import tiny_network
+from tests.text import makers
+
+SMALL = {"length": 32, "held_out": 4, "per_device_train_batch_size": 4, "bf16": False, "learning_rate": 3e-3}
+TEMPLATE = Template("the {animal} says", " {sound}")
+SOUNDS = {"dog": "so so", "cat": "mat mat mat", "fox": "done"}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Forty-two prompts of three kinds, each with its own answer and length."""
+    path = tmp_path_factory.mktemp("tune") / "pairs.jsonl"
+    words = ["quick", "brown", "lazy", "the", "over", "jumps", "and", "sat", "on", "it", "is", "so", "cat", "mat"]
+    records = [{"animal": f"{word} {animal}", "sound": sound} for word in words for animal, sound in SOUNDS.items()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tune") / "chats.jsonl"
+    roles = ("user", "assistant")
+    records = [
+        {"messages": [{"role": roles[n % 2], "content": f"{sign} {i}"} for n, sign in enumerate("abcdef")]}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def blocks(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A block-diffusion model of one step's age that can see 256 tokens."""
+    folder = tmp_path_factory.mktemp("models")
+    network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=256)
+    network.save_pretrained(folder / "base")
+    makers.byte_level().tokenizer.save_pretrained(folder / "base")
+    return str(adapt(str(folder / "base"), corpus, folder / "out", steps=1, length=32, held_out=64, bf16=False))
+
+
+def test_a_masked_base_learns_a_task_and_its_lengths(masked_base: str, pairs: str, tmp_path: Path) -> None:
+    out = tune(
+        masked_base, pairs, tmp_path / "out", template=TEMPLATE, recipe=mlm(20), length_head=True, steps=150, **SMALL
+    )
+    model = diffusify.load(out)
+    prompts = [f"the brown {animal} says" for animal in SOUNDS]
+    written = [result.completion.strip() for result in model.generate(prompts)]
+    assert written == list(SOUNDS.values())
+    log = json.loads((out / "training.json").read_text())["log"]
+    bounds = [point["eval_bound"] for point in log if "eval_bound" in point]
+    assert bounds[-1] < 0.3 * bounds[0]
+    assert [result.tokens for result in model.generate(prompts, max_new_tokens=[3, 4, 2])] == [2, 3, 1]
+
+
+def test_only_targets_are_noised_and_padding_never(
+    blocks: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = DiffusionTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["noised"])
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionTrainer, "compute_loss", spy)
+    out = tune(blocks, chats, tmp_path / "out", steps=4, **(SMALL | {"length": 192}))
+    tokenizer = diffusify.load(out).tokenizer
+    for batch in seen:
+        canvas = batch.canvas
+        assert not (canvas.open & ~canvas.editable).any() and not (batch.ar & ~canvas.editable).any()
+        assert not (canvas.editable & (canvas.document == 0)).any()
+        for row, document, editable in zip(batch.clean, canvas.document, canvas.editable, strict=True):
+            for number in document[document > 0].unique():
+                answers = row[editable & (document == number)]
+                assert int((answers == tokenizer.end_token_id).sum()) == 3  # one for each of the three turns
+                assert tokenizer.decode(answers.tolist()).split()[0::2] == ["b", "d", "f"]
+
+
+def test_adapters_open_by_themselves_and_merge(blocks: str, chats: str, tmp_path: Path) -> None:
+    out = tune(blocks, chats, tmp_path / "lora", lora=Lora(4), steps=3, **(SMALL | {"length": 192}))
+    assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").exists()
+    merged = merge_adapters(out, tmp_path / "merged")
+    chat = [{"role": "user", "content": "a 1"}]
+    texts = [diffusify.load(folder).chat(chat, max_new_tokens=8).text for folder in (out, merged, blocks)]
+    assert texts[0] == texts[1]
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (blocks, merged))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match="holds adapters; make whole weights"):
+        tune(str(out), chats, tmp_path / "more", steps=1)
+    with pytest.raises(ValueError, match="holds no adapters"):
+        merge_adapters(merged, tmp_path / "again")
+
+
+@pytest.mark.parametrize("lora", [None, Lora(4)], ids=["all", "lora"])
+def test_an_interrupted_tuning_ends_as_if_it_had_not_been(
+    masked_base: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora | None
+) -> None:
+    def run(name: str) -> Path:
+        return tune(
+            masked_base, pairs, tmp_path / name, template=TEMPLATE, recipe=mlm(20), lora=lora, length_head=True,
+            steps=4, **SMALL,
+        )  # fmt: skip
+
+    whole, real = run("whole"), Budget.on_step_end
+
+    def interrupted(self: Budget, args, state, control, **more) -> None:
+        real(self, args, state, control, **more)
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Budget, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(Budget, "on_step_end", real)
+    parts = run("parts")
+    for file in sorted(path.name for path in whole.glob("*.safetensors")):
+        first, second = load_file(whole / file), load_file(parts / file)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_prompt_is_trained_and_measured_on() -> None:
+    examples = Dataset.from_dict({"tokens": [[i // 2, 9, i] for i in range(40)], "target": [[False, False, True]] * 40})
+    train, held = split_off_prompts(examples, 100)
+    assert len(held) == 4 and len(train) == 36  # a tenth of the twenty prompts, each with two answers
+    assert not {row[0] for row in train["tokens"]} & {row[0] for row in held["tokens"]}
+    with pytest.raises(ValueError, match="the same prompt"):
+        split_off_prompts(examples.select([0, 1]), 1)
+
+
+def test_what_cannot_work_is_refused(masked_base: str, blocks: str, chats: str, pairs: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="is no diffusion model yet; say how it becomes one with --recipe"):
+        tune(masked_base, pairs, out, template=TEMPLATE, steps=1)
+    with pytest.raises(ValueError, match="is a diffusion model already"):
+        tune(blocks, chats, out, recipe=block(8), steps=1)
+    with pytest.raises(ValueError, match="leave the length head"):
+        tune(blocks, chats, out, length_head=True, steps=1)
+    with pytest.raises(ValueError, match="fits into length=3"):
+        tune(masked_base, pairs, out, template=TEMPLATE, recipe=mlm(), steps=1, length=3)
+    assert not out.exists()
+
+
+def test_the_length_head_reads_prompts_alone(masked_base: str, pairs: str, tmp_path: Path) -> None:
+    """What is told of a text depends neither on what was written in it nor on its neighbours."""
+    out = tune(
+        masked_base, pairs, tmp_path / "out", template=TEMPLATE, recipe=mlm(20), length_head=True, steps=2, **SMALL
+    )
+    denoiser, _ = load_denoiser(out)
+    tokens = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    document = torch.tensor([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
+    editable = torch.tensor([[0] * 3 + [1] * 4 + [0] * 4 + [1], [0] * 8 + [1] + [0] * 3]).bool()
+    told = denoiser.lengths(Canvas.clean(tokens, document, editable))
+    assert told.shape[0] == 3
+    other = denoiser.lengths(Canvas.clean(torch.where(editable, 7, tokens), document, editable))
+    assert torch.equal(told, other)
+    for i, (row, columns) in enumerate([(0, slice(0, 7)), (0, slice(7, 12)), (1, slice(0, 9))]):
+        part = (slice(row, row + 1), columns)
+        alone = denoiser.lengths(Canvas.clean(tokens[part], torch.ones_like(tokens[part]), editable[part]))
+        torch.testing.assert_close(alone[0], told[i], atol=1e-5, rtol=1e-4)
