@@ -19,6 +19,7 @@ FLOORS = {
     "serving": 6,
     "cli": 7,
     "demo": 8,
+    "__main__": 8,
     "__init__": 9,
 }
 SCIENCE = {"canvas", "diffusion"}

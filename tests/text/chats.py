@@ -1,5 +1,7 @@
 """Chat templates as models are published with them, and tokenizers that have their special tokens."""
 
+from tokenizers import pre_tokenizers
+
 from diffusify.text.tokens import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
@@ -68,7 +70,22 @@ SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>",
     "<end_of_turn>",
 )  # fmt: skip
-KINDS = {"byte_level": byte_level, "word_piece": word_piece, "unigram": unigram, "sentence_bpe": sentence_bpe}
+
+
+def first_only() -> TextTokenizer:
+    """As newer Llama 2 and Mistral: a space before a text's first word, and none behind a special token."""
+    made = unigram()
+    made.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # pyright: ignore
+    return made
+
+
+KINDS = {
+    "byte_level": byte_level,
+    "word_piece": word_piece,
+    "unigram": unigram,
+    "first_only": first_only,
+    "sentence_bpe": sentence_bpe,
+}
 
 
 def chat_tokenizer(kind: str, style: str) -> TextTokenizer:

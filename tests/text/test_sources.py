@@ -123,6 +123,7 @@ def test_builtin(streaming: bool) -> None:
         ("hub:org/name", ("org/name", None, "train")),
         ("hub:name@test", ("name", None, "test")),
         ("hub:org/name:a-config@validation", ("org/name", "a-config", "validation")),
+        ("hub:org/name:a-config@test#text", ("org/name", "a-config", "test")),
     ],
 )
 def test_hub(source: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +146,9 @@ def test_hub_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="hub:org/name has no field text; fields found: body"):
         load_texts("hub:org/name")
+    assert texts_of(load_texts("hub:org/name#body")) == ["a"]
+    with pytest.raises(ValueError, match="hub:org/name#code has no field code; fields found: body"):
+        load_texts("hub:org/name#code")
     with pytest.raises(ValueError, match="write hub:NAME"):
         load_texts("hub:")
 

@@ -49,6 +49,16 @@ def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: P
         torch.testing.assert_close(tensor, weights(parts)[name], atol=2e-5, rtol=1e-4)
 
 
+def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    plain = trainer_for(causal_base, corpus, tmp_path, block(4))
+    frugal = trainer_for(causal_base, corpus, tmp_path, block(4), activation_checkpointing=True)
+    plain.train()
+    frugal.train()
+    assert frugal.denoiser.network.is_activation_checkpointing
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(tensor, weights(frugal)[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "recipe", [block(4), block(4, ar_weight=0.0), ar(annealing_steps=20)], ids=["ar-loss", "no-ar-loss", "ar"]
 )

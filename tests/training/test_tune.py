@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from diffusify.training.tune import split_off_prompts, tune
 from tests.families import tiny_network
 from tests.text import makers
 
-SMALL = {"length": 32, "held_out": 4, "per_device_train_batch_size": 4, "bf16": False, "learning_rate": 3e-3}
+SMALL: dict[str, Any] = {
+    "length": 32, "held_out": 4, "per_device_train_batch_size": 4, "bf16": False, "learning_rate": 3e-3,
+}  # fmt: skip
+WIDE: dict[str, Any] = SMALL | {"length": 192}
 TEMPLATE = Template("the {animal} says", " {sound}")
 SOUNDS = {"dog": "so so", "cat": "mat mat mat", "fox": "done"}
 
@@ -64,7 +68,7 @@ def test_a_masked_base_learns_a_task_and_its_lengths(masked_base: str, pairs: st
     )
     model = diffusify.load(out)
     prompts = [f"the brown {animal} says" for animal in SOUNDS]
-    written = [result.completion.strip() for result in model.generate(prompts)]
+    written = [(result.completion or "").strip() for result in model.generate(prompts)]
     assert written == list(SOUNDS.values())
     log = json.loads((out / "training.json").read_text())["log"]
     bounds = [point["eval_bound"] for point in log if "eval_bound" in point]
@@ -83,7 +87,7 @@ def test_only_targets_are_noised_and_padding_never(
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(DiffusionTrainer, "compute_loss", spy)
-    out = tune(blocks, chats, tmp_path / "out", steps=4, **(SMALL | {"length": 192}))
+    out = tune(blocks, chats, tmp_path / "out", steps=4, **WIDE)
     tokenizer = diffusify.load(out).tokenizer
     for batch in seen:
         canvas = batch.canvas
@@ -97,7 +101,7 @@ def test_only_targets_are_noised_and_padding_never(
 
 
 def test_adapters_open_by_themselves_and_merge(blocks: str, chats: str, tmp_path: Path) -> None:
-    out = tune(blocks, chats, tmp_path / "lora", lora=Lora(4), steps=3, **(SMALL | {"length": 192}))
+    out = tune(blocks, chats, tmp_path / "lora", lora=Lora(4), steps=3, **WIDE)
     assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").exists()
     merged = merge_adapters(out, tmp_path / "merged")
     chat = [{"role": "user", "content": "a 1"}]

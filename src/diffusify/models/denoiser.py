@@ -148,8 +148,8 @@ class Denoiser(nn.Module):
         self.diffusion = replace(self.diffusion, longest_answer=longest)
         self.length_head = LengthHead(self.config.get_text_config().hidden_size, longest).to(self.device)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.network.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.network.activation_checkpointing_enable(**kwargs)
 
 
 def _crop(canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:

@@ -33,7 +33,7 @@ class LengthHead(nn.Module):
 
 
 def prompts(canvas: Canvas, pad: int = 0) -> Canvas:
-    """What is given of every text that has editable positions, one text a row; ValueError if a text is given nothing."""
+    """What is given of every text that has editable positions, one text a row. ValueError if one is given nothing."""
     rows = torch.arange(len(canvas.document), device=canvas.tokens.device)[:, None]
     text = rows * (int(canvas.document.max()) + 1) + canvas.document
     asked = torch.zeros(int(text.max()) + 1, dtype=torch.bool, device=text.device)

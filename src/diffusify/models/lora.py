@@ -62,12 +62,12 @@ def base_of(folder: Path) -> str | None:
     """The base that a LoRA folder stands on; None for a folder of whole weights."""
     if not (folder / "adapter_config.json").is_file():
         return None
-    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
 def open_lora(network: PreTrainedModel, folder: Path) -> None:
     """Put the adapters of a folder into their base, strictly."""
-    _attach(network, PeftConfig.from_pretrained(folder))
+    _attach(network, PeftConfig.from_pretrained(str(folder)))
     load_lora(network, folder)
 
 

@@ -22,7 +22,7 @@ from diffusify.text.tokens import TextTokenizer
 # A number and a star, then a source; the comma that parts two of them stands before the next number and star.
 _WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
 _COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
-_HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+_HUB = re.compile(r"hub:(?P<name>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 
 def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Dataset | IterableDataset:
@@ -30,7 +30,8 @@ def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Datase
 
     - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: one per record, its field `text`; each of
       them may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
-    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub, always streamed; split `train` if unset.
+    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT#FIELD`: a dataset of the Hugging Face Hub, always streamed; split `train` and
+      field `text` if unset.
     - `builtin:pydoc`: the topics of Python's own `help()`.
     - `0.7*data.jsonl,0.3*notes.txt`: a mixture. A weight is a source's share of the documents drawn (by `seed`).
       Drawing ends when every document has been drawn; a source that runs out before starts again, so shares hold.
@@ -179,9 +180,17 @@ def _examples(paths: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
 def _hub(source: str, *, streaming: bool) -> Any:
     found = _HUB.fullmatch(source)
     if found is None:
-        raise ValueError(f"data source {source} is no name; write hub:NAME or hub:NAME:CONFIG@SPLIT")
+        raise ValueError(f"data source {source} is no name; write hub:NAME or hub:NAME:CONFIG@SPLIT#FIELD")
     split = found["split"] or "train"
-    return datasets.load_dataset(found["name"], found["config"], split=split, streaming=streaming)
+    loaded: Any = datasets.load_dataset(found["name"], found["config"], split=split, streaming=streaming)
+    return loaded if found["field"] is None else _renamed(loaded, found["field"], source)
+
+
+def _renamed(loaded: Any, field: str, source: str) -> Any:
+    names = loaded.column_names or list(next(iter(loaded), {}))
+    if field not in names:
+        raise ValueError(f"{source} has no field {field}; fields found: {', '.join(names)}")
+    return loaded if field == "text" else loaded.select_columns([field]).rename_column(field, "text")
 
 
 def _hub_texts(source: str) -> IterableDataset:

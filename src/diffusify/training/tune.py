@@ -33,7 +33,7 @@ def tune(
     epochs: float = 1.0,
     steps: int | None = None,
     minutes: float | None = None,
-    length: int = 512,
+    length: int | None = None,
     held_out: int = 100,
     seed: int = 0,
     console: Console | None = None,
@@ -45,8 +45,9 @@ def tune(
     makes it a diffusion model (Diffusion-LLM's task finetuning). `data` as `load_records` takes it; the `template`
     says what of a record is prompt and target, else its fields do. Only targets are noised and learnt, their end token
     included. `lora` trains adapters instead of all weights. The `length_head` learns to tell a target's length from
-    its prompt. The budget is `steps` or `minutes`, else `epochs`. Examples of more than `length` tokens are left out;
-    `held_out` prompts are kept aside to measure the bound. ValueError for anything that cannot work.
+    its prompt. The budget is `steps` or `minutes`, else `epochs`. Examples of more than `length` tokens (512, or what
+    the model can see) are left out; `held_out` prompts are kept aside to measure the bound. ValueError for anything
+    that cannot work.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training)
@@ -72,6 +73,7 @@ def tune(
     records, base = load_records(data, seed=seed), load_base(model)
     torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
+    length = min(512, denoiser.context or 512) if length is None else length
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {model} can see; use less")
     check_attention(denoiser)

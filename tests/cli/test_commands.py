@@ -102,6 +102,66 @@ def test_show(models: dict[str, str]) -> None:
     assert "can infill" in run.invoke(app, ["show", models["block"]]).stdout
 
 
+def test_a_policy_by_name_or_as_json(models: dict[str, str]) -> None:
+    def text(policy: str) -> str:
+        done = run.invoke(app, ["generate", models["ar"], "The", "--max-new-tokens", "9", "--policy", policy])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    left = '{"type": "Unmask", "rank": {"type": "Leftmost"}}'
+    assert text("Unmask") == text('{"type": "Unmask"}')
+    assert len({text("Reparam"), text("Unmask"), text(left), text("Ancestral")}) > 1
+
+
+def test_a_file_says_the_whole_command(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    story = tmp_path / "story.yaml"
+    options = "{size: 2, length: 32, held_out: 64, bf16: false, per_device_train_batch_size: 2}"
+    story.write_text(f"base: {causal_base}\ndata: {corpus}\nsteps: 900\noptions: {options}\n")
+    done = run.invoke(app, ["adapt", str(story), "--steps", "1", "--out", str(tmp_path / "out"), "-o", "length=16"])
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (
+        settings["budget"]["steps"] == 1 and settings["length"] == 16 and settings["recipe"]["attention"]["size"] == 2
+    )
+
+
+def test_tune_talk_and_merge(models: dict[str, str], tmp_path: Path) -> None:
+    data, lora, whole = tmp_path / "pairs.jsonl", tmp_path / "lora", tmp_path / "whole"
+    data.write_text("".join(json.dumps({"q": f"is it {i}", "a": "so"}) + "\n" for i in range(20)))
+    words = ["--data", str(data), "--prompt", "{q}?", "--target", " {a}", "--steps", "2", "-o", "length=32"]
+    words += ["-o", "bf16=false"]
+    done = run.invoke(app, ["tune", models["ar"], *words, "--lora", "4", "-o", "embeddings=all", "--out", str(lora)])
+    assert done.exit_code == 0, done.output
+    assert f"diffusify merge {lora}" in done.stderr
+    assert run.invoke(app, ["merge", str(lora), "--out", str(whole)]).exit_code == 0
+    ask = ["is it 3?", "--max-new-tokens", "5"]
+    first, second = (run.invoke(app, ["generate", str(folder), *ask]).stdout for folder in (lora, whole))
+    assert first == second
+    done = run.invoke(app, ["chat", str(whole), "--max-new-tokens", "4"], input="hi\n/reset\nso?\n\n")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("forwards") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "{q}"], "--prompt and --target make a template together"),
+        ([], "--data is missing"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--data", "DATA", "--recipe", "ar"], "is a diffusion model already"),
+        (["--data", "DATA", "-o", "embeddings=all"], '"embeddings" is not known'),
+        (["--data", "DATA", "--lora", "0"], "rank 0 must be at least 1"),
+        (["--data", "DATA"], "give a template"),
+    ],
+)
+def test_tuning_mistakes_are_one_line(models: dict[str, str], tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"q": "is it", "a": "so"}\n')
+    words = [str(tmp_path / "data.jsonl") if word == "DATA" else word for word in words]
+    done = run.invoke(app, ["tune", models["ar"], *words, "--steps", "1", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_released_model_is_imported(causal_base: str, tmp_path: Path) -> None:
     source, out = tmp_path / "diffullama", tmp_path / "out"
     shutil.copytree(causal_base, source)

@@ -1,0 +1,99 @@
+"""Strings in, strings out: batches, completions, lengths that the model tells, chats."""
+
+import pytest
+import torch
+
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.policies import Ancestral, Reparam, Unmask
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.settings import SamplingConfig
+from tests.families import tiny_denoiser
+from tests.text import makers
+
+PROMPTS = ["The cat", "and the dog sat on the", ""]
+
+
+def model(attention=Bidirectional(), family: str = "llama") -> DiffusionLM:
+    tokenizer = makers.byte_level()
+    return DiffusionLM(tiny_denoiser(family, attention, vocab_size=320, max_position_embeddings=256), tokenizer)
+
+
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4), BlockCausal(4, clean="block")])
+@pytest.mark.parametrize("policy", [None, Reparam(), Unmask()])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(attention, policy) -> None:
+    """Law 5."""
+    lm = model(attention)
+    together = lm.generate(PROMPTS, max_new_tokens=9, policy=policy)
+    alone = [lm.generate(prompt, max_new_tokens=9, policy=policy) for prompt in PROMPTS]
+    assert [result.text for result in together] == [result.text for result in alone]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    assert all(result.text == prompt + (result.completion or "") for result, prompt in zip(alone, PROMPTS, strict=True))
+
+
+def test_each_prompt_may_have_its_own_room() -> None:
+    lm = model()
+    short, long = lm.generate(PROMPTS[:2], max_new_tokens=[2, 11], temperature=1.0)
+    assert short.tokens <= 2 and long.tokens <= 11
+    with pytest.raises(ValueError, match="2 values of max_new_tokens for 3 prompts"):
+        lm.generate(PROMPTS, max_new_tokens=[2, 3])
+
+
+def test_infills_come_in_batches_too() -> None:
+    lm = model()
+    texts = ["The [[3]] sat on [[2]] mat", "so [[4]]"]
+    together = lm.infill(texts)
+    assert [result.spans for result in together] == [lm.infill(text).spans for text in texts]
+    assert [len(result.spans or ()) for result in together] == [2, 1]
+
+
+def test_the_surest_of_the_likeliest_lengths_is_written() -> None:
+    lm = model()
+    torch.manual_seed(3)
+    lm.denoiser.add_length_head(12)
+    prompt = "The cat"
+    written = lm.generate(prompt, length_beam=4)
+    canvas = next(iter(lm.continuing([prompt], 1, SamplingConfig()))).canvas
+    likeliest = (lm.denoiser.lengths(canvas).topk(4).indices[0] + 1).tolist()
+    candidates = []
+    for length in likeliest:
+        writing = lm.continuing([prompt], length, SamplingConfig())
+        *_, last = writing
+        result = writing.results()[0]
+        score = last.score[0][last.canvas.editable[0]][: result.tokens].mean().detach().item() if result.tokens else 0.0
+        candidates.append((score, result.text))
+    assert written.text == max(candidates)[1]
+    assert lm.generate(prompt, length_beam=1).text == candidates[0][1]
+    assert lm.generate(prompt, max_new_tokens=5).tokens <= 5  # a given length is kept to
+
+
+def test_told_lengths_stay_within_what_the_model_sees() -> None:
+    lm = model()
+    lm.denoiser.add_length_head(400)
+    assert lm.generate("The cat " * 30, length_beam=2).text.startswith("The cat")
+
+
+def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(BlockCausal(4))
+    end = lm.dialogue.end_token_id
+    ask = [{"role": "user", "content": "is it so?"}]
+
+    def always(canvas, *, ask):
+        """A model that says `it`, then ends its turn."""
+        it = lm.tokenizer.encode(" it")[0]
+        first = canvas.positions == (canvas.editable.long().cumsum(1) == 1).long().argmax(1, keepdim=True)
+        logits = torch.zeros(int(ask.sum()), 320)
+        logits[torch.arange(len(logits)), torch.where(first[ask], it, end)] = 9.0
+        return type("Answers", (), {"logits": logits})
+
+    monkeypatch.setattr(lm.denoiser, "forward", always)
+    answer = lm.chat(ask, max_new_tokens=16)
+    assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
+    with pytest.raises(ValueError, match="already"):
+        lm.chat([*ask, {"role": "assistant", "content": "yes"}])
+
+
+def test_settings_that_contradict_are_refused() -> None:
+    with pytest.raises(ValueError, match="threshold=0.9 is a policy by itself"):
+        SamplingConfig(threshold=0.9, policy=Ancestral())
+    with pytest.raises(ValueError, match="length_beam=0"):
+        SamplingConfig(length_beam=0)
