@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
 from diffusify.diffusion.policies import Ancestral, Reparam, Unmask
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
@@ -13,7 +13,7 @@ from tests.text import makers
 PROMPTS = ["The cat", "and the dog sat on the", ""]
 
 
-def model(attention=Bidirectional(), family: str = "llama") -> DiffusionLM:
+def model(attention: AttentionPattern = Bidirectional(), family: str = "llama") -> DiffusionLM:
     tokenizer = makers.byte_level()
     return DiffusionLM(tiny_denoiser(family, attention, vocab_size=320, max_position_embeddings=256), tokenizer)
 
