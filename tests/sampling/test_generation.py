@@ -86,7 +86,7 @@ def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> 
         return type("Answers", (), {"logits": logits})
 
     monkeypatch.setattr(lm.denoiser, "forward", always)
-    answer = lm.chat(ask, max_new_tokens=16)
+    answer = lm.chat(ask, max_new_tokens=16, cache=False)
     assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
     with pytest.raises(ValueError, match="already"):
         lm.chat([*ask, {"role": "assistant", "content": "yes"}])

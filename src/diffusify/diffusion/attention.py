@@ -1,10 +1,11 @@
 """Who may look at whom, and where in the network's output each answer stands.
 
-Axes: b texts, n canvas positions, m scene positions (n, or 2n where a clean copy stands beside the canvas).
+Axes: b texts, n canvas positions, m scene positions (n, or 2n where a clean copy stands beside the canvas), w positions
+that are looked at (m, but for a part).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,19 +28,29 @@ class Scene:
     rule: Rule
     ragged: bool  # whether the rule differs between rows
     unmasked: bool = False  # whether everything sees everything
+    columns: Int[Tensor, "b m"] | None = None  # of a part: where in the whole its tokens stand
+    width: int = 0  # of a part: how many positions of the whole it looks at
 
-    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m m"]:
+    def part(self, columns: Int[Tensor, "b m"], width: int) -> "Scene":
+        """Some positions alone, looking at the first `width` of all, which are remembered."""
+        tokens, positions = (values.gather(1, columns) for values in (self.tokens, self.positions))
+        return replace(self, tokens=tokens, positions=positions, columns=columns, width=width, unmasked=False)
+
+    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
         """The rule as a matrix, one for all rows unless they differ; `window` hides what is that far away."""
         b, m = self.tokens.shape
         device = self.tokens.device
-        row = torch.arange(b if self.ragged or window is not None else 1, device=device)[:, None, None]
-        at = torch.arange(m, device=device)
-        seen = self.rule(row, torch.zeros_like(row), at[:, None], at).expand(len(row), m, m)
+        at = torch.arange(self.width or m, device=device)
+        alike = self.columns is None and not self.ragged and window is None
+        row = torch.arange(1 if alike else b, device=device)[:, None, None]
+        looking = at[:, None] if self.columns is None else self.columns[:, :, None]
+        seen = self.rule(row, torch.zeros_like(row), looking, at).expand(len(row), m, len(at))
         if window is not None:
-            seen = seen & ((self.positions[:, :, None] - self.positions[:, None, :]).abs() < window)
+            there = self.positions if self.columns is None else at[None]
+            seen = seen & ((self.positions[:, :, None] - there[:, None, :]).abs() < window)
         return seen
 
-    def bias(self, dtype: torch.dtype, window: int | None = None) -> Float[Tensor, "rows 1 m m"]:
+    def bias(self, dtype: torch.dtype, window: int | None = None) -> Float[Tensor, "rows 1 m w"]:
         """The rule as an additive bias, which `sdpa` and `eager` both obey (`eager` adds a boolean one as 0/1)."""
         seen = self.visible(window)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

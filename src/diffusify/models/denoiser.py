@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
@@ -53,6 +53,7 @@ class Denoiser(nn.Module):
                 "give a network of another family"
             )
         self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
+        self.remembers = "past_key_values" in accepts  # whether keys and values can be kept between passes
         self._offset = _position_offset(network)
         self._windows = _windows(network)
         self._wanted: Tensor | None = None
@@ -104,8 +105,7 @@ class Denoiser(nn.Module):
         row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
         asked = (row + scene.answers).flatten() if ask is None else (row + scene.answers)[ask]
         also = asked[:0] if ar is None else (row + scene.ar_answers)[ar]
-        logits = self._project(scene, torch.cat([asked, also]))
-        about, ar_logits = logits.split([len(asked), len(also)])
+        about, ar_logits = self.project(scene, torch.cat([asked, also])).split([len(asked), len(also)])
         told = self.lengths(canvas) if lengths else None
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
 
@@ -116,25 +116,31 @@ class Denoiser(nn.Module):
         scene = self.diffusion.attention(given, shift=self.diffusion.shift)
         return self.length_head(self._run(self.network.base_model, scene).last_hidden_state, given)
 
-    def _project(self, scene: Scene, wanted: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
-        """Run the network on a scene and give the logits of the wanted outputs (indices into b * m)."""
+    def project(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k v"]:
+        """Run the network on a scene and give the logits of the wanted outputs (indices into b * m).
+
+        A part of a scene looks at keys and values in `past`, which takes in its own.
+        """
         self._wanted = wanted
         try:
-            logits = self._run(self.network, scene).logits[0]
+            logits = self._run(self.network, scene, past).logits[0]
         finally:
             self._wanted = None
         return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
 
-    def _run(self, module: nn.Module, scene: Scene) -> Any:
+    def _run(self, module: nn.Module, scene: Scene, past: Cache | None = None) -> Any:
         """What the network, or its body without the head, makes of a scene."""
-        windows = {kind: w if w and w < scene.tokens.shape[1] else None for kind, w in self._windows.items()}
+        settings = self._settings if past is None else {"past_key_values": past, "use_cache": True}
+        windows = {
+            kind: w if w and w < max(scene.width, scene.tokens.shape[1]) else None for kind, w in self._windows.items()
+        }
         limited = any(windows.values())
         with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
             return module(
                 input_ids=scene.tokens,
                 position_ids=scene.positions + self._offset,
                 attention_mask=None if shown is None else _bias(shown, self.network.dtype, windows if limited else {}),
-                **self._settings,
+                **settings,
             )
 
     def _gather(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -15,6 +15,7 @@ from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
+from diffusify.sampling.cache import BlockCache
 from diffusify.sampling.sampler import Frame, Sampler
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.dialogue import Dialogue
@@ -82,7 +83,9 @@ class Writing:
         window = self.canvas.positions // size if size else None
         generator = torch.Generator(denoiser.device).manual_seed(self.settings.seed)
         noise, begun = denoiser.diffusion.mask_token_id, perf_counter()
-        for frame in sampler(denoiser, self.canvas, window, noise=noise, generator=generator):
+        cached = self.settings.cache and size is not None and denoiser.remembers
+        model = BlockCache(denoiser) if cached else denoiser
+        for frame in sampler(model, self.canvas, window, noise=noise, generator=generator):
             self.canvas, self.forwards, self._score = frame.canvas, frame.forwards, frame.score
             self.seconds = perf_counter() - begun
             yield frame

@@ -14,7 +14,7 @@ class SamplingConfig:
     `steps` denoising steps in all; `threshold` writes every token with a higher probability at once (and, where
     `steps` are given too, never fewer than they ask for); any other `policy` stands in for the card's. `temperature` 0
     takes the likeliest token. `length_beam`: so many lengths are tried, and the surest text is kept, where the model
-    tells lengths and none is given.
+    tells lengths and none is given. Finished blocks are kept in a `cache`, exactly, where the model writes in blocks.
     """
 
     steps: int | None = None
@@ -24,6 +24,7 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float = 1.0
     length_beam: int = 3
+    cache: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

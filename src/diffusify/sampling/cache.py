@@ -1,0 +1,132 @@
+"""Work that need not be done twice: finished blocks are remembered, exactly.
+
+Axes: b texts, n canvas positions, m positions that are run, w cached columns in use, v vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import BlockCausal, Scene
+from diffusify.models.denoiser import Denoiser, Prediction
+
+
+class Columns(Cache):
+    """Keys and values of every layer, each token's in the column of its position, whatever pass wrote it.
+
+    Before a pass, `write` says where each of its tokens goes (column n swallows padding) and how many columns it sees.
+    """
+
+    def __init__(self, layers: int, n: int) -> None:
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.n = n
+        self.columns = torch.empty(0, 0, dtype=torch.long)
+        self.width = 0
+
+    def write(self, columns: Int[Tensor, "b m"], width: int) -> None:
+        self.columns, self.width = columns, width
+
+
+class _Layer(CacheLayerMixin):
+    def __init__(self, store: Columns) -> None:
+        super().__init__()
+        self.store = store
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        b, heads, _, size = key_states.shape
+        self.keys = key_states.new_zeros(b, heads, self.store.n + 1, size)
+        self.values = value_states.new_zeros(b, heads, self.store.n + 1, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept.scatter_(2, self.store.columns[:, None, :, None].expand_as(new), new)
+        return self.keys[:, :, : self.store.width], self.values[:, :, : self.store.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.store.width, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always given
+
+    def get_max_length(self) -> int:
+        return self.store.n
+
+
+class BlockCache:
+    """A denoiser that runs only what is new: the same call and the same answers, up to rounding.
+
+    Blocks of a block-causal model that have no open position are final, so their keys and values are kept. A call runs
+    what is not kept yet, up to the asked block: the pass that stores a finished block is the pass that starts the next.
+    Under shift a block's first position is answered by its left neighbour, whose answer is kept too. Every row is at
+    its own place. A canvas that is changed behind the cache's back is noticed, and run again from there.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        pattern = denoiser.diffusion.attention
+        if not isinstance(pattern, BlockCausal):
+            raise ValueError(
+                f"an exact cache needs block-causal attention, which {pattern} is not; leave the cache out"
+            )
+        if not denoiser.remembers:
+            raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values; leave the cache out")
+        self.denoiser, self.pattern = denoiser, pattern
+        self._canvas: Canvas | None = None
+
+    def _begin(self, canvas: Canvas) -> None:
+        """An empty memory for texts of this shape."""
+        b, n = canvas.tokens.shape
+        self._past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, n)
+        self._canvas = canvas
+        self._stored = torch.zeros(b, dtype=torch.long, device=canvas.tokens.device)  # columns that are final
+        self._edge: Tensor | None = None  # logits about the position `_edge_at`, read from its left neighbour
+        self._edge_at = torch.full_like(self._stored, -1)
+
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+        if self._canvas is None or self._canvas.tokens.shape != canvas.tokens.shape:
+            self._begin(canvas)
+        assert self._canvas is not None
+        size, shift, n = self.pattern.size, self.denoiser.diffusion.shift, canvas.tokens.shape[1]
+        at = torch.arange(n, device=ask.device)
+        changed = canvas.open | (canvas.tokens != self._canvas.tokens)
+        stored = torch.minimum(self._stored, torch.where(changed, at, n).amin(1) // size * size)
+        start = torch.where((self._edge_at == stored) | (shift == 0), stored, (stored - size).clamp_min(0))
+        last = torch.where(ask, at, -1).amax(1)
+        end = torch.where(last < 0, start, (last // size * size + size).clamp_max(n))
+        final = torch.minimum(torch.where(canvas.open, at, n).amin(1) // size * size, end)
+        m, width = int((end - start).amax()), int(end.amax())
+        columns = start[:, None] + torch.arange(m, device=ask.device)
+        scene = self.pattern(canvas, shift=shift).part(columns.clamp_max(n - 1), width)
+        self._past.write(torch.where(columns < end[:, None], columns, n), width)
+        logits = self._answers(scene, ask, start, final)
+        self._stored, self._canvas = torch.maximum(stored, final), canvas
+        return Prediction(logits, logits[:0])
+
+    def _answers(
+        self, scene: Scene, ask: Bool[Tensor, "b n"], start: Int[Tensor, " b"], final: Int[Tensor, " b"]
+    ) -> Float[Tensor, "k v"]:
+        """Answers at the asked positions; the answer about each row's next block is kept."""
+        m, shift = scene.tokens.shape[1], self.denoiser.diffusion.shift
+        row, position = ask.nonzero(as_tuple=True)
+        source = position - shift - start[row]
+        wanted = row * m + source.clamp_min(0)
+        if not shift:
+            return self.denoiser.project(scene, wanted, past=self._past)
+        every = torch.arange(len(start), device=start.device)
+        edges = every * m + (final - 1 - start).clamp(0, m - 1)
+        logits, edge = self.denoiser.project(scene, torch.cat([wanted, edges]), past=self._past).split(
+            [len(wanted), len(edges)]
+        )
+        if self._edge is not None:
+            logits = torch.where((source < 0)[:, None], self._edge[row], logits)
+            edge = torch.where((final > start)[:, None], edge, self._edge)
+        self._edge, self._edge_at = edge, torch.where(final > start, final, self._edge_at)
+        return logits

@@ -1,0 +1,96 @@
+"""Law 5: the cache changes how much work is done, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.picking import Draw
+from diffusify.diffusion.policies import Leftmost, Random, Reparam, Unmask
+from diffusify.sampling.cache import BlockCache
+from diffusify.sampling.sampler import Sampler
+from tests.families import CAUSAL, MASK, tiny_denoiser
+
+ROWS = [[5, 9, 7, *[None] * 13], [8, *[None] * 5], [4, 11, 3, 6, 2, 9, 10, 12, *[None] * 9], [3, 4, 5, 6, *[None] * 4]]
+PATTERNS = [(BlockCausal(4), 1), (BlockCausal(4, clean="block"), 0), (BlockCausal(3), 0), (BlockCausal(1), 1)]
+
+
+@pytest.mark.parametrize("family", sorted(CAUSAL))
+@pytest.mark.parametrize(("pattern", "shift"), PATTERNS, ids=str)
+def test_cached_answers_are_the_answers(family: str, pattern: BlockCausal, shift: int) -> None:
+    """At every step of a batch whose rows go at their own paces, logits agree to rounding."""
+    kernel = "eager" if family == "gemma2" else "sdpa"
+    windows = {"sliding_window": 5} if family in ("mistral", "gemma3_text") else {}
+    denoiser = tiny_denoiser(family, pattern, shift, kernel=kernel, **windows)
+    cached = BlockCache(denoiser)
+    worst: list[float] = []
+
+    class Both:
+        def __call__(self, canvas: Canvas, *, ask: torch.Tensor):
+            ours, plain = cached(canvas, ask=ask), denoiser(canvas, ask=ask)
+            finite = plain.logits.isfinite()
+            assert torch.equal(finite, ours.logits.isfinite())
+            worst.append(float((ours.logits - plain.logits)[finite].abs().max().detach()))
+            return plain
+
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    window = room.positions // pattern.size
+    policy = Unmask(rank=Random())
+    generator = torch.Generator().manual_seed(0)
+    *_, last = Sampler(policy=policy)(Both(), room, window, noise=MASK, generator=generator)
+    assert not last.canvas.open.any() and len(worst) > 4
+    assert max(worst) < 1e-5
+
+
+@pytest.mark.parametrize("policy", [Unmask(), Unmask(rank=Leftmost()), Reparam()])
+@pytest.mark.parametrize("pick", [None, Draw(1.0)])
+def test_cached_texts_are_the_texts(policy, pick) -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+
+    def text(model) -> torch.Tensor:
+        sampler = Sampler(policy=policy, **({"pick": pick} if pick else {}))
+        generator = torch.Generator().manual_seed(0)
+        *_, last = sampler(model, room, room.positions // 4, noise=MASK, generator=generator)
+        return last.canvas.tokens
+
+    assert torch.equal(text(BlockCache(denoiser)), text(denoiser))
+
+
+def test_each_finished_block_is_run_once_and_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt, a pass runs the block in work, and the one before it only when that was just finished."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    widths: list[int] = []
+    real = denoiser.project
+
+    def spy(scene, wanted, *, past=None):
+        widths.append(scene.tokens.shape[1])
+        return real(scene, wanted, past=past)
+
+    monkeypatch.setattr(denoiser, "project", spy)
+    room = Canvas.room([[5, 9, 7, 8, 2, 3, *[None] * 10]], noise=MASK, pad=0)
+    for _ in Sampler()(BlockCache(denoiser), room, room.positions // 4, noise=MASK):
+        pass
+    assert widths == [8, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+
+
+def test_a_canvas_changed_behind_its_back_is_run_again() -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    cached = BlockCache(denoiser)
+    room = Canvas.room([[5, 9, 7, 8, 2, 3, 4, 6, *[None] * 4]], noise=MASK, pad=0)
+    cached(room, ask=room.open)
+    for place in (1, 6):
+        tokens = room.tokens.clone()
+        tokens[0, place] += 10
+        room = replace(room, tokens=tokens)
+        ours, plain = cached(room, ask=room.open).logits, denoiser(room, ask=room.open).logits
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_cached_exactly_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs block-causal attention"):
+        BlockCache(tiny_denoiser("llama", Bidirectional()))
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        BlockCache(tiny_denoiser("bert", BlockCausal(4, clean="block")))
