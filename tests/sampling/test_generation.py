@@ -92,8 +92,20 @@ def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> 
         lm.chat([*ask, {"role": "assistant", "content": "yes"}])
 
 
+def test_lossless_texts_are_left_to_right_texts() -> None:
+    lm = model(BlockCausal(4))
+    together = lm.generate(PROMPTS, max_new_tokens=9, lossless=True)
+    alone = [lm.generate(prompt, max_new_tokens=9, lossless=True) for prompt in PROMPTS]
+    assert [result.text for result in together] == [result.text for result in alone]
+    assert all(result.forwards <= 9 for result in alone)
+    with pytest.raises(ValueError, match="keeps its left-to-right half"):
+        model().generate("The", max_new_tokens=4, lossless=True)
+
+
 def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(ValueError, match="threshold=0.9 is a policy by itself"):
         SamplingConfig(threshold=0.9, policy=Ancestral())
+    with pytest.raises(ValueError, match="lossless decoding is greedy"):
+        SamplingConfig(lossless=True, temperature=0.7)
     with pytest.raises(ValueError, match="length_beam=0"):
         SamplingConfig(length_beam=0)

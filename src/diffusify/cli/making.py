@@ -1,6 +1,7 @@
 """Commands that make models: adapt, tune, merge, import."""
 
-import json
+import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +86,7 @@ def tune(
     model: Annotated[str, typer.Argument(help="A diffusion model's folder, or a base with the --recipe to make one.")],
     data: Data = None,
     prompt: Annotated[
-        str | None, typer.Option(help="The prompt, with fields in braces: 'German: {de} English:'.")
+        str | None, typer.Option(help=r"The prompt, with fields in braces: 'German: {de}\nEnglish:'.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="What is to be written: ' {en}'.")] = None,
     recipe: Annotated[RecipeName | None, typer.Option(help="For a base: how it becomes a diffusion model.")] = None,
@@ -120,7 +121,7 @@ def tune(
             model,
             joined(data),
             out or Path("runs") / f"tuned-{short(model)}",
-            template=None if prompt is None or target is None else Template(prompt, target),
+            template=None if prompt is None or target is None else Template(unescaped(prompt), unescaped(target)),
             recipe=make(**made) if make else None,
             lora=None if lora is None else Lora(lora, **low),
             length_head=length_head,
@@ -132,7 +133,9 @@ def tune(
             **training,
         )
         say.print(f"saved {folder}  (curve: {folder / 'curve.png'})", soft_wrap=True)
-        first = f"diffusify chat {folder}" if prompt is None else f"diffusify generate {folder} {json.dumps(prompt)}"
+        first = f"diffusify chat {folder}"
+        if prompt is not None:
+            first = f"diffusify generate {folder} {shlex.quote(re.sub(r'{[^{}]*}', '...', prompt))}"
         suggest(first, f"diffusify merge {folder} --out {folder}-merged" if lora else f"diffusify show {folder}")
 
 
@@ -184,6 +187,11 @@ def joined(data: list[str] | None) -> str:
     if not data:
         raise ValueError("--data is missing; give a file or folder (for `adapt`, builtin:pydoc is in every Python)")
     return data[0] if len(data) == 1 else ",".join(part if "*" in part else f"1*{part}" for part in data)
+
+
+def unescaped(text: str) -> str:
+    r"""With real line breaks for every \n that a shell passes on as it is."""
+    return text.replace("\\n", "\n")
 
 
 def short(source: str) -> str:

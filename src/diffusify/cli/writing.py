@@ -28,6 +28,9 @@ Heat = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Exact = Annotated[
+    bool, typer.Option("--lossless", help="What left-to-right greedy decoding would write, in fewer forwards.")
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the text filling in; colour is confidence.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -46,12 +49,13 @@ def generate(
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="Write from nothing, without a prompt.")
     ] = False,
+    lossless: Exact = False,
     watch: Watch = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     with clear_errors():
-        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed, lossless=lossless)
         if unconditional and prompt:
             raise ValueError("--unconditional writes without a prompt; leave one of the two out")
         if prompt is None and not unconditional and sys.stdin.isatty():
@@ -95,10 +99,11 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    lossless: Exact = False,
 ) -> None:
     """Talk with a model, its answers filling in live."""
     with clear_errors():
-        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed, lossless=lossless)
         converse(open_model(model), settings, max_new_tokens, system)
 
 
@@ -143,6 +148,8 @@ def sampling(
     top_k: int | None,
     top_p: float,
     seed: int,
+    *,
+    lossless: bool = False,
 ) -> "SamplingConfig":
     """Settings, refused before a model is opened."""
     from diffusify.config import from_plain
@@ -157,6 +164,7 @@ def sampling(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        lossless=lossless,
     )
 
 

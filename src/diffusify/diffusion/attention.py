@@ -28,25 +28,26 @@ class Scene:
     rule: Rule
     ragged: bool  # whether the rule differs between rows
     unmasked: bool = False  # whether everything sees everything
-    columns: Int[Tensor, "b m"] | None = None  # of a part: where in the whole its tokens stand
-    width: int = 0  # of a part: how many positions of the whole it looks at
+    columns: Int[Tensor, "b m"] | None = None  # of a part: which of the columns that it looks at are its own tokens
+    there: Int[Tensor, "rows w"] | None = None  # of a part: the positions of the columns that it looks at
 
     def part(self, columns: Int[Tensor, "b m"], width: int) -> "Scene":
         """Some positions alone, looking at the first `width` of all, which are remembered."""
         tokens, positions = (values.gather(1, columns) for values in (self.tokens, self.positions))
-        return replace(self, tokens=tokens, positions=positions, columns=columns, width=width, unmasked=False)
+        there = torch.arange(width, device=columns.device)[None]
+        return replace(self, tokens=tokens, positions=positions, columns=columns, there=there, unmasked=False)
 
     def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
         """The rule as a matrix, one for all rows unless they differ; `window` hides what is that far away."""
         b, m = self.tokens.shape
         device = self.tokens.device
-        at = torch.arange(self.width or m, device=device)
+        there = self.positions if self.there is None else self.there
+        at = torch.arange(there.shape[1], device=device)
         alike = self.columns is None and not self.ragged and window is None
         row = torch.arange(1 if alike else b, device=device)[:, None, None]
         looking = at[:, None] if self.columns is None else self.columns[:, :, None]
         seen = self.rule(row, torch.zeros_like(row), looking, at).expand(len(row), m, len(at))
         if window is not None:
-            there = self.positions if self.columns is None else at[None]
             seen = seen & ((self.positions[:, :, None] - there[:, None, :]).abs() < window)
         return seen
 

@@ -131,9 +131,8 @@ class Denoiser(nn.Module):
     def _run(self, module: nn.Module, scene: Scene, past: Cache | None = None) -> Any:
         """What the network, or its body without the head, makes of a scene."""
         settings = self._settings if past is None else {"past_key_values": past, "use_cache": True}
-        windows = {
-            kind: w if w and w < max(scene.width, scene.tokens.shape[1]) else None for kind, w in self._windows.items()
-        }
+        reach = (scene.positions if scene.there is None else scene.there).shape[1]
+        windows = {kind: w if w and w < reach else None for kind, w in self._windows.items()}
         limited = any(windows.values())
         with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
             return module(

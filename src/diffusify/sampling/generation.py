@@ -16,6 +16,7 @@ from diffusify.config import DiffusionConfig
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.cache import BlockCache
+from diffusify.sampling.lossless import Lossless
 from diffusify.sampling.sampler import Frame, Sampler
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.dialogue import Dialogue
@@ -79,16 +80,21 @@ class Writing:
         return self._frames
 
     def _run(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
-        size = denoiser.diffusion.block_size
-        window = self.canvas.positions // size if size else None
-        generator = torch.Generator(denoiser.device).manual_seed(self.settings.seed)
-        noise, begun = denoiser.diffusion.mask_token_id, perf_counter()
-        cached = self.settings.cache and size is not None and denoiser.remembers
-        model = BlockCache(denoiser) if cached else denoiser
-        for frame in sampler(model, self.canvas, window, noise=noise, generator=generator):
+        begun = perf_counter()
+        for frame in self._steps(sampler, denoiser):
             self.canvas, self.forwards, self._score = frame.canvas, frame.forwards, frame.score
             self.seconds = perf_counter() - begun
             yield frame
+
+    def _steps(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
+        noise, size = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size
+        if self.settings.lossless:
+            return Lossless(denoiser, end_token_id=sampler.end_token_id)(self.canvas, noise=noise)
+        window = self.canvas.positions // size if size else None
+        generator = torch.Generator(denoiser.device).manual_seed(self.settings.seed)
+        cached = self.settings.cache and size is not None and denoiser.remembers
+        model = BlockCache(denoiser) if cached else denoiser
+        return sampler(model, self.canvas, window, noise=noise, generator=generator)
 
     def results(self) -> list[Generation]:
         """The finished texts; steps that nobody looked at yet are taken first."""

@@ -15,6 +15,7 @@ class SamplingConfig:
     `steps` are given too, never fewer than they ask for); any other `policy` stands in for the card's. `temperature` 0
     takes the likeliest token. `length_beam`: so many lengths are tried, and the surest text is kept, where the model
     tells lengths and none is given. Finished blocks are kept in a `cache`, exactly, where the model writes in blocks.
+    `lossless` writes what greedy left-to-right decoding would, in fewer forwards, where the model can (see `Lossless`).
     """
 
     steps: int | None = None
@@ -25,6 +26,7 @@ class SamplingConfig:
     top_p: float = 1.0
     length_beam: int = 3
     cache: bool = True
+    lossless: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -34,6 +36,10 @@ class SamplingConfig:
             raise ValueError(f"threshold={self.threshold} is a policy by itself; leave {self.policy} or the threshold")
         if self.length_beam < 1:
             raise ValueError(f"length_beam={self.length_beam} must be at least 1, the likeliest length alone")
+        if self.lossless and (self.temperature, self.steps, self.threshold, self.policy) != (0, None, None, None):
+            raise ValueError(
+                "lossless decoding is greedy, with steps of its own; leave temperature, steps and policy out"
+            )
         self.sampler(Unmask())
 
     def sampler(self, default: Policy, *, banned: tuple[int, ...] = (), end: int | None = None) -> Sampler:

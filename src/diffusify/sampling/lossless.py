@@ -1,0 +1,136 @@
+"""Left-to-right text, token for token, in fewer forwards: the model drafts, and its own AR half checks.
+
+Axes: b texts, n canvas positions, m positions that are run, k drafted tokens, g places where drafts may be cut off.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import BlockCausal, Scene
+from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.cache import Columns
+from diffusify.sampling.sampler import Frame
+
+
+class Lossless:
+    """Greedy AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
+
+    A pass runs the drafted tokens causally, as text, so it tells the AR model's own choice behind each of them: drafts
+    are kept as long as they agree, and the first that does not is replaced. In the same pass masks draft the next
+    tokens behind *every* place where the drafts may be cut off (a tree), so no pass is wasted. The text is that of
+    greedy AR decoding, whatever the drafts are worth; every pass writes at least one token.
+    """
+
+    def __init__(self, denoiser: Denoiser, *, end_token_id: int | None = None) -> None:
+        pattern = denoiser.diffusion.attention
+        if not (isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift):
+            raise ValueError(
+                f"lossless decoding needs a model that keeps its left-to-right half (the block recipe on an AR base); "
+                f"this one has {pattern} and shift {denoiser.diffusion.shift}"
+            )
+        if not denoiser.remembers:
+            raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values, so it cannot be lossless")
+        self.denoiser, self.size, self.end_token_id = denoiser, pattern.size, end_token_id
+
+    @torch.inference_mode()
+    def __call__(self, canvas: Canvas, *, noise: int) -> Iterator[Frame]:
+        """Yield the canvas after every pass. ValueError unless each row is a prompt and room behind it."""
+        b, n = canvas.tokens.shape
+        at = torch.arange(n, device=canvas.tokens.device)
+        known = torch.where(canvas.open, at, n).amin(1)  # so many tokens are settled
+        end = torch.where(canvas.open, at + 1, 0).amax(1)
+        if (canvas.open != ((at >= known[:, None]) & (at < end[:, None]))).any() or (known < 1).any():
+            raise ValueError("lossless decoding goes on from prompts; it cannot fill holes")
+        k = self.size - 1
+        past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, self.size * k + n)
+        score = torch.zeros(b, n, device=canvas.tokens.device)
+        start, drafts, forwards = torch.zeros_like(known), known.new_full((b, 0), -1), 0
+        while (todo := canvas.open.any(1) & ~self._ended(canvas)).any():
+            stop = torch.where(todo, torch.minimum(known + drafts.shape[1], end), start)
+            board = self._with_drafts(canvas.tokens, drafts, known, end)
+            logits, guesses = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
+            forwards += 1
+            sure, choice = logits.log_softmax(-1).max(-1)  # [b, 1 + drafts]
+            agree = (drafts == choice[:, :-1]).long().cumprod(1).sum(1)
+            written = todo[:, None] & (at >= known[:, None]) & (at <= (known + agree)[:, None]) & canvas.open
+            place = (at - known[:, None]).clamp(0, choice.shape[1] - 1)
+            canvas = replace(
+                canvas,
+                tokens=torch.where(written, choice.gather(1, place), canvas.tokens),
+                open=canvas.open & ~written,
+            )
+            score = torch.where(written, sure.gather(1, place), score)
+            drafts = guesses.gather(1, agree[:, None, None].expand(b, 1, k))[:, 0]
+            start = torch.minimum(known + agree, end)
+            known = torch.minimum(start + 1, end)
+            yield Frame(canvas, score, forwards)
+
+    def _ended(self, canvas: Canvas) -> Bool[Tensor, " b"]:
+        if self.end_token_id is None:
+            return torch.zeros_like(canvas.open[:, 0])
+        return (canvas.editable & ~canvas.open & (canvas.tokens == self.end_token_id)).any(1)
+
+    def _with_drafts(
+        self, tokens: Int[Tensor, "b n"], drafts: Int[Tensor, "b k"], known: Int[Tensor, " b"], end: Int[Tensor, " b"]
+    ) -> Int[Tensor, "b n"]:
+        """The texts with drafts behind what is settled."""
+        if not drafts.shape[1]:
+            return tokens
+        place = torch.arange(tokens.shape[1], device=tokens.device) - known[:, None]
+        inside = (place >= 0) & (place < torch.minimum(end - known, end.new_tensor(drafts.shape[1]))[:, None])
+        return torch.where(inside, drafts.gather(1, place.clamp(0, drafts.shape[1] - 1)), tokens)
+
+    def _pass(
+        self,
+        board: Int[Tensor, "b n"],
+        start: Int[Tensor, " b"],
+        stop: Int[Tensor, " b"],
+        known: Int[Tensor, " b"],
+        drafted: int,
+        noise: int,
+        past: Columns,
+    ) -> tuple[Tensor, Int[Tensor, "b g k"]]:
+        """AR logits [b, 1 + drafted, v] from the last settled token on, and drafts behind each of these places.
+
+        Text stands in the cache at its position, behind the columns of the masks.
+        """
+        b, n, k, device = len(board), board.shape[1], self.size - 1, board.device
+        room = self.size * k
+        row = torch.arange(b, device=device)[:, None]
+        text = start[:, None] + torch.arange(int((stop - start).amax()), device=device)
+        branch = torch.arange(drafted + 1, device=device).repeat_interleave(k)
+        masks = (known - 1)[:, None] + branch + 1 + torch.arange(k, device=device).repeat(drafted + 1)
+        own = torch.arange(len(branch), device=device).expand(b, -1)
+        columns = torch.cat([torch.where(text < stop[:, None], text + room, room + n), own], 1)
+        width = room + int(stop.amax())
+        spare = masks.new_zeros(b, room - masks.shape[1])
+        there = torch.cat([masks, spare, torch.arange(width - room, device=device).expand(b, -1)], 1)
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
+            """Text sees earlier text; a branch sees the text up to its place, and itself."""
+            is_mask = q < room
+            sees = torch.where(is_mask, known[b] - 1 + q // max(k, 1), q - room)
+            return torch.where(key < room, is_mask & (q // max(k, 1) == key // max(k, 1)), key - room <= sees)
+
+        scene = Scene(
+            tokens=torch.cat([board.gather(1, text.clamp_max(n - 1)), torch.full_like(masks, noise)], 1),
+            positions=torch.cat([text.clamp_max(n - 1), masks.clamp_max(n - 1)], 1),
+            answers=board,
+            ar_answers=board,
+            rule=rule,
+            ragged=True,
+            columns=columns.clamp_max(room + n - 1),
+            there=there,
+        )
+        past.write(columns, width)
+        m = columns.shape[1]
+        last = (known - 1 - start)[:, None] + torch.arange(drafted + 1, device=device)
+        wanted = torch.cat([row * m + last.clamp(0, m - 1), row * m + text.shape[1] + own], 1)
+        logits = self.denoiser.project(scene, wanted.flatten(), past=past).view(b, wanted.shape[1], -1)
+        guesses = logits[:, drafted + 1 :].argmax(-1).view(b, drafted + 1, k)
+        return logits[:, : drafted + 1], guesses

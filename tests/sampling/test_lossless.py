@@ -1,0 +1,83 @@
+"""Self-speculation writes what greedy decoding by `transformers` writes, in no more forwards."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.lossless import Lossless
+from tests.families import CAUSAL, MASK, tiny_denoiser
+
+ROWS = [[5, 9, 7, *[None] * 14], [8, *[None] * 5], [4, 11, 3, 6, 2, 9, 10, 12, *[None] * 9]]
+
+
+def greedy(denoiser: Denoiser, row: list[int | None]) -> list[int]:
+    """By `transformers` itself, from the same weights."""
+    prompt = torch.tensor([[token for token in row if token is not None]])
+    settings = GenerationConfig(
+        max_new_tokens=row.count(None), do_sample=False, eos_token_id=-1, pad_token_id=0, suppress_tokens=[MASK]
+    )
+    generate: Any = denoiser.network.generate
+    return generate(prompt, generation_config=settings, attention_mask=torch.ones_like(prompt))[0].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7])
+@pytest.mark.parametrize("family", sorted(CAUSAL))
+def test_the_text_is_that_of_greedy_decoding(family: str, size: int) -> None:
+    windows = {"sliding_window": 5} if family in ("mistral", "gemma3_text") else {}
+    kernel = "eager" if family == "gemma2" else "sdpa"
+    denoiser = tiny_denoiser(family, BlockCausal(size), 1, kernel=kernel, **windows)
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    frames = list(Lossless(denoiser)(room, noise=MASK))
+    tokens = frames[-1].canvas.tokens
+    assert not frames[-1].canvas.open.any()
+    for row, made in zip(ROWS, tokens.tolist(), strict=True):
+        assert made[: len(row)] == greedy(denoiser, row)
+    assert len(frames) <= max(row.count(None) for row in ROWS)
+    if size == 1:
+        assert len(frames) == 14
+
+
+def test_good_drafts_save_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose masks say what its text will say writes a whole block a pass."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+
+    def counting(scene, wanted, *, past=None):
+        """The next token is always one more than the position."""
+        positions = scene.positions.flatten()[wanted]
+        return torch.nn.functional.one_hot(positions + 2, MASK + 1).float() * 9
+
+    monkeypatch.setattr(denoiser, "project", counting)
+    room = Canvas.room([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
+    *_, last = Lossless(denoiser)(room, noise=MASK)
+    assert last.canvas.tokens[0].tolist() == list(range(1, 19))
+    assert last.forwards == 5  # 1 + 4 + 4 + 4 + 3
+
+
+def test_a_row_stops_at_its_end_token() -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    row = ROWS[0]
+    text = greedy(denoiser, row)
+    end = text[8]
+    room = Canvas.room([row], noise=MASK, pad=0)
+    *_, last = Lossless(denoiser, end_token_id=end)(room, noise=MASK)
+    first = text.index(end, 3)
+    assert last.canvas.tokens[0, : first + 1].tolist() == text[: first + 1]
+    assert last.canvas.open[0, first + 5 :].all()
+
+
+def test_what_has_no_left_to_right_half_is_refused() -> None:
+    for denoiser in (
+        tiny_denoiser("llama", Bidirectional()),
+        tiny_denoiser("llama", BlockCausal(4, clean="block"), 0),
+        tiny_denoiser("bert", BlockCausal(4, clean="block")),
+    ):
+        with pytest.raises(ValueError, match="keeps its left-to-right half"):
+            Lossless(denoiser)
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    with pytest.raises(ValueError, match="cannot fill holes"):
+        next(Lossless(denoiser)(Canvas.room([[1, None, 2, None]], noise=MASK, pad=0), noise=MASK))
