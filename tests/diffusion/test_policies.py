@@ -1,5 +1,8 @@
 """Policies write what their rule says, row by row."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +10,13 @@ from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas, Guess
 from diffusify.diffusion.policies import (
+    Accelerating,
     Ancestral,
     Confidence,
     Entropy,
+    EntropyBudget,
     Evenly,
+    Factor,
     Leftmost,
     Margin,
     Moment,
@@ -30,7 +36,7 @@ def moment(asked: torch.Tensor, logits: torch.Tensor, step: int = 0, steps: int 
     score[asked], tokens[asked] = logits.log_softmax(-1).max(-1)
     rng = torch.Generator().manual_seed(seed)
     at, of = torch.full((len(asked),), step), torch.full((len(asked),), steps)
-    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked.sum(1), at, of, rng)
+    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked, at, of, rng)
 
 
 @given(
@@ -95,3 +101,47 @@ def test_ancestral_writes_at_the_reverse_process_own_rate(schedule: Linear | Cos
         write = Ancestral(schedule)(moment(open, torch.zeros(20_000, 2), step, seed=step)).write
         assert abs(float(write.float().mean()) - float((after - before) / (1 - before))) < 0.015
     assert write.all()  # the last step writes all
+
+
+@given(st.integers(0, 999), st.sampled_from([0.2, 0.5, 1.0, 3.0]))
+def test_the_factor_rule_takes_a_prefix_and_one_at_least(seed: int, factor: float) -> None:
+    """Against the rule written out; the failed last rank is never taken along."""
+    rng = torch.Generator().manual_seed(seed)
+    asked = torch.rand(3, 6, generator=rng) < 0.7
+    now = moment(asked, 4 * torch.randn(int(asked.sum()), 5, generator=rng))
+    for row, count in enumerate(Factor(factor)(now).tolist()):
+        sure = sorted(now.guess.score[row][asked[row]].exp().tolist(), reverse=True)
+        wanted = 0
+        while wanted < len(sure) and 1 - sure[wanted] <= factor / (wanted + 2):
+            wanted += 1
+        assert count == min(max(wanted, 1), len(sure))
+
+
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.1, 0.5, 2.0]))
+def test_the_entropy_budget_leaves_the_largest_out(seed: int, nats: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    asked = torch.rand(3, 6, generator=rng) < 0.7
+    now = moment(asked, 3 * torch.randn(int(asked.sum()), 5, generator=rng))
+    for row, count in enumerate(EntropyBudget(nats)(now).tolist()):
+        entropies = sorted((-Entropy()(now))[row][asked[row]].tolist())
+        fitting = [k for k in range(1, len(entropies) + 1) if sum(entropies[:k]) - max(entropies[:k]) <= nats + 1e-6]
+        assert count == max(fitting, default=0)
+
+
+def test_one_doubtful_token_is_written_alone() -> None:
+    asked = torch.ones(1, 4, dtype=torch.bool)
+    now = moment(asked, torch.zeros(4, 5))
+    assert int(Factor(0.1)(now)) == 1 and int(EntropyBudget(0.0)(now)) == 1
+
+
+def test_cosine_counts_start_slowly_and_end() -> None:
+    """MaskGIT: after each of ten steps a share cos(pi/2 p) of sixty is left."""
+    asked, written = torch.ones(1, 60, dtype=torch.bool), []
+    for step in range(10):
+        now = replace(moment(asked, torch.randn(int(asked.sum()), 5), step, 10), here=torch.ones_like(asked))
+        move = Unmask(quota=Accelerating())(now)
+        written.append(int(move.write.sum()))
+        asked = asked & ~move.write
+    assert not asked.any()
+    left = [60 - sum(written[: i + 1]) for i in range(10)]
+    assert left == [int(60 * math.cos(math.pi / 2 * (i + 1) / 10) + 1e-9) for i in range(10)]

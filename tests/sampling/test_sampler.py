@@ -13,7 +13,19 @@ from transformers import GenerationConfig
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Ancestral, Evenly, Leftmost, Moment, Policy, Random, Reparam, Threshold, Unmask
+from diffusify.diffusion.policies import (
+    Ancestral,
+    Evenly,
+    Leftmost,
+    Moment,
+    Policy,
+    Random,
+    Remask,
+    Reparam,
+    Threshold,
+    Unmask,
+)
+from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule
 from diffusify.sampling.sampler import Sampler
 from tests.families import MASK, tiny_denoiser
 
@@ -85,6 +97,42 @@ def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], co
     for frame, tokens, open in zip(frames, given["expected_tokens"], given["expected_open"], strict=True):
         assert torch.equal(frame.canvas.tokens, tokens)
         assert torch.equal(frame.canvas.open, open)
+
+
+@pytest.mark.parametrize("how", ["cap", "rescale"])
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+def test_remasking_keeps_the_noise_level(how: Literal["cap", "rescale"], schedule: NoiseSchedule) -> None:
+    """However much is taken back, the share that is open after each step is that of the schedule (ReMDM)."""
+    n, steps = 40_000, 8
+
+    def flat(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        return Logits(torch.zeros(int(ask.sum()), 3))
+
+    policy = Remask(Ancestral(schedule), how, eta=0.5, schedule=schedule)
+    room = Canvas.room([[None] * n], noise=3, pad=0)
+    sampler = Sampler(Draw(1.0), policy, steps)
+    before, taken_back = room, 0
+    for step, frame in enumerate(sampler(flat, room, noise=3, generator=torch.Generator().manual_seed(0)), 1):
+        wanted = 1 - float(schedule.alpha(torch.tensor(1 - step / steps)))
+        share = float(frame.canvas.open.float().mean())
+        assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 1e-9
+        taken_back += int((frame.canvas.open & ~before.open).sum())
+        before = frame.canvas
+    assert step == steps and taken_back > n / 20
+
+
+@pytest.mark.parametrize("policy", [Unmask(), Unmask(quota=Threshold(0.1)), Ancestral()])
+@pytest.mark.parametrize("how", ["cap", "rescale", "confidence"])
+def test_remasking_goes_around_any_policy_and_ends(
+    policy: Policy, how: Literal["cap", "rescale", "confidence"]
+) -> None:
+    denoiser = tiny_denoiser("bert", Bidirectional())
+    room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
+    sampler = Sampler(policy=Remask(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
+    frames = list(sampler(denoiser, room, noise=MASK, generator=torch.Generator().manual_seed(0)))
+    opened = [(b.canvas.open & ~a.canvas.open).any() for a, b in zip(frames, frames[1:], strict=False)]
+    assert not frames[-1].canvas.open.any() and any(opened)
+    assert torch.equal(frames[-1].canvas.tokens[~room.editable], room.tokens[~room.editable])
 
 
 def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:

@@ -22,12 +22,16 @@ class Moment:
     canvas: Canvas
     guess: Guess
     score: Float[Tensor, "b n"]  # how sure each written token was when it was written
-    asked: Bool[Tensor, "b n"]  # where work is going on: open positions, or all editable ones where a policy revises
+    asked: Bool[Tensor, "b n"]  # where there are guesses: the open positions of `here`, or all if a policy rereads
     logits: Float[Tensor, "k v"]  # at the asked positions
-    size: Int[Tensor, " b"]  # how many positions there are to write, those already written included
+    here: Bool[Tensor, "b n"]  # the positions that are worked on together, those already written included
     step: Int[Tensor, " b"]
     steps: Int[Tensor, " b"]
     generator: Generator | None = None
+
+    @property
+    def size(self) -> Int[Tensor, " b"]:
+        return self.here.sum(1)
 
     def spread(self, values: Float[Tensor, " k"]) -> Float[Tensor, "b n"]:
         """Values of the asked positions, back in their places; -inf elsewhere."""
@@ -121,7 +125,50 @@ class Accelerating:
         return (now.asked.sum(1) - left).clamp_min(1)
 
 
-Quota = Evenly | Threshold | Accelerating  # (now) -> Int[b]: how many to write
+@dataclass(frozen=True)
+class Factor:
+    """The surest guesses, as long as the n-th has a doubt (1 - p) of at most factor / (n + 1); one at least.
+
+    Fast-dLLM's bound for writing n tokens at once as if one by one, loosened by the factor.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ValueError(f"factor={self.factor} must be above 0; 1.0 is the bound itself, more writes more at once")
+
+    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
+        doubt = (1 - now.guess.score.exp()).masked_fill(~now.asked, torch.inf).sort(dim=1).values
+        rank = torch.arange(1, doubt.shape[1] + 1, device=doubt.device)
+        return _leading(doubt * (rank + 1) <= self.factor, now)
+
+
+@dataclass(frozen=True)
+class EntropyBudget:
+    """The least uncertain positions, as long as their entropies, but for the largest, sum up to a budget at most.
+
+    Bounds how far tokens written together may depend on each other (EB-Sampler). Goes with the rank `Entropy`.
+    """
+
+    nats: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.nats < 0:
+            raise ValueError(f"entropy budget {self.nats} must be at least 0; 0.1 nats is usual")
+
+    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
+        entropy = (-Entropy()(now)).masked_fill(~now.asked, torch.inf).sort(dim=1).values
+        before = torch.where(entropy.isfinite(), entropy, 0).cumsum(1) - entropy
+        return _leading(before <= self.nats, now)
+
+
+def _leading(fine: Bool[Tensor, "b n"], now: Moment) -> Int[Tensor, " b"]:
+    """How many come before the first that is not fine: at least one, at most the asked."""
+    return torch.minimum(fine.long().cumprod(1).sum(1).clamp_min(1), now.asked.sum(1))
+
+
+Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget  # (now) -> Int[b]: how many to write
 
 
 def best(rank: Float[Tensor, "b n"], among: Bool[Tensor, "b n"], count: Int[Tensor, " b"]) -> Bool[Tensor, "b n"]:
@@ -148,9 +195,10 @@ class Ancestral:
 
     schedule: NoiseSchedule = field(default_factory=Linear)
 
-    def __call__(self, now: Moment) -> Move:
-        before, after = (self.schedule.alpha(1 - step / now.steps) for step in (now.step, now.step + 1))
-        chance = (after - before) / (1 - before)
+    def __call__(self, now: Moment, remasked: Float[Tensor, " b"] | float = 0.0) -> Move:
+        """`remasked` is the chance that a written token is taken back in this step; the others make up for it."""
+        before, after = _survival(self.schedule, now)
+        chance = (after - (1 - remasked) * before) / (1 - before)
         write = now.asked & ((now.rand() < chance[:, None]) | (now.step + 1 >= now.steps)[:, None])
         return Move(write, erase=torch.zeros_like(write))
 
@@ -165,6 +213,7 @@ class Reparam:
     """
 
     revises: ClassVar[bool] = True
+    rereads: ClassVar[bool] = True
     curve: Literal["linear", "cosine"] = "cosine"
     conditional: bool = False
     noise: float = 0.0
@@ -186,4 +235,46 @@ class Reparam:
         return Move(write=now.asked & open & ~low, erase=falls)
 
 
-Policy = Unmask | Ancestral | Reparam
+@dataclass(frozen=True)
+class Remask:
+    """Any policy that writes, and written tokens taken back with a chance that keeps the noise level (ReMDM).
+
+    `how`: the chance `eta` itself as far as it may be (cap), that share of the most it may be (rescale), or the most it
+    may be shared out among the tokens by their doubt when they were written (confidence). Worth it where there are many
+    more steps than tokens.
+    """
+
+    revises: ClassVar[bool] = True
+    policy: Unmask | Ancestral = field(default_factory=Ancestral)
+    how: Literal["cap", "rescale", "confidence"] = "rescale"
+    eta: float = 0.02
+    schedule: NoiseSchedule = field(default_factory=Linear)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must be in [0, 1]; 0.02 is usual")
+
+    def __call__(self, now: Moment) -> Move:
+        before, after = _survival(self.schedule, now)
+        most = ((1 - after) / before.clamp_min(1e-9)).clamp_max(1.0)
+        written = now.here & ~now.canvas.open
+        chance = (most.clamp_max(self.eta) if self.how == "cap" else self.eta * most)[:, None].expand(written.shape)
+        if self.how == "confidence":
+            doubt = torch.where(written, -now.score.exp(), -torch.inf).softmax(1).nan_to_num()
+            chance = doubt * most[:, None]
+        erase = written & (now.rand() < chance)
+        if not now.asked.any():
+            return Move(torch.zeros_like(erase), erase)
+        if isinstance(self.policy, Ancestral):
+            mean = (chance * written).sum(1) / written.sum(1).clamp_min(1)
+            return Move(self.policy(now, mean).write, erase)
+        return Move(self.policy(now).write, erase)
+
+
+def _survival(schedule: NoiseSchedule, now: Moment) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """The shares of text before and after this step."""
+    steps = now.steps.clamp_min(1)
+    return schedule.alpha(1 - now.step / steps), schedule.alpha(1 - (now.step + 1) / steps)
+
+
+Policy = Unmask | Ancestral | Reparam | Remask

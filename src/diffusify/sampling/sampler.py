@@ -43,7 +43,7 @@ class Sampler:
     """How open positions are filled: what is picked, what is written at each step, and how many steps there are.
 
     Any callables of the same form as the ready-made picks and policies will do.
-    A policy that `revises` is shown all editable positions of a window, the written ones too.
+    A policy that `revises` gets all the steps of a window, and one that `rereads` is told of written positions too.
     `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
     written; behind a written `end_token_id` a row needs no more work.
     """
@@ -75,7 +75,7 @@ class Sampler:
         """
         window = torch.zeros_like(canvas.tokens) if window is None else window
         nowhere = torch.iinfo(window.dtype).max
-        revises = getattr(self.policy, "revises", False)
+        revises, rereads = (getattr(self.policy, name, False) for name in ("revises", "rereads"))
         room = canvas.open.sum(1)
         score = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
         current = torch.full_like(room, -1)
@@ -88,25 +88,28 @@ class Sampler:
             if (front == nowhere).all():
                 return
             here = canvas.editable & (window == front[:, None])
-            asked = here if revises else here & canvas.open
+            asked = here if rereads else here & canvas.open
             size = here.sum(1)
             step = torch.where(front == current, step + 1, 0)
             steps = torch.where(front == nowhere, 0, self._steps(size, room))
             current = front
-            logits = denoiser(canvas, ask=asked).logits
-            forwards += 1
-            if self.banned:
-                banned = torch.tensor(self.banned, device=logits.device)
-                logits = logits.index_fill(-1, banned, -torch.inf)
+            logits = score.new_zeros(0, 1)
+            if asked.any():
+                logits, forwards = self._allowed(denoiser(canvas, ask=asked).logits), forwards + 1
             tokens, sure = self.pick(logits, generator)
             guess = Guess(
                 canvas.tokens.masked_scatter(asked, tokens),
                 torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
             )
-            move = self.policy(Moment(canvas, guess, score, asked, logits, size, step, steps, generator))
+            move = self.policy(Moment(canvas, guess, score, asked, logits, here, step, steps, generator))
             score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
             canvas = canvas.play(move, guess, noise)
             yield Frame(canvas, score, forwards)
+
+    def _allowed(self, logits: Float[Tensor, "k v"]) -> Float[Tensor, "k v"]:
+        if not self.banned:
+            return logits
+        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
 
     def _steps(self, size: Int[Tensor, " b"], room: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """The steps that fall to a window, in proportion to its share of the text."""
