@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas, Guess
+from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.policies import (
     Accelerating,
     Ancestral,
@@ -36,7 +37,7 @@ def moment(asked: torch.Tensor, logits: torch.Tensor, step: int = 0, steps: int 
     score[asked], tokens[asked] = logits.log_softmax(-1).max(-1)
     rng = torch.Generator().manual_seed(seed)
     at, of = torch.full((len(asked),), step), torch.full((len(asked),), steps)
-    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked, at, of, rng)
+    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked, at, of, Luck((rng,)))
 
 
 @given(

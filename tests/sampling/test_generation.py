@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
-from diffusify.diffusion.policies import Ancestral, Reparam, Unmask
+from diffusify.diffusion.policies import Ancestral, Policy, Random, Remask, Reparam, Unmask
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 from tests.families import tiny_denoiser
@@ -28,6 +28,20 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(attention, policy) -> None
     assert [result.text for result in together] == [result.text for result in alone]
     assert [result.tokens for result in together] == [result.tokens for result in alone]
     assert all(result.text == prompt + (result.completion or "") for result, prompt in zip(alone, PROMPTS, strict=True))
+
+
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
+@pytest.mark.parametrize("policy", [Unmask(rank=Random()), Ancestral(), Reparam(noise=1.0), Remask(eta=0.3)])
+def test_drawn_texts_do_not_depend_on_neighbours(attention: AttentionPattern, policy: Policy) -> None:
+    """Law 5, with luck: each text has a seed of its own, which gives it again alone."""
+    lm = model(attention)
+    together = lm.generate(PROMPTS, max_new_tokens=9, policy=policy, temperature=1.0, seed=7)
+    assert [result.seed for result in together] == [7, 8, 9]
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        alone = lm.generate(prompt, max_new_tokens=9, policy=policy, temperature=1.0, seed=result.seed)
+        assert alone.text == result.text
+    tries = lm.generate([PROMPTS[0]] * 3, max_new_tokens=9, policy=policy, temperature=1.0)
+    assert len({result.text for result in tries}) > 1
 
 
 def test_each_prompt_may_have_its_own_room() -> None:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import (
     Ancestral,
@@ -112,7 +113,7 @@ def test_remasking_keeps_the_noise_level(how: Literal["cap", "rescale"], schedul
     room = Canvas.room([[None] * n], noise=3, pad=0)
     sampler = Sampler(Draw(1.0), policy, steps)
     before, taken_back = room, 0
-    for step, frame in enumerate(sampler(flat, room, noise=3, generator=torch.Generator().manual_seed(0)), 1):
+    for step, frame in enumerate(sampler(flat, room, noise=3, luck=Luck((torch.Generator().manual_seed(0),))), 1):
         wanted = 1 - float(schedule.alpha(torch.tensor(1 - step / steps)))
         share = float(frame.canvas.open.float().mean())
         assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 1e-9
@@ -129,7 +130,7 @@ def test_remasking_goes_around_any_policy_and_ends(
     denoiser = tiny_denoiser("bert", Bidirectional())
     room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
     sampler = Sampler(policy=Remask(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
-    frames = list(sampler(denoiser, room, noise=MASK, generator=torch.Generator().manual_seed(0)))
+    frames = list(sampler(denoiser, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(0),))))
     opened = [(b.canvas.open & ~a.canvas.open).any() for a, b in zip(frames, frames[1:], strict=False)]
     assert not frames[-1].canvas.open.any() and any(opened)
     assert torch.equal(frames[-1].canvas.tokens[~room.editable], room.tokens[~room.editable])
@@ -141,7 +142,7 @@ def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:
 
     def write(seed: int) -> torch.Tensor:
         frames = Sampler(policy=Reparam(noise=5.0), steps=6)(
-            denoiser, room, noise=MASK, generator=torch.Generator().manual_seed(seed)
+            denoiser, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))
         )
         canvas = last(frames).canvas
         assert not canvas.open.any()
@@ -185,7 +186,7 @@ def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> N
     draws = 3000
     canvas = Canvas.room([[None] * 3] * draws, noise=9, pad=0)
     sampler = Sampler(Draw(), policy, steps=steps)
-    frame = last(sampler(posterior, canvas, noise=9, generator=torch.Generator().manual_seed(0)))
+    frame = last(sampler(posterior, canvas, noise=9, luck=Luck((torch.Generator().manual_seed(0),))))
     code = (frame.canvas.tokens * torch.tensor([9, 3, 1])).sum(1)
     observed = torch.bincount(code, minlength=27).double()
     expected = torch.tensor([joint[t] for t in product(range(3), repeat=3)]) * draws
@@ -217,7 +218,7 @@ def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
     texts = []
     for seed in (0, 0, 1, 2):
         sampler = Sampler(Draw(2.0), Ancestral(), steps=3)
-        frames = list(sampler(denoiser, canvas, noise=MASK, generator=torch.Generator().manual_seed(seed)))
+        frames = list(sampler(denoiser, canvas, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))))
         final = frames[-1].canvas
         assert not final.open.any() and frames[-1].forwards <= 3
         assert final.tokens[0, [0, 1, 4, 6]].tolist() == [1, 5, MASK, 6]

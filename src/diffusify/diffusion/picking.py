@@ -1,13 +1,15 @@
 """Which token, and how sure.
 
-Axes: k asked positions, v vocabulary.
+Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Generator, Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from diffusify.diffusion.luck import Luck
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Greedy:
     """The likeliest token."""
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], generator: Generator | None = None
+        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], luck: Luck
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         score, tokens = logits.log_softmax(-1).max(-1)
         return tokens, score
@@ -42,7 +44,7 @@ class Draw:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it unset to keep every token")
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], generator: Generator | None = None
+        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], luck: Luck
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         probs = (logits.double() / self.temperature).softmax(-1)
         if self.top_k is not None:
@@ -52,7 +54,7 @@ class Draw:
             ordered, order = probs.sort(-1, descending=True)
             beyond = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
             probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        race = torch.empty_like(probs).exponential_(generator=generator)
+        race = luck.exponential(asked, probs.shape[-1])
         tokens = (probs / race).argmax(-1)  # the first of exponential clocks, each at its token's rate
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
+from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
 
@@ -27,7 +28,7 @@ class Moment:
     here: Bool[Tensor, "b n"]  # the positions that are worked on together, those already written included
     step: Int[Tensor, " b"]
     steps: Int[Tensor, " b"]
-    generator: Generator | None = None
+    luck: Luck
 
     @property
     def size(self) -> Int[Tensor, " b"]:
@@ -37,9 +38,6 @@ class Moment:
         """Values of the asked positions, back in their places; -inf elsewhere."""
         out = values.new_full(self.asked.shape, -torch.inf)
         return out.masked_scatter(self.asked, values)
-
-    def rand(self) -> Float[Tensor, "b n"]:
-        return torch.rand(self.asked.shape, generator=self.generator, device=self.asked.device)
 
 
 def open_share(curve: Literal["linear", "cosine"], now: Moment) -> Float[Tensor, " b"]:
@@ -86,7 +84,7 @@ class Random:
     """In random order."""
 
     def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return now.rand()
+        return now.luck.uniform(now.asked)
 
 
 Rank = Confidence | Margin | Entropy | Leftmost | Random  # (now) -> Float[b n]: higher goes first
@@ -199,7 +197,7 @@ class Ancestral:
         """`remasked` is the chance that a written token is taken back in this step; the others make up for it."""
         before, after = _survival(self.schedule, now)
         chance = (after - (1 - remasked) * before) / (1 - before)
-        write = now.asked & ((now.rand() < chance[:, None]) | (now.step + 1 >= now.steps)[:, None])
+        write = now.asked & ((now.luck.uniform(now.asked) < chance[:, None]) | (now.step + 1 >= now.steps)[:, None])
         return Move(write, erase=torch.zeros_like(write))
 
 
@@ -226,7 +224,7 @@ class Reparam:
         open, rank = now.canvas.open, now.guess.score
         share = open_share(self.curve, now)
         if self.noise:
-            gumbel = -torch.log(-torch.log(now.rand()))
+            gumbel = -torch.log(-torch.log(now.luck.uniform(now.asked)))
             rank = rank + self.noise * share[:, None] * gumbel
         low = best(-rank, now.asked, (now.size * share + 1e-9).floor().long())
         falls = low & ~open
@@ -262,7 +260,7 @@ class Remask:
         if self.how == "confidence":
             doubt = torch.where(written, -now.score.exp(), -torch.inf).softmax(1).nan_to_num()
             chance = doubt * most[:, None]
-        erase = written & (now.rand() < chance)
+        erase = written & (now.luck.uniform(written) < chance)
         if not now.asked.any():
             return Move(torch.zeros_like(erase), erase)
         if isinstance(self.policy, Ancestral):

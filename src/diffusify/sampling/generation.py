@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
+from diffusify.diffusion.luck import Luck
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.cache import BlockCache
@@ -91,10 +92,10 @@ class Writing:
         if self.settings.lossless:
             return Lossless(denoiser, end_token_id=sampler.end_token_id)(self.canvas, noise=noise)
         window = self.canvas.positions // size if size else None
-        generator = torch.Generator(denoiser.device).manual_seed(self.settings.seed)
+        luck = Luck.seeded(self._seeds(), denoiser.device)
         cached = self.settings.cache and size is not None and denoiser.remembers
         model = BlockCache(denoiser) if cached else denoiser
-        return sampler(model, self.canvas, window, noise=noise, generator=generator)
+        return sampler(model, self.canvas, window, noise=noise, luck=luck)
 
     def results(self) -> list[Generation]:
         """The finished texts; steps that nobody looked at yet are taken first."""
@@ -104,11 +105,15 @@ class Writing:
         tokens = counted.sum(1)
         sure = (self._score * counted).sum(1) / tokens.clamp_min(1)
         best = sure.view(-1, self._beam).argmax(1) + torch.arange(0, len(sure), self._beam, device=sure.device)
-        took = {"forwards": self.forwards, "seconds": self.seconds, "seed": self.settings.seed}
+        seeds, took = self._seeds(), {"forwards": self.forwards, "seconds": self.seconds}
         return [
-            Generation(tokens=int(tokens[row]), **took, **self._tell(self.canvas[row : row + 1]))
+            Generation(tokens=int(tokens[row]), seed=seeds[row], **took, **self._tell(self.canvas[row : row + 1]))
             for row in best.tolist()
         ]
+
+    def _seeds(self) -> list[int]:
+        """The first text's seed is that of the settings, the next one's is one more; candidates share theirs."""
+        return [self.settings.seed + row // self._beam for row in range(len(self.canvas.tokens))]
 
     def _counted(self) -> Bool[Tensor, "b n"]:
         """What was written, up to the end token."""

@@ -9,9 +9,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
+from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Greedy
 from diffusify.diffusion.policies import Moment, Unmask
 
@@ -48,7 +49,7 @@ class Sampler:
     written; behind a written `end_token_id` a row needs no more work.
     """
 
-    pick: Callable[[Tensor, Generator | None], tuple[Tensor, Tensor]] = Greedy()
+    pick: Callable[[Tensor, Tensor, Luck], tuple[Tensor, Tensor]] = Greedy()
     policy: Callable[[Moment], Move] = Unmask()
     steps: int | None = None
     banned: tuple[int, ...] = ()
@@ -66,13 +67,15 @@ class Sampler:
         window: Int[Tensor, "b n"] | None = None,
         *,
         noise: int,
-        generator: Generator | None = None,
+        luck: Luck | None = None,
     ) -> Iterator[Frame]:
         """Yield the canvas after every step.
 
         `window` numbers the positions that are worked on together, lowest first (blocks); None is all at once. Every
-        row goes at its own pace, so a row's text does not depend on its neighbours.
+        row goes at its own pace and has its own `luck` (seeds 0, 1, ... if unset), so that its text does not depend on
+        its neighbours.
         """
+        luck = luck or Luck.seeded(list(range(len(canvas.tokens))), canvas.tokens.device)
         window = torch.zeros_like(canvas.tokens) if window is None else window
         nowhere = torch.iinfo(window.dtype).max
         revises, rereads = (getattr(self.policy, name, False) for name in ("revises", "rereads"))
@@ -96,12 +99,12 @@ class Sampler:
             logits = score.new_zeros(0, 1)
             if asked.any():
                 logits, forwards = self._allowed(denoiser(canvas, ask=asked).logits), forwards + 1
-            tokens, sure = self.pick(logits, generator)
+            tokens, sure = self.pick(logits, asked, luck)
             guess = Guess(
                 canvas.tokens.masked_scatter(asked, tokens),
                 torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
             )
-            move = self.policy(Moment(canvas, guess, score, asked, logits, here, step, steps, generator))
+            move = self.policy(Moment(canvas, guess, score, asked, logits, here, step, steps, luck))
             score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
             canvas = canvas.play(move, guess, noise)
             yield Frame(canvas, score, forwards)
