@@ -1,11 +1,16 @@
 """Strings in, strings out: batches, completions, lengths that the model tells, chats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
 from diffusify.diffusion.policies import Ancestral, Policy, Random, Remask, Reparam, Unmask
 from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.guidance import Guided
+from diffusify.sampling.sampler import Sampler
 from diffusify.sampling.settings import SamplingConfig
 from tests.families import tiny_denoiser
 from tests.text import makers
@@ -104,6 +109,43 @@ def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
     with pytest.raises(ValueError, match="already"):
         lm.chat([*ask, {"role": "assistant", "content": "yes"}])
+
+
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
+def test_guidance_is_the_formula_of_the_paper(attention: AttentionPattern) -> None:
+    """LLaDA: without the prompt + (scale + 1) x the difference the prompt makes; none at scale 0."""
+    lm = model(attention)
+    canvas = next(iter(lm.continuing(["The cat"], 6, SamplingConfig()))).canvas
+    ask, mask = canvas.open, lm.config.mask_token_id
+    guided = Guided(lm.denoiser, lm.denoiser, 1.5, mask)(canvas, ask=ask).logits
+    blind = canvas.tokens.masked_fill(~canvas.editable & (canvas.positions > 0), mask)
+    given, free = (lm.denoiser(replace(canvas, tokens=t), ask=ask).logits for t in (canvas.tokens, blind))
+    finite = given.isfinite()
+    torch.testing.assert_close(guided[finite], (free + 2.5 * (given - free))[finite])
+    assert torch.equal(guided.isfinite(), finite) and not torch.allclose(guided[finite], given[finite])
+    plain, none = (lm.generate("The cat", 6, **more).text for more in ({}, {"guidance": 0.0}))
+    cached, uncached = (lm.generate("The cat", 6, guidance=2.0, cache=c).text for c in (True, False))
+    assert plain == none and cached == uncached
+
+
+def test_a_window_is_written_before_the_next() -> None:
+    lm = model()
+    seen = [frame.canvas.open[0] for frame in lm.continuing(["The"], 12, SamplingConfig(window=4))]
+    positions = lm.continuing(["The"], 12, SamplingConfig()).canvas.positions[0]
+    for open in seen:
+        if open.any():
+            first = positions[open][0] // 4
+            assert open[positions // 4 > first].all() or first == positions.max() // 4
+
+
+def test_a_repetition_penalty_is_that_of_transformers() -> None:
+    lm = model()
+    canvas = lm.continuing(["The cat and the dog"], 3, SamplingConfig()).canvas
+    logits = torch.randn(3, 320)
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)
+    ours = Sampler(repetition_penalty=1.7)._shaped(logits, canvas, canvas.open)
+    given = canvas.tokens[~canvas.open]
+    torch.testing.assert_close(ours, torch.cat([theirs(given[None], row[None]) for row in logits]))
 
 
 def test_lossless_texts_are_left_to_right_texts() -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,9 @@ Rule = Annotated[
 Heat = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")]
+Window = Annotated[int | None, typer.Option(help="Write so many tokens at a time from left to right (ar, mlm).")]
+Guidance = Annotated[float, typer.Option(help="Above 0: fit the prompt more (classifier-free; twice the work).")]
+Penalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 Exact = Annotated[
     bool, typer.Option("--lossless", help="What left-to-right greedy decoding would write, in fewer forwards.")
@@ -45,6 +48,9 @@ def generate(
     temperature: Heat = 0.0,
     top_k: TopK = None,
     top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    guidance: Guidance = 0.0,
+    window: Window = None,
     seed: Seed = 0,
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="Write from nothing, without a prompt.")
@@ -55,7 +61,19 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     with clear_errors():
-        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed, lossless=lossless)
+        settings = sampling(
+            policy,
+            steps=steps,
+            threshold=threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            guidance=guidance,
+            window=window,
+            seed=seed,
+            lossless=lossless,
+        )
         if unconditional and prompt:
             raise ValueError("--unconditional writes without a prompt; leave one of the two out")
         if prompt is None and not unconditional and sys.stdin.isatty():
@@ -74,6 +92,9 @@ def infill(
     temperature: Heat = 0.0,
     top_k: TopK = None,
     top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    guidance: Guidance = 0.0,
+    window: Window = None,
     seed: Seed = 0,
     watch: Watch = False,
     as_json: AsJson = False,
@@ -82,7 +103,18 @@ def infill(
     with clear_errors():
         from diffusify.text.prompts import parse_holes
 
-        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed)
+        settings = sampling(
+            policy,
+            steps=steps,
+            threshold=threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            guidance=guidance,
+            window=window,
+            seed=seed,
+        )
         parse_holes(text)
         lm = open_model(model)
         write(lm, lm.infilling([text], settings), watch=watch, as_json=as_json)
@@ -98,12 +130,27 @@ def chat(
     temperature: Heat = 0.0,
     top_k: TopK = None,
     top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    guidance: Guidance = 0.0,
+    window: Window = None,
     seed: Seed = 0,
     lossless: Exact = False,
 ) -> None:
     """Talk with a model, its answers filling in live."""
     with clear_errors():
-        settings = sampling(steps, threshold, policy, temperature, top_k, top_p, seed, lossless=lossless)
+        settings = sampling(
+            policy,
+            steps=steps,
+            threshold=threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            guidance=guidance,
+            window=window,
+            seed=seed,
+            lossless=lossless,
+        )
         converse(open_model(model), settings, max_new_tokens, system)
 
 
@@ -140,31 +187,14 @@ def show(model: Model, as_json: AsJson = False) -> None:
         Console().print(table)
 
 
-def sampling(
-    steps: int | None,
-    threshold: float | None,
-    policy: str | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
-    *,
-    lossless: bool = False,
-) -> "SamplingConfig":
+def sampling(policy: str | None, **settings: Any) -> "SamplingConfig":
     """Settings, refused before a model is opened."""
     from diffusify.config import from_plain
     from diffusify.diffusion.policies import Policy
     from diffusify.sampling.settings import SamplingConfig
 
     return SamplingConfig(
-        steps=steps,
-        threshold=threshold,
-        policy=None if policy is None else from_plain(read_value(policy), Policy, "--policy"),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        lossless=lossless,
+        policy=None if policy is None else from_plain(read_value(policy), Policy, "--policy"), **settings
     )
 
 

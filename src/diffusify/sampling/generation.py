@@ -17,8 +17,9 @@ from diffusify.diffusion.luck import Luck
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.cache import BlockCache
+from diffusify.sampling.guidance import Guided
 from diffusify.sampling.lossless import Lossless
-from diffusify.sampling.sampler import Frame, Sampler
+from diffusify.sampling.sampler import Denoises, Frame, Sampler
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.prompts import continuation_canvas, infill_canvas, read, read_spans
@@ -88,14 +89,18 @@ class Writing:
             yield frame
 
     def _steps(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
-        noise, size = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size
-        if self.settings.lossless:
+        noise, size, settings = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size, self.settings
+        if settings.lossless:
             return Lossless(denoiser, end_token_id=sampler.end_token_id)(self.canvas, noise=noise)
-        window = self.canvas.positions // size if size else None
+
+        def model() -> Denoises:
+            return BlockCache(denoiser) if settings.cache and size is not None and denoiser.remembers else denoiser
+
+        chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
+        width = size or settings.window
+        window = self.canvas.positions // width if width else None
         luck = Luck.seeded(self._seeds(), denoiser.device)
-        cached = self.settings.cache and size is not None and denoiser.remembers
-        model = BlockCache(denoiser) if cached else denoiser
-        return sampler(model, self.canvas, window, noise=noise, luck=luck)
+        return sampler(chosen, self.canvas, window, noise=noise, luck=luck)
 
     def results(self) -> list[Generation]:
         """The finished texts; steps that nobody looked at yet are taken first."""

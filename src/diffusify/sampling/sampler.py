@@ -46,7 +46,8 @@ class Sampler:
     Any callables of the same form as the ready-made picks and policies will do.
     A policy that `revises` gets all the steps of a window, and one that `rereads` is told of written positions too.
     `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
-    written; behind a written `end_token_id` a row needs no more work.
+    written; behind a written `end_token_id` a row needs no more work. `repetition_penalty` divides the positive logits of
+    tokens that a row has already, and multiplies the negative ones (CTRL).
     """
 
     pick: Callable[[Tensor, Tensor, Luck], tuple[Tensor, Tensor]] = Greedy()
@@ -54,6 +55,7 @@ class Sampler:
     steps: int | None = None
     banned: tuple[int, ...] = ()
     end_token_id: int | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -98,7 +100,8 @@ class Sampler:
             current = front
             logits = score.new_zeros(0, 1)
             if asked.any():
-                logits, forwards = self._allowed(denoiser(canvas, ask=asked).logits), forwards + 1
+                logits = self._shaped(denoiser(canvas, ask=asked).logits, canvas, asked)
+                forwards += 1
             tokens, sure = self.pick(logits, asked, luck)
             guess = Guess(
                 canvas.tokens.masked_scatter(asked, tokens),
@@ -109,10 +112,16 @@ class Sampler:
             canvas = canvas.play(move, guess, noise)
             yield Frame(canvas, score, forwards)
 
-    def _allowed(self, logits: Float[Tensor, "k v"]) -> Float[Tensor, "k v"]:
-        if not self.banned:
-            return logits
-        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+    def _shaped(self, logits: Float[Tensor, "k v"], canvas: Canvas, asked: Bool[Tensor, "b n"]) -> Float[Tensor, "k v"]:
+        """The model's logits, as the settings change them."""
+        if self.repetition_penalty != 1:
+            times = torch.zeros(len(asked), logits.shape[-1], dtype=torch.long, device=logits.device)
+            times.scatter_add_(1, canvas.tokens, (canvas.real & ~canvas.open).long())
+            weaker = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(times[asked.nonzero()[:, 0]] > 0, weaker, logits)
+        if self.banned:
+            logits = logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+        return logits
 
     def _steps(self, size: Int[Tensor, " b"], room: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """The steps that fall to a window, in proportion to its share of the text."""

@@ -1,10 +1,17 @@
 """How a model is to write, in the words that users and servers know."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusify.diffusion.picking import Draw, Greedy
 from diffusify.diffusion.policies import Policy, Threshold, Unmask
 from diffusify.sampling.sampler import Sampler
+
+# What greedy decoding has no room for.
+_LOSSLESS: dict[str, Any] = {
+    "steps": None, "threshold": None, "policy": None, "temperature": 0.0, "window": None, "guidance": 0.0,
+    "repetition_penalty": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,9 @@ class SamplingConfig:
     `steps` are given too, never fewer than they ask for); any other `policy` stands in for the card's. `temperature` 0
     takes the likeliest token. `length_beam`: so many lengths are tried, and the surest text is kept, where the model
     tells lengths and none is given. Finished blocks are kept in a `cache`, exactly, where the model writes in blocks.
+    A model that sees both ways may write in a `window` of so many tokens at a time, from left to right. `guidance`
+    above 0 writes what fits the prompt more than it fits none (classifier-free; twice the work). `repetition_penalty`
+    above 1 makes tokens that the text has already less likely.
     `lossless` writes what greedy left-to-right decoding would, in fewer forwards, where the model can (see `Lossless`).
     """
 
@@ -25,6 +35,9 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float = 1.0
     length_beam: int = 3
+    window: int | None = None
+    guidance: float = 0.0
+    repetition_penalty: float = 1.0
     cache: bool = True
     lossless: bool = False
     seed: int = 0
@@ -46,4 +59,11 @@ class SamplingConfig:
         """The loop with these settings. ValueError for one that is out of bounds."""
         pick = Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
         policy = (self.policy or default) if self.threshold is None else Unmask(quota=Threshold(float(self.threshold)))
-        return Sampler(pick, policy, self.steps, banned=banned, end_token_id=end)
+        return Sampler(
+            pick,
+            policy,
+            self.steps,
+            banned=banned,
+            end_token_id=end,
+            repetition_penalty=float(self.repetition_penalty),
+        )

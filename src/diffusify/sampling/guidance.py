@@ -1,0 +1,36 @@
+"""Classifier-free guidance: away from what would be written without the prompt.
+
+Axes: b texts, n positions.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from diffusify.canvas import Canvas
+from diffusify.models.denoiser import Prediction
+from diffusify.sampling.sampler import Denoises
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A denoiser whose answers go `scale` times the way from those without the prompt to those with it, beyond these.
+
+    Without the prompt means that all given tokens but the first are noise (LLaDA). Two models are asked, so that each
+    may have a cache of its own; they may be one and the same.
+    """
+
+    with_prompt: Denoises
+    without: Denoises
+    scale: float
+    noise: int
+
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+        hidden = ~canvas.editable & canvas.real & (canvas.positions > 0)
+        blind = replace(canvas, tokens=torch.where(hidden, self.noise, canvas.tokens))
+        given, free = self.with_prompt(canvas, ask=ask).logits, self.without(blind, ask=ask).logits
+        logits = given + self.scale * (given - free)
+        logits = torch.where(given.isfinite(), logits, given)  # what cannot be stays so
+        return Prediction(logits, logits[:0])
