@@ -1,6 +1,7 @@
 """Strings in, strings out: batches, completions, lengths that the model tells, chats."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_a_repetition_penalty_is_that_of_transformers() -> None:
     lm = model()
     canvas = lm.continuing(["The cat and the dog"], 3, SamplingConfig()).canvas
     logits = torch.randn(3, 320)
-    theirs = RepetitionPenaltyLogitsProcessor(1.7)
+    theirs: Any = RepetitionPenaltyLogitsProcessor(1.7)
     ours = Sampler(repetition_penalty=1.7)._shaped(logits, canvas, canvas.open)
     given = canvas.tokens[~canvas.open]
     torch.testing.assert_close(ours, torch.cat([theirs(given[None], row[None]) for row in logits]))

@@ -46,8 +46,8 @@ class Sampler:
     Any callables of the same form as the ready-made picks and policies will do.
     A policy that `revises` gets all the steps of a window, and one that `rereads` is told of written positions too.
     `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
-    written; behind a written `end_token_id` a row needs no more work. `repetition_penalty` divides the positive logits of
-    tokens that a row has already, and multiplies the negative ones (CTRL).
+    written; behind a written `end_token_id` a row needs no more work. `repetition_penalty` divides the positive
+    logits of tokens that a row has already, and multiplies the negative ones (CTRL).
     """
 
     pick: Callable[[Tensor, Tensor, Luck], tuple[Tensor, Tensor]] = Greedy()
