@@ -1,6 +1,7 @@
 """Law 5: the cache changes how much work is done, and nothing else."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Leftmost, Random, Reparam, Unmask
-from diffusify.sampling.cache import BlockCache
+from diffusify.sampling.cache import BlockCache, WindowCache
 from diffusify.sampling.sampler import Sampler
 from tests.families import CAUSAL, MASK, tiny_denoiser
 
@@ -90,5 +91,56 @@ def test_a_canvas_changed_behind_its_back_is_run_again() -> None:
 def test_what_cannot_be_cached_exactly_is_refused() -> None:
     with pytest.raises(ValueError, match="needs block-causal attention"):
         BlockCache(tiny_denoiser("llama", Bidirectional()))
+    with pytest.raises(ValueError, match="block models have an exact one"):
+        WindowCache(tiny_denoiser("llama", BlockCausal(4)), "dual")
     with pytest.raises(ValueError, match="keeps no keys and values"):
         BlockCache(tiny_denoiser("bert", BlockCausal(4, clean="block")))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3_text"])
+def test_a_window_cache_is_exact_when_fresh_and_close_when_not(family: str, kind: Literal["prefix", "dual"]) -> None:
+    """Refreshed at every pass it is the denoiser; else it runs only the window, from what it remembers of the rest."""
+    denoiser = tiny_denoiser(family, Bidirectional(), 1)
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    window = room.positions // 4
+
+    def texts(model) -> list[torch.Tensor]:
+        return [frame.canvas.tokens for frame in Sampler()(model, room, window, noise=MASK)]
+
+    plain, fresh = texts(denoiser), texts(WindowCache(denoiser, kind, refresh=1))
+    assert all(torch.equal(a, b) for a, b in zip(plain, fresh, strict=True))
+    stale = texts(WindowCache(denoiser, kind))
+    assert len(stale) == len(plain) and torch.equal(stale[0], plain[0])
+
+
+def test_a_dual_cache_runs_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = tiny_denoiser("llama", Bidirectional(), 1)
+    widths: list[int] = []
+    real = denoiser.project
+
+    def spy(scene, wanted, *, past=None):
+        widths.append(scene.tokens.shape[1])
+        return real(scene, wanted, past=past)
+
+    monkeypatch.setattr(denoiser, "project", spy)
+    room = Canvas.room([[5, 9, 7, 8, *[None] * 8]], noise=MASK, pad=0)
+    for _ in Sampler()(WindowCache(denoiser, "dual"), room, room.positions // 4, noise=MASK):
+        pass
+    assert widths == [12, 5, 5, 5, 12, 5, 5, 5]  # a window and its left neighbour, which answers its first position
+    widths.clear()
+    for _ in Sampler()(WindowCache(denoiser, "prefix"), room, room.positions // 4, noise=MASK):
+        pass
+    assert widths == [12, 9, 9, 9, 12, 5, 5, 5]
+
+
+def test_a_remembered_window_is_what_the_whole_would_say_of_old_surroundings() -> None:
+    """With nothing changed since, a partial pass gives the whole pass's answers."""
+    denoiser = tiny_denoiser("llama", Bidirectional(), 1)
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    ask = room.open & (room.positions < 9)
+    for kind in ("prefix", "dual"):
+        cached = WindowCache(denoiser, kind)
+        whole, part = cached(room, ask=ask).logits, cached(room, ask=ask).logits
+        torch.testing.assert_close(whole, denoiser(room, ask=ask).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)

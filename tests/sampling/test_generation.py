@@ -106,7 +106,7 @@ def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> 
         return type("Answers", (), {"logits": logits})
 
     monkeypatch.setattr(lm.denoiser, "forward", always)
-    answer = lm.chat(ask, max_new_tokens=16, cache=False)
+    answer = lm.chat(ask, max_new_tokens=16, cache="none")
     assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
     with pytest.raises(ValueError, match="already"):
         lm.chat([*ask, {"role": "assistant", "content": "yes"}])
@@ -125,7 +125,7 @@ def test_guidance_is_the_formula_of_the_paper(attention: AttentionPattern) -> No
     torch.testing.assert_close(guided[finite], (free + 2.5 * (given - free))[finite])
     assert torch.equal(guided.isfinite(), finite) and not torch.allclose(guided[finite], given[finite])
     plain, none = (lm.generate("The cat", 6, **more).text for more in ({}, {"guidance": 0.0}))
-    cached, uncached = (lm.generate("The cat", 6, guidance=2.0, cache=c).text for c in (True, False))
+    cached, uncached = (lm.generate("The cat", 6, guidance=2.0, cache=c).text for c in ("exact", "none"))
     assert plain == none and cached == uncached
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,14 @@ from diffusify.cli.terminal import clear_errors, converse, write
 if TYPE_CHECKING:
     from diffusify.sampling.generation import DiffusionLM
     from diffusify.sampling.settings import SamplingConfig
+
+
+class CacheKind(StrEnum):
+    exact = "exact"
+    prefix = "prefix"
+    dual = "dual"
+    none = "none"
+
 
 Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made.")]
 Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
@@ -30,6 +39,9 @@ TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold
 Window = Annotated[int | None, typer.Option(help="Write so many tokens at a time from left to right (ar, mlm).")]
 Guidance = Annotated[float, typer.Option(help="Above 0: fit the prompt more (classifier-free; twice the work).")]
 Penalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
+Cache = Annotated[
+    CacheKind, typer.Option(help="exact: finished blocks; prefix, dual: approximate, with --window (ar); none.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 Exact = Annotated[
     bool, typer.Option("--lossless", help="What left-to-right greedy decoding would write, in fewer forwards.")
@@ -51,6 +63,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     guidance: Guidance = 0.0,
     window: Window = None,
+    cache: Cache = CacheKind.exact,
     seed: Seed = 0,
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="Write from nothing, without a prompt.")
@@ -71,6 +84,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             guidance=guidance,
             window=window,
+            cache=cache.value,
             seed=seed,
             lossless=lossless,
         )
@@ -95,6 +109,7 @@ def infill(
     repetition_penalty: Penalty = 1.0,
     guidance: Guidance = 0.0,
     window: Window = None,
+    cache: Cache = CacheKind.exact,
     seed: Seed = 0,
     watch: Watch = False,
     as_json: AsJson = False,
@@ -113,6 +128,7 @@ def infill(
             repetition_penalty=repetition_penalty,
             guidance=guidance,
             window=window,
+            cache=cache.value,
             seed=seed,
         )
         parse_holes(text)
@@ -133,6 +149,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     guidance: Guidance = 0.0,
     window: Window = None,
+    cache: Cache = CacheKind.exact,
     seed: Seed = 0,
     lossless: Exact = False,
 ) -> None:
@@ -148,6 +165,7 @@ def chat(
             repetition_penalty=repetition_penalty,
             guidance=guidance,
             window=window,
+            cache=cache.value,
             seed=seed,
             lossless=lossless,
         )

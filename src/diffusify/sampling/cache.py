@@ -1,9 +1,9 @@
-"""Work that need not be done twice: finished blocks are remembered, exactly.
+"""Work that need not be done twice: finished blocks are remembered exactly, the rest of a text for a while.
 
 Axes: b texts, n canvas positions, m positions that are run, w cached columns in use, v vocabulary.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from diffusify.canvas import Canvas
+from diffusify.config import sees_right_context
 from diffusify.diffusion.attention import BlockCausal, Scene
 from diffusify.models.denoiser import Denoiser, Prediction
 
@@ -130,3 +131,50 @@ class BlockCache:
             edge = torch.where((final > start)[:, None], edge, self._edge)
         self._edge, self._edge_at = edge, torch.where(final > start, final, self._edge_at)
         return logits
+
+
+class WindowCache:
+    """A denoiser that sees both ways and runs only the window in work; what is around it is remembered as it was.
+
+    Approximate: keys and values around the window go stale until the next window begins, or after `refresh` passes.
+    `dual` remembers both sides, `prefix` only what stands before the window (Fast-dLLM).
+    """
+
+    def __init__(self, denoiser: Denoiser, kind: Literal["prefix", "dual"], refresh: int = 32) -> None:
+        if not sees_right_context(denoiser.diffusion.attention):
+            raise ValueError(f"a {kind} cache is for models that see both ways; block models have an exact one")
+        if not denoiser.remembers:
+            raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values; leave the cache out")
+        if refresh < 1:
+            raise ValueError(f"refresh={refresh} must be at least 1 pass, which remembers nothing")
+        self.denoiser, self.kind, self.refresh = denoiser, kind, refresh
+        self._past: Columns | None = None
+        self._passes = 0
+
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+        shift, n = self.denoiser.diffusion.shift, canvas.tokens.shape[1]
+        at = torch.arange(n, device=ask.device)
+        asked = ask.any(1)
+        first = torch.where(ask, at, n).amin(1) - shift
+        last = torch.where(ask, at, -1).amax(1) + 1
+        if self._past is None or self._past.n != n or len(self._start) != len(ask):
+            fresh = True
+        else:
+            inside = (first >= self._start) & (last <= self._end) | ~asked
+            fresh = self._passes >= self.refresh or not bool(inside.all())
+        if fresh:
+            self._past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, n)
+            self._start, self._end, self._passes = first.clamp_min(0), last, 0
+            start, end = torch.zeros_like(first), torch.full_like(first, n)
+        else:
+            start = torch.where(asked, self._start, n)
+            end = torch.where(asked, self._end if self.kind == "dual" else n, n)
+        self._passes += 1
+        assert self._past is not None
+        columns = start[:, None] + torch.arange(int((end - start).amax()), device=ask.device)
+        scene = self.denoiser.diffusion.attention(canvas, shift=shift).part(columns.clamp_max(n - 1), n)
+        self._past.write(torch.where(columns < end[:, None], columns, n), n)
+        row, position = ask.nonzero(as_tuple=True)
+        wanted = row * columns.shape[1] + (position - shift - start[row]).clamp_min(0)
+        logits = self.denoiser.project(scene, wanted, past=self._past)
+        return Prediction(logits, logits[:0])

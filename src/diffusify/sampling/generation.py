@@ -16,7 +16,7 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.luck import Luck
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
-from diffusify.sampling.cache import BlockCache
+from diffusify.sampling.cache import BlockCache, WindowCache
 from diffusify.sampling.guidance import Guided
 from diffusify.sampling.lossless import Lossless
 from diffusify.sampling.sampler import Denoises, Frame, Sampler
@@ -94,7 +94,10 @@ class Writing:
             return Lossless(denoiser, end_token_id=sampler.end_token_id)(self.canvas, noise=noise)
 
         def model() -> Denoises:
-            return BlockCache(denoiser) if settings.cache and size is not None and denoiser.remembers else denoiser
+            if settings.cache in ("prefix", "dual"):
+                return WindowCache(denoiser, settings.cache)
+            exact = settings.cache == "exact" and size is not None and denoiser.remembers
+            return BlockCache(denoiser) if exact else denoiser
 
         chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
         width = size or settings.window

@@ -1,7 +1,7 @@
 """How a model is to write, in the words that users and servers know."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusify.diffusion.picking import Draw, Greedy
 from diffusify.diffusion.policies import Policy, Threshold, Unmask
@@ -21,10 +21,11 @@ class SamplingConfig:
     `steps` denoising steps in all; `threshold` writes every token with a higher probability at once (and, where
     `steps` are given too, never fewer than they ask for); any other `policy` stands in for the card's. `temperature` 0
     takes the likeliest token. `length_beam`: so many lengths are tried, and the surest text is kept, where the model
-    tells lengths and none is given. Finished blocks are kept in a `cache`, exactly, where the model writes in blocks.
-    A model that sees both ways may write in a `window` of so many tokens at a time, from left to right. `guidance`
-    above 0 writes what fits the prompt more than it fits none (classifier-free; twice the work). `repetition_penalty`
-    above 1 makes tokens that the text has already less likely.
+    tells lengths and none is given. The `cache` keeps finished blocks, exactly, where the model writes in blocks;
+    `prefix` and `dual` keep what is around the window in work of a model that sees both ways, approximately. Such a
+    model may write in a `window` of so many tokens at a time, from left to right. `guidance` above 0 writes what fits the
+    prompt more than it fits none (classifier-free; twice the work). `repetition_penalty` above 1 makes tokens that the
+    text has already less likely.
     `lossless` writes what greedy left-to-right decoding would, in fewer forwards, where the model can (see `Lossless`).
     """
 
@@ -38,7 +39,7 @@ class SamplingConfig:
     window: int | None = None
     guidance: float = 0.0
     repetition_penalty: float = 1.0
-    cache: bool = True
+    cache: Literal["exact", "prefix", "dual", "none"] = "exact"
     lossless: bool = False
     seed: int = 0
 
