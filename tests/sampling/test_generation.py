@@ -159,10 +159,18 @@ def test_lossless_texts_are_left_to_right_texts() -> None:
         model().generate("The", max_new_tokens=4, lossless=True)
 
 
-def test_settings_that_contradict_are_refused() -> None:
-    with pytest.raises(ValueError, match="threshold=0.9 is a policy by itself"):
-        SamplingConfig(threshold=0.9, policy=Ancestral())
-    with pytest.raises(ValueError, match="lossless decoding is greedy"):
-        SamplingConfig(lossless=True, temperature=0.7)
-    with pytest.raises(ValueError, match="length_beam=0"):
-        SamplingConfig(length_beam=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 0.9, "policy": Ancestral()}, "threshold=0.9 is a policy by itself"),
+        ({"lossless": True, "temperature": 0.7}, "lossless decoding is greedy"),
+        ({"lossless": True, "guidance": 1.0}, "lossless decoding is greedy"),
+        ({"length_beam": 0}, "length_beam=0"),
+        ({"window": 0}, "window=0"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**settings)

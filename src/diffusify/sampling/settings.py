@@ -7,8 +7,8 @@ from diffusify.diffusion.picking import Draw, Greedy
 from diffusify.diffusion.policies import Policy, Threshold, Unmask
 from diffusify.sampling.sampler import Sampler
 
-# What greedy decoding has no room for.
-_LOSSLESS: dict[str, Any] = {
+# What lossless decoding leaves as it is.
+_GREEDY: dict[str, Any] = {
     "steps": None, "threshold": None, "policy": None, "temperature": 0.0, "window": None, "guidance": 0.0,
     "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -18,15 +18,16 @@ _LOSSLESS: dict[str, Any] = {
 class SamplingConfig:
     """How a model writes. Unset values are the model's own, as its card has them.
 
-    `steps` denoising steps in all; `threshold` writes every token with a higher probability at once (and, where
-    `steps` are given too, never fewer than they ask for); any other `policy` stands in for the card's. `temperature` 0
-    takes the likeliest token. `length_beam`: so many lengths are tried, and the surest text is kept, where the model
-    tells lengths and none is given. The `cache` keeps finished blocks, exactly, where the model writes in blocks;
-    `prefix` and `dual` keep what is around the window in work of a model that sees both ways, approximately. Such a
-    model may write in a `window` of so many tokens at a time, from left to right. `guidance` above 0 writes what fits the
-    prompt more than it fits none (classifier-free; twice the work). `repetition_penalty` above 1 makes tokens that the
-    text has already less likely.
-    `lossless` writes what greedy left-to-right decoding would, in fewer forwards, where the model can (see `Lossless`).
+    - `steps`: denoising steps in all. `threshold`: every token with a higher probability is written at once (and, where
+      `steps` are given too, never fewer than they ask for). `policy`: any other rule in place of the card's.
+    - `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest or the fewest that hold
+      `top_p` of the probability. `repetition_penalty` above 1 makes tokens that the text has already less likely.
+    - `length_beam`: so many lengths are tried, and the surest text is kept, where the model tells lengths and none is
+      given. `window`: a model that sees both ways writes so many tokens at a time, from left to right.
+    - `guidance` above 0: what fits the prompt more than it fits none (classifier-free; twice the work).
+    - `cache` keeps finished blocks, exactly, where the model writes in blocks; `prefix` and `dual` keep what is around
+      the window of a model that sees both ways, approximately.
+    - `lossless`: what greedy left-to-right decoding would write, in fewer forwards, where the model can (`Lossless`).
     """
 
     steps: int | None = None
@@ -50,10 +51,14 @@ class SamplingConfig:
             raise ValueError(f"threshold={self.threshold} is a policy by itself; leave {self.policy} or the threshold")
         if self.length_beam < 1:
             raise ValueError(f"length_beam={self.length_beam} must be at least 1, the likeliest length alone")
-        if self.lossless and (self.temperature, self.steps, self.threshold, self.policy) != (0, None, None, None):
-            raise ValueError(
-                "lossless decoding is greedy, with steps of its own; leave temperature, steps and policy out"
-            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 token; unset, all is written at once")
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance} must be at least 0, which is none")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is none, 1.2 is usual")
+        if self.lossless and replace(self, **_GREEDY) != self:
+            raise ValueError("lossless decoding is greedy, with steps of its own; leave all that changes the text out")
         self.sampler(Unmask())
 
     def sampler(self, default: Policy, *, banned: tuple[int, ...] = (), end: int | None = None) -> Sampler:
