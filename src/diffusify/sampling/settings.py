@@ -20,8 +20,8 @@ class SamplingConfig:
 
     - `steps`: denoising steps in all. `threshold`: every token with a higher probability is written at once (and, where
       `steps` are given too, never fewer than they ask for). `policy`: any other rule in place of the card's.
-    - `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest or the fewest that hold
-      `top_p` of the probability. `repetition_penalty` above 1 makes tokens that the text has already less likely.
+    - `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest or the fewest that
+      hold `top_p` of the probability. `repetition_penalty` above 1 makes tokens that the text has already less likely.
     - `length_beam`: so many lengths are tried, and the surest text is kept, where the model tells lengths and none is
       given. `window`: a model that sees both ways writes so many tokens at a time, from left to right.
     - `guidance` above 0: what fits the prompt more than it fits none (classifier-free; twice the work).
@@ -57,7 +57,7 @@ class SamplingConfig:
             raise ValueError(f"guidance={self.guidance} must be at least 0, which is none")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is none, 1.2 is usual")
-        if self.lossless and replace(self, **_GREEDY) != self:
+        if self.lossless and any(getattr(self, name) != value for name, value in _GREEDY.items()):
             raise ValueError("lossless decoding is greedy, with steps of its own; leave all that changes the text out")
         self.sampler(Unmask())
 
