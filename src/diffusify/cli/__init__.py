@@ -2,7 +2,7 @@
 
 import typer
 
-from diffusify.cli import making, writing
+from diffusify.cli import making, measuring, writing
 
 app = typer.Typer(
     help="Turn a pretrained language model into a diffusion language model, and write with it.",
@@ -10,6 +10,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (making.adapt, making.tune, writing.generate, writing.infill, writing.chat, writing.show, making.merge):
+COMMANDS = (
+    making.adapt,
+    making.tune,
+    writing.generate,
+    writing.infill,
+    writing.chat,
+    measuring.bench,
+    writing.show,
+    making.merge,
+)
+for command in COMMANDS:
     app.command()(command)
 app.command("import")(making.import_)

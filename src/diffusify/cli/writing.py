@@ -216,9 +216,9 @@ def sampling(policy: str | None, **settings: Any) -> "SamplingConfig":
     )
 
 
-def open_model(folder: str) -> "DiffusionLM":
+def open_model(folder: str, **more: Any) -> "DiffusionLM":
     from diffusify.sampling.generation import DiffusionLM
 
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`")
-    return DiffusionLM.from_pretrained(folder)
+    return DiffusionLM.from_pretrained(folder, **more)

@@ -1,0 +1,198 @@
+"""How fast a model writes, and how well: every way to decode side by side, and `transformers.generate` beside them."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from transformers import GenerationConfig, PreTrainedModel
+
+from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.objectives import cross_entropy
+from diffusify.diffusion.policies import Entropy, EntropyBudget, Factor, Unmask
+from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.settings import SamplingConfig
+from diffusify.text.prompts import continuation_canvas
+
+AR = "left to right (transformers)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to write, over all prompts: medians of rates, means of qualities.
+
+    `speedup` is the median over prompts of the rate beside left-to-right decoding's in the same round. `agreement` is
+    the share of tokens that equal those of one token per forward; `perplexity` is under the base's left-to-right model.
+    """
+
+    way: str
+    tokens_per_second: float
+    speedup: float | None
+    tokens_per_forward: float
+    agreement: float | None
+    perplexity: float
+    distinct_2: float
+    entropy: float
+
+
+def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
+    """What is worth a look for this kind of model; the first is one token per forward."""
+    found = {"one token a forward": SamplingConfig(policy=Unmask())}
+    found |= {f"threshold {least}": SamplingConfig(threshold=least) for least in (0.95, 0.9, 0.8, 0.7)}
+    found["factor 1"] = SamplingConfig(policy=Unmask(quota=Factor(1.0)))
+    found["entropy 0.1"] = SamplingConfig(policy=Unmask(Entropy(), EntropyBudget(0.1)))
+    if left_to_right(lm.denoiser):
+        found["lossless"] = SamplingConfig(lossless=True)
+    elif lm.denoiser.remembers and lm.config.sees_right_context:
+        window: dict[str, Any] = {"window": 32, "threshold": 0.9}
+        found["window 32, threshold 0.9"] = SamplingConfig(**window)
+        found["the same, prefix cache"] = SamplingConfig(**window, cache="prefix")
+        found["the same, dual cache"] = SamplingConfig(**window, cache="dual")
+    return found
+
+
+def left_to_right(denoiser: Denoiser) -> bool:
+    """Whether the model's own weights are still a left-to-right model."""
+    pattern = denoiser.diffusion.attention
+    return isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift == 1
+
+
+def bench(
+    lm: DiffusionLM,
+    base: PreTrainedModel,
+    prompts: list[str],
+    chosen: dict[str, SamplingConfig],
+    *,
+    max_new_tokens: int = 64,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Write every prompt in every way, round by round, so that a noisy machine is noisy to all of them.
+
+    Left-to-right decoding is that of the model's own weights where they can, else of `base`.
+    """
+    own = lm.denoiser.network if left_to_right(lm.denoiser) else base
+    texts: dict[str, list[list[int]]] = {AR: []} | {name: [] for name in chosen}
+    seconds: dict[str, list[float]] = {name: [] for name in texts}
+    forwards: dict[str, list[int]] = {name: [] for name in texts}
+    plain = next(iter(chosen))
+    _greedy(lm, own, prompts[0], 4)
+    for number, prompt in enumerate(prompts, 1):
+        for name in texts:
+            begun = perf_counter()
+            if name == AR:
+                ids = _greedy(lm, own, prompt, max_new_tokens)
+                forwards[name].append(len(ids))
+            else:
+                writing = lm.continuing([prompt], max_new_tokens, chosen[name])
+                writing.results()
+                canvas = writing.canvas
+                ids = canvas.tokens[canvas.editable & ~canvas.open].tolist()
+                forwards[name].append(writing.forwards)
+            seconds[name].append(perf_counter() - begun)
+            texts[name].append(ids)
+        told(f"prompt {number} of {len(prompts)}")
+    rows = []
+    for name, written in texts.items():
+        rates = [len(ids) / s for ids, s in zip(written, seconds[name], strict=True)]
+        beside = [len(ids) / s for ids, s in zip(texts[AR], seconds[AR], strict=True)]
+        tokens = sum(map(len, written))
+        rows.append(
+            Row(
+                way=name,
+                tokens_per_second=round(median(rates), 1),
+                speedup=None if name == AR else round(median(a / b for a, b in zip(rates, beside, strict=True)), 2),
+                tokens_per_forward=round(tokens / max(1, sum(forwards[name])), 2),
+                agreement=None if name == AR else round(mean(map(_agreement, texts[plain], written)), 3),
+                perplexity=round(_perplexity(lm, base, prompts, written), 2),
+                distinct_2=round(_distinct(written), 3),
+                entropy=round(mean(map(_entropy, written)), 2),
+            )
+        )
+    return rows
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Rate against perplexity: up and to the left is better."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        place = (row.perplexity, row.tokens_per_second)
+        axes.scatter(*place, color="tab:red" if row.way == AR else "tab:blue")
+        axes.annotate(row.way, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="perplexity under the base model", ylabel="tokens per second", ylim=(0, None))
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.25)
+    figure.savefig(file, dpi=150)
+
+
+def _greedy(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int) -> list[int]:
+    """By `transformers`, with its key-value cache."""
+    canvas = continuation_canvas(lm.tokenizer, [prompt], room, context=None)
+    given = canvas.tokens[~canvas.editable][None].to(lm.denoiser.device)
+    settings = GenerationConfig(
+        max_new_tokens=room,
+        do_sample=False,
+        eos_token_id=lm.tokenizer.end_token_id,
+        pad_token_id=lm.tokenizer.pad_token_id,
+        suppress_tokens=[lm.config.mask_token_id],
+    )
+    generate: Any = network.generate
+    made = generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
+    return made[0, given.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def _perplexity(lm: DiffusionLM, base: PreTrainedModel, prompts: list[str], written: list[list[int]]) -> float:
+    """Of what was written, behind its prompts, as the base continues text."""
+    nll = []
+    for prompt, ids in zip(prompts, written, strict=True):
+        head = [lm.tokenizer.start_token_id, *lm.tokenizer.encode(prompt)]
+        tokens = torch.tensor([head + ids], device=base.device)
+        logits = base(input_ids=tokens).logits[0, len(head) - 1 : -1]
+        nll.append(cross_entropy(logits, tokens[0, len(head) :]))
+    return float(torch.cat(nll).mean().exp())
+
+
+def cut_prompts(
+    lm: DiffusionLM, texts: list[str], count: int, lengths: tuple[int, ...] = (32, 64, 128, 256)
+) -> list[str]:
+    """The beginnings of `count` texts, of these lengths in turn (tokens). ValueError if the texts are too few."""
+    prompts = []
+    for text in texts:
+        ids = lm.tokenizer.encode(text)
+        length = lengths[len(prompts) % len(lengths)]
+        if len(ids) >= length:
+            prompts.append(lm.tokenizer.decode(ids[:length]))
+        if len(prompts) == count:
+            return prompts
+    raise ValueError(
+        f"{len(texts)} texts give only {len(prompts)} prompts of {lengths} tokens; give more, or ask for less"
+    )
+
+
+def _agreement(one: list[int], other: list[int]) -> float:
+    longest = max(len(one), len(other), 1)
+    return sum(a == b for a, b in zip(one, other, strict=False)) / longest
+
+
+def _pairs(ids: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(ids, ids[1:], strict=False)
+
+
+def _distinct(written: list[list[int]]) -> float:
+    """The share of pairs of neighbours that are different ones."""
+    pairs = [pair for ids in written for pair in _pairs(ids)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def _entropy(ids: list[int]) -> float:
+    """Of the tokens of a text, in nats: low where a text repeats itself."""
+    counts = Counter(ids)
+    return -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values()) if ids else 0.0
