@@ -43,7 +43,8 @@ def bench(
         source = load_base(base or lm.config.base_model, dtype=lm.denoiser.network.dtype)
         if source.masked:
             raise ValueError(f"{source.source} is a masked model; give a left-to-right one with --base to judge texts")
-        chosen = cut_prompts(lm, (row["text"] for row in load_texts(data)), prompts)
+        texts = (dict(row)["text"] for row in load_texts(data))
+        chosen = cut_prompts(lm, texts, prompts)
         with say.status("writing") as status:
             rows = run(lm, source.network.eval(), chosen, ways(lm), max_new_tokens=max_new_tokens, told=status.update)
         plain = [asdict(row) for row in rows]

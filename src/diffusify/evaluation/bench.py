@@ -161,7 +161,7 @@ def _perplexity(lm: DiffusionLM, base: PreTrainedModel, prompts: list[str], writ
 
 
 def cut_prompts(
-    lm: DiffusionLM, texts: list[str], count: int, lengths: tuple[int, ...] = (32, 64, 128, 256)
+    lm: DiffusionLM, texts: Iterable[str], count: int, *, lengths: tuple[int, ...] = (32, 64, 128, 256)
 ) -> list[str]:
     """The beginnings of `count` texts, of these lengths in turn (tokens). ValueError if the texts are too few."""
     prompts = []
@@ -173,7 +173,7 @@ def cut_prompts(
         if len(prompts) == count:
             return prompts
     raise ValueError(
-        f"{len(texts)} texts give only {len(prompts)} prompts of {lengths} tokens; give more, or ask for less"
+        f"the texts give only {len(prompts)} prompts of {lengths} tokens, not {count}; give longer texts, or more"
     )
 
 
