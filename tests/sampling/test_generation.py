@@ -66,6 +66,19 @@ def test_infills_come_in_batches_too() -> None:
     assert [len(result.spans or ()) for result in together] == [2, 1]
 
 
+def test_the_surest_size_of_a_hole_is_kept() -> None:
+    lm = model()
+    result = lm.infill("The [[2-4]] on the mat")
+    each = []
+    for size in (2, 3, 4):
+        writing = lm.infilling([f"The [[{size}]] on the mat"], SamplingConfig())
+        *_, last = writing
+        each.append((last.score[0][last.canvas.editable[0]].mean().detach().item(), writing.results()[0].text))
+    assert result.text == max(each)[1]
+    together = lm.infill(["The [[2-4]] on the mat", "so [[3]] it"])
+    assert [one.text for one in together] == [result.text, lm.infill("so [[3]] it").text]
+
+
 def test_the_surest_of_the_likeliest_lengths_is_written() -> None:
     lm = model()
     torch.manual_seed(3)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from diffusify.canvas import Canvas
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.examples import Template
-from diffusify.text.prompts import continuation_canvas, few_shot, infill_canvas, parse_holes, read, read_spans
+from diffusify.text.prompts import (
+    continuation_canvas,
+    few_shot,
+    hole_choices,
+    infill_canvas,
+    parse_holes,
+    read,
+    read_spans,
+)
 from diffusify.text.tokens import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
@@ -32,15 +40,16 @@ def fill(canvas: Canvas, *rows: list[int]) -> Canvas:
     [
         ("", []),
         ("plain [x] ]]", ["plain [x] ]]"]),
-        ("a [[8]] b", ["a ", 8, " b"]),
-        ("[[1]][[ 02 ]]", [1, 2]),
-        (r"\[[8]] [[3]]", ["[[8]] ", 3]),
+        ("a [[8]] b", ["a ", range(8, 9), " b"]),
+        ("[[1]][[ 02 ]]", [range(1, 2), range(2, 3)]),
+        ("so [[3-12]][[ 5 - 5 ]]", ["so ", range(3, 13), range(5, 6)]),
+        (r"\[[8]] [[3]]", ["[[8]] ", range(3, 4)]),
         (r"x = \[[1, 2], [3, 4]]", ["x = [[1, 2], [3, 4]]"]),
-        ("[[[8]]]", ["[", 8, "]"]),
-        ("a\n[[2]]\n", ["a\n", 2, "\n"]),
+        ("[[[8]]]", ["[", range(8, 9), "]"]),
+        ("a\n[[2]]\n", ["a\n", range(2, 3), "\n"]),
     ],
 )
-def test_parse_holes(text: str, pieces: list[str | int]) -> None:
+def test_parse_holes(text: str, pieces: list[str | range]) -> None:
     assert parse_holes(text) == pieces
 
 
@@ -49,16 +58,26 @@ def test_parse_holes_gives_back_what_was_escaped(pieces: list[str | int]) -> Non
     # A bracket or backslash right before a hole would be read with it.
     texts = [p.replace("[[", r"\[[").rstrip("[\\") + "." if isinstance(p, str) else f"[[{p}]]" for p in pieces]
     parsed = parse_holes("".join(texts))
-    assert [p for p in parsed if isinstance(p, int)] == [p for p in pieces if isinstance(p, int)]
-    again = [p.replace("[[", r"\[[") if isinstance(p, str) else f"[[{p}]]" for p in parsed]
+    assert [p[0] for p in parsed if isinstance(p, range)] == [p for p in pieces if isinstance(p, int)]
+    again = [p.replace("[[", r"\[[") if isinstance(p, str) else f"[[{p[0]}]]" for p in parsed]
     assert "".join(again) == "".join(texts)
 
 
-@pytest.mark.parametrize("hole", ["[[abc]]", "[[0]]", "[[-1]]", "[[]]", "[[1.5]]", "[[1000000]]", "[[1", "[["])
+@pytest.mark.parametrize(
+    "hole", ["[[abc]]", "[[0]]", "[[-1]]", "[[]]", "[[1.5]]", "[[5-3]]", "[[3-]]", "[[1000000]]", "[[1", "[["]
+)
 def test_bad_holes(hole: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_holes("[[2]] then " + hole)
     assert hole in str(error.value) and "[[8]]" in str(error.value) and r"\[[" in str(error.value)
+
+
+def test_holes_of_open_size_are_tried_from_the_smallest_to_the_largest() -> None:
+    texts = ["a[[3-5]]b[[2]]", "c[[1-30]]"]
+    assert hole_choices(texts) == 8 and hole_choices(["a[[3-5]]"]) == 3 and hole_choices(["a[[3]]"]) == 1
+    canvas = infill_canvas(BYTES, texts, context=None, choices=8)
+    assert canvas.open.sum(1).tolist() == [5, 5, 6, 6, 6, 6, 7, 7, 1, 5, 9, 13, 18, 22, 26, 30]
+    assert infill_canvas(BYTES, ["a[[3-5]]"], context=None, choices=3).open.sum(1).tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize("tokenizer", ALL)

@@ -99,7 +99,10 @@ def generate(
 
 def infill(
     model: Model,
-    text: Annotated[str, typer.Argument(help=r"Text with holes: [[8]] is room for 8 tokens; \[[ is a plain [[.")],
+    text: Annotated[
+        str,
+        typer.Argument(help=r"Text with holes: [[8]] is room for 8 tokens, [[3-12]] for 3 to 12; \[[ is a plain [[."),
+    ],
     steps: Steps = None,
     threshold: Likely = None,
     policy: Rule = None,

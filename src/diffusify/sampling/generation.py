@@ -22,7 +22,7 @@ from diffusify.sampling.lossless import Lossless
 from diffusify.sampling.sampler import Denoises, Frame, Sampler
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.dialogue import Dialogue
-from diffusify.text.prompts import continuation_canvas, infill_canvas, read, read_spans
+from diffusify.text.prompts import continuation_canvas, hole_choices, infill_canvas, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
@@ -173,7 +173,10 @@ class DiffusionLM:
     @overload
     def infill(self, text: list[str], **sampling: Any) -> list[Generation]: ...
     def infill(self, text: str | list[str], **sampling: Any) -> Generation | list[Generation]:
-        """Fill the holes of a text, written `[[8]]` for eight tokens. ValueError if the model cannot see ahead."""
+        """Fill the holes of a text: `[[8]]` has eight tokens, `[[3-12]]` as many as are written with most confidence.
+
+        ValueError if the model cannot see ahead.
+        """
         texts = [text] if isinstance(text, str) else text
         results = self.infilling(texts, SamplingConfig(**sampling)).results()
         return results[0] if isinstance(text, str) else results
@@ -225,8 +228,9 @@ class DiffusionLM:
 
         ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
         sampler = settings.sampler(self.config.policy, banned=tuple(sorted(ends)))
-        canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context)
-        return Writing(sampler, self.denoiser, canvas, settings, tell)
+        choices = hole_choices(texts)
+        canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context, choices=choices)
+        return Writing(sampler, self.denoiser, canvas, settings, tell, beam=choices)
 
     @cached_property
     def dialogue(self) -> Dialogue:

@@ -10,13 +10,14 @@ from diffusify.text.examples import Template
 from diffusify.text.tokens import TextTokenizer
 
 _HOLE = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<size>.*?)(?:\]\]|\Z)", re.DOTALL)
-_SIZE = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*")
+_SIZE = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*(?:-\s*0*([1-9][0-9]{0,5})\s*)?")
 
 
-def parse_holes(text: str) -> list[str | int]:
-    r"""A text cut at its holes: `[[8]]` is a hole of eight tokens, `\[[` are two plain brackets.
+def parse_holes(text: str) -> list[str | range]:
+    r"""A text cut at its holes, each the sizes that it may have (tokens).
 
-    ValueError for a hole without a whole number from 1 to 999999.
+    `[[8]]` is a hole of eight tokens, `[[3-12]]` of three to twelve, `\[[` are two plain brackets. ValueError for a
+    hole without a whole number from 1 to 999999, or two in order.
     """
     pieces, plain, at = [], "", 0
     for found in _HOLE.finditer(text):
@@ -26,12 +27,13 @@ def parse_holes(text: str) -> list[str | int]:
             plain += "[["
             continue
         size = _SIZE.fullmatch(found["size"])
-        if size is None or not found[0].endswith("]]"):
+        least, most = (int(size[1]), int(size[2] or size[1])) if size else (1, 0)
+        if least > most or not found[0].endswith("]]"):
             raise ValueError(
-                f"the hole {found[0][:40]} has no size; write [[8]] for a hole of 8 tokens (1 to 999999), "
-                r"or \[[ for two plain brackets"
+                f"the hole {found[0][:40]} has no size; write [[8]] for a hole of 8 tokens (1 to 999999), [[3-12]] for "
+                r"3 to 12, or \[[ for two plain brackets"
             )
-        pieces += [plain, int(size[1])] if plain else [int(size[1])]
+        pieces += [plain, range(least, most + 1)] if plain else [range(least, most + 1)]
         plain = ""
     plain += text[at:]
     return [*pieces, plain] if plain else pieces
@@ -76,32 +78,49 @@ def few_shot(shots: list[dict[str, Any]], question: dict[str, Any], template: Te
     return "\n\n".join([*solved, template.fill_prompt(question)])
 
 
-def infill_canvas(tokenizer: TextTokenizer, texts: list[str], *, context: int | None, close: bool = True) -> Canvas:
+def hole_choices(texts: list[str]) -> int:
+    """In how many sizes the holes of these texts are worth trying: 8 at most, 1 if all sizes are given."""
+    sizes = [len(piece) for text in texts for piece in parse_holes(text) if isinstance(piece, range)]
+    return min(8, max(sizes, default=1))
+
+
+def infill_canvas(
+    tokenizer: TextTokenizer, texts: list[str], *, context: int | None, close: bool = True, choices: int = 1
+) -> Canvas:
     """Texts with their holes (see `parse_holes`) open, between start and, if `close`, end token.
 
-    A space right before a hole is left to the hole: most tokenizers keep a space at the start of a word. ValueError
-    if a text has no hole, or a row is longer than the `context` tokens that the model can see.
+    Each text fills `choices` rows, from the smallest size of its holes to the largest. A space right before a hole is
+    left to the hole: most tokenizers keep a space at the start of a word. ValueError if a text has no hole, or a row is
+    longer than the `context` tokens that the model can see.
     """
-    rows = []
-    for text in texts:
-        pieces = parse_holes(text)
-        holes = sum(piece for piece in pieces if isinstance(piece, int))
-        if not holes:
-            raise ValueError(f"{text[:40]!r} has no hole; write [[8]] where 8 tokens are to be filled in")
-        row: list[int | None] = [tokenizer.start_token_id]
-        for n, piece in enumerate(pieces):
-            if isinstance(piece, str):
-                hole_follows = n + 1 < len(pieces)
-                row += tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
-            elif context is None or len(row) + piece <= context:
-                row += [None] * piece
-            else:
-                raise ValueError(_too_long(text, len(row) + piece, context))
-        row += [tokenizer.end_token_id] if close else []
-        if context is not None and len(row) > context:
-            raise ValueError(_too_long(text, len(row), context))
-        rows.append(row)
+    rows = [
+        _infill_row(tokenizer, text, choice / max(1, choices - 1), context, close)
+        for text in texts
+        for choice in range(choices)
+    ]
     return _room(tokenizer, rows)
+
+
+def _infill_row(
+    tokenizer: TextTokenizer, text: str, share: float, context: int | None, close: bool
+) -> list[int | None]:
+    pieces = parse_holes(text)
+    if not any(isinstance(piece, range) for piece in pieces):
+        raise ValueError(f"{text[:40]!r} has no hole; write [[8]] where 8 tokens are to be filled in")
+    row: list[int | None] = [tokenizer.start_token_id]
+    for n, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            hole_follows = n + 1 < len(pieces)
+            row += tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
+            continue
+        size = piece[round(share * (len(piece) - 1))]
+        if context is not None and len(row) + size > context:
+            raise ValueError(_too_long(text, len(row) + size, context))
+        row += [None] * size
+    row += [tokenizer.end_token_id] if close else []
+    if context is not None and len(row) > context:
+        raise ValueError(_too_long(text, len(row), context))
+    return row
 
 
 def read(tokenizer: TextTokenizer, canvas: Canvas, *, hole: str = "_") -> list[str]:
