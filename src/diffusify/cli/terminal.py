@@ -1,6 +1,7 @@
 """What people see in the terminal: texts that fill in, chats, one clear line for a mistake."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from diffusify.sampling.sampler import Frame
     from diffusify.sampling.settings import SamplingConfig
 
-say = Console(stderr=True, highlight=False)
+# Of several processes only the first one speaks.
+say = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
