@@ -168,6 +168,10 @@ def test_lossless_texts_are_left_to_right_texts() -> None:
     alone = [lm.generate(prompt, max_new_tokens=9, lossless=True) for prompt in PROMPTS]
     assert [result.text for result in together] == [result.text for result in alone]
     assert all(result.forwards <= 9 for result in alone)
+    drawn = lm.generate(PROMPTS, max_new_tokens=9, lossless=True, temperature=1.0, seed=3)
+    for prompt, result in zip(PROMPTS, drawn, strict=True):
+        again = lm.generate(prompt, max_new_tokens=9, lossless=True, temperature=1.0, seed=result.seed)
+        assert again.text == result.text
     with pytest.raises(ValueError, match="keeps its left-to-right half"):
         model().generate("The", max_new_tokens=4, lossless=True)
 
@@ -176,8 +180,8 @@ def test_lossless_texts_are_left_to_right_texts() -> None:
     ("settings", "message"),
     [
         ({"threshold": 0.9, "policy": Ancestral()}, "threshold=0.9 is a policy by itself"),
-        ({"lossless": True, "temperature": 0.7}, "lossless decoding is greedy"),
-        ({"lossless": True, "guidance": 1.0}, "lossless decoding is greedy"),
+        ({"lossless": True, "threshold": 0.7}, "lossless decoding has steps of its own"),
+        ({"lossless": True, "guidance": 1.0}, "lossless decoding has steps of its own"),
         ({"length_beam": 0}, "length_beam=0"),
         ({"window": 0}, "window=0"),
         ({"guidance": -1.0}, "guidance=-1.0"),

@@ -1,5 +1,6 @@
 """Self-speculation writes what greedy decoding by `transformers` writes, in no more forwards."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.picking import Draw
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.lossless import Lossless
 from tests.families import CAUSAL, MASK, tiny_denoiser
@@ -56,6 +58,32 @@ def test_good_drafts_save_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     *_, last = Lossless(denoiser)(room, noise=MASK)
     assert last.canvas.tokens[0].tolist() == list(range(1, 19))
     assert last.forwards == 5  # 1 + 4 + 4 + 4 + 3
+
+
+@torch.no_grad()
+def test_drawn_texts_follow_the_left_to_right_distribution() -> None:
+    """Chi-square of three drawn tokens, each of the three likeliest, against the model's own chain of probabilities."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    prompt, draws = [5, 9, 7], 3000
+
+    def next_three(tokens: list[int]) -> dict[int, float]:
+        canvas = Canvas.clean(torch.tensor([[*tokens, 0]]))
+        logits = denoiser(canvas, attention=Causal()).logits[0, -1]
+        kept = (logits / 3.0).softmax(-1).topk(3)
+        return dict(zip(kept.indices.tolist(), (kept.values / kept.values.sum()).tolist(), strict=True))
+
+    expected = {
+        (a, b, c): p * q * r
+        for a, p in next_three(prompt).items()
+        for b, q in next_three([*prompt, a]).items()
+        for c, r in next_three([*prompt, a, b]).items()
+    }
+    room = Canvas.room([[*prompt, None, None, None]] * draws, noise=MASK, pad=0)
+    *_, last = Lossless(denoiser, Draw(3.0, top_k=3))(room, noise=MASK)
+    seen = Counter(map(tuple, last.canvas.tokens[:, 3:].tolist()))
+    assert set(seen) <= set(expected)
+    chi2 = sum((seen[text] - draws * share) ** 2 / (draws * share) for text, share in expected.items())
+    assert chi2 < 54.1  # 26 degrees of freedom, p = 0.001
 
 
 def test_a_row_stops_at_its_end_token() -> None:

@@ -43,9 +43,7 @@ Cache = Annotated[
     CacheKind, typer.Option(help="exact: finished blocks; prefix, dual: approximate, with --window (ar); none.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
-Exact = Annotated[
-    bool, typer.Option("--lossless", help="What left-to-right greedy decoding would write, in fewer forwards.")
-]
+Exact = Annotated[bool, typer.Option("--lossless", help="What left-to-right decoding would write, in fewer forwards.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the text filling in; colour is confidence.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

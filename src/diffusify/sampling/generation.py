@@ -90,8 +90,11 @@ class Writing:
 
     def _steps(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
         noise, size, settings = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size, self.settings
+        luck = Luck.seeded(self._seeds(), denoiser.device)
         if settings.lossless:
-            return Lossless(denoiser, end_token_id=sampler.end_token_id)(self.canvas, noise=noise)
+            return Lossless(denoiser, settings.pick, end_token_id=sampler.end_token_id)(
+                self.canvas, noise=noise, luck=luck
+            )
 
         def model() -> Denoises:
             if settings.cache in ("prefix", "dual"):
@@ -102,7 +105,6 @@ class Writing:
         chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
         width = size or settings.window
         window = self.canvas.positions // width if width else None
-        luck = Luck.seeded(self._seeds(), denoiser.device)
         return sampler(chosen, self.canvas, window, noise=noise, luck=luck)
 
     def results(self) -> list[Generation]:

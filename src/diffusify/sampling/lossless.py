@@ -12,21 +12,24 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal, Scene
+from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.picking import Greedy, Pick
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.cache import Columns
 from diffusify.sampling.sampler import Frame
 
 
 class Lossless:
-    """Greedy AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
+    """AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
 
     A pass runs the drafted tokens causally, as text, so it tells the AR model's own choice behind each of them: drafts
     are kept as long as they agree, and the first that does not is replaced. In the same pass masks draft the next
     tokens behind *every* place where the drafts may be cut off (a tree), so no pass is wasted. The text is that of
-    greedy AR decoding, whatever the drafts are worth; every pass writes at least one token.
+    greedy AR decoding, or follows exactly the distribution of AR sampling where `pick` draws, whatever the drafts are
+    worth; every pass writes at least one token.
     """
 
-    def __init__(self, denoiser: Denoiser, *, end_token_id: int | None = None) -> None:
+    def __init__(self, denoiser: Denoiser, pick: Pick = Greedy(), *, end_token_id: int | None = None) -> None:
         pattern = denoiser.diffusion.attention
         if not (isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift):
             raise ValueError(
@@ -35,11 +38,12 @@ class Lossless:
             )
         if not denoiser.remembers:
             raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values, so it cannot be lossless")
-        self.denoiser, self.size, self.end_token_id = denoiser, pattern.size, end_token_id
+        self.denoiser, self.pick, self.size, self.end_token_id = denoiser, pick, pattern.size, end_token_id
 
     @torch.inference_mode()
-    def __call__(self, canvas: Canvas, *, noise: int) -> Iterator[Frame]:
+    def __call__(self, canvas: Canvas, *, noise: int, luck: Luck | None = None) -> Iterator[Frame]:
         """Yield the canvas after every pass. ValueError unless each row is a prompt and room behind it."""
+        luck = luck or Luck.seeded(list(range(len(canvas.tokens))), canvas.tokens.device)
         b, n = canvas.tokens.shape
         at = torch.arange(n, device=canvas.tokens.device)
         known = torch.where(canvas.open, at, n).amin(1)  # so many tokens are settled
@@ -55,7 +59,9 @@ class Lossless:
             board = self._with_drafts(canvas.tokens, drafts, known, end)
             logits, guesses = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
             forwards += 1
-            sure, choice = logits.log_softmax(-1).max(-1)  # [b, 1 + drafts]
+            # The AR half's own tokens, each behind drafts that it would have to agree with first.
+            everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, luck))
             agree = (drafts == choice[:, :-1]).long().cumprod(1).sum(1)
             written = todo[:, None] & (at >= known[:, None]) & (at <= (known + agree)[:, None]) & canvas.open
             place = (at - known[:, None]).clamp(0, choice.shape[1] - 1)

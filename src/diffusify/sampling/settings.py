@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffusify.diffusion.picking import Draw, Greedy
+from diffusify.diffusion.picking import Draw, Greedy, Pick
 from diffusify.diffusion.policies import Policy, Threshold, Unmask
 from diffusify.sampling.sampler import Sampler
 
 # What lossless decoding leaves as it is.
 _GREEDY: dict[str, Any] = {
-    "steps": None, "threshold": None, "policy": None, "temperature": 0.0, "window": None, "guidance": 0.0,
-    "repetition_penalty": 1.0,
+    "steps": None, "threshold": None, "policy": None, "window": None, "guidance": 0.0, "repetition_penalty": 1.0,
 }  # fmt: skip
 
 
@@ -27,7 +26,7 @@ class SamplingConfig:
     - `guidance` above 0: what fits the prompt more than it fits none (classifier-free; twice the work).
     - `cache` keeps finished blocks, exactly, where the model writes in blocks; `prefix` and `dual` keep what is around
       the window of a model that sees both ways, approximately.
-    - `lossless`: what greedy left-to-right decoding would write, in fewer forwards, where the model can (`Lossless`).
+    - `lossless`: what left-to-right decoding would write, in fewer forwards, where the model can (see `Lossless`).
     """
 
     steps: int | None = None
@@ -58,15 +57,18 @@ class SamplingConfig:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is none, 1.2 is usual")
         if self.lossless and any(getattr(self, name) != value for name, value in _GREEDY.items()):
-            raise ValueError("lossless decoding is greedy, with steps of its own; leave all that changes the text out")
+            raise ValueError("lossless decoding has steps of its own; leave out all but temperature, top_k and top_p")
         self.sampler(Unmask())
+
+    @property
+    def pick(self) -> Pick:
+        return Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
 
     def sampler(self, default: Policy, *, banned: tuple[int, ...] = (), end: int | None = None) -> Sampler:
         """The loop with these settings. ValueError for one that is out of bounds."""
-        pick = Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
         policy = (self.policy or default) if self.threshold is None else Unmask(quota=Threshold(float(self.threshold)))
         return Sampler(
-            pick,
+            self.pick,
             policy,
             self.steps,
             banned=banned,
