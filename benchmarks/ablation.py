@@ -23,6 +23,7 @@ from statistics import mean, stdev
 import torch
 from datasets import Dataset
 from machine import save
+from matplotlib.figure import Figure
 from tiny import train_tiny_base
 from transformers import TrainingArguments
 
@@ -87,6 +88,25 @@ def train(arm: dict, rate: float, seed: int, *, steps: int, parts: int, data: tu
     return curve
 
 
+def plot(result: dict, file: Path) -> None:
+    """The curves, with the spread over seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    thousands = [tokens / 1000 for tokens in result["tokens"]]
+    for arm in result["arms"]:
+        name = f"{arm['init']}, {'shift' if arm['shift'] else 'no shift'}{', annealing' if arm['annealing'] else ''}"
+        bound, spread = arm["bound"], arm["spread"]
+        (line,) = axes.plot(
+            thousands, bound, label=name, ls="-" if arm["shift"] else "--", lw=2 if arm["annealing"] else 1
+        )
+        low, high = ([b + sign * s for b, s in zip(bound, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(thousands, low, high, alpha=0.15, color=line.get_color())
+    axes.set(xlabel="thousand tokens trained on", ylabel="bound, nats per token, held-out text", ylim=(3, 6.5))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("base", nargs="?", help="a small left-to-right model")
@@ -120,7 +140,16 @@ def main() -> None:
     every = chosen.steps // chosen.parts * ROWS * LENGTH
     result = {"tokens": [part * every for part in range(chosen.parts + 1)], "seeds": SEEDS, "arms": arms}
     print(json.dumps(result, indent=1))
-    print("wrote", save(chosen.name, "python benchmarks/ablation.py BASE TRAIN VALID", SEEDS[0], result))
+    plot(result, Path(__file__).parents[1] / "docs" / f"{chosen.name}.png")
+    print(
+        "wrote",
+        save(
+            chosen.name,
+            f"python benchmarks/ablation.py BASE TRAIN VALID --steps {chosen.steps} --parts {chosen.parts}",
+            SEEDS[0],
+            result,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,20 @@ def test_the_numbers_are_those_of_the_results() -> None:
     assert f"with {step['ours']['peak_gib']} instead of {step['plain']['peak_gib']} GiB" in words
 
 
+def test_the_ablation_s_table_is_that_of_the_results() -> None:
+    ablation = result("ablation")
+    columns = [ablation["tokens"].index(tokens) for tokens in (204800, 819200, 1433600, 2867200)]
+    rows = {
+        (arm["init"], "yes" if arm["shift"] else "no", "yes" if arm["annealing"] else "no"): [
+            f"{arm['bound'][i]:.2f}" for i in columns
+        ]
+        for arm in ablation["arms"]
+    }
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
+    told = {tuple(row[:3]): row[3:] for row in cells if row[0] in ("pretrained", "random")}
+    assert len(told) == 6 and all(rows[arm] == numbers for arm, numbers in told.items())
+
+
 def test_python_in_the_readme_says_words_that_exist() -> None:
     import diffusify
 
