@@ -33,7 +33,7 @@ def test_the_ablation_s_table_is_that_of_the_results() -> None:
         for arm in ablation["arms"]
     }
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
-    told = {tuple(row[:3]): row[3:] for row in cells if row[0] in ("pretrained", "random")}
+    told = {(row[0], row[1], row[2]): row[3:] for row in cells if row[0] in ("pretrained", "random")}
     assert len(told) == 6 and all(rows[arm] == numbers for arm, numbers in told.items())
 
 
