@@ -12,6 +12,18 @@ from diffusify.cli.terminal import clear_errors, say
 from diffusify.cli.writing import AsJson, Model, open_model
 
 
+TITLES = {
+    "way": "way to write",
+    "tokens_per_second": "tok/s",
+    "speedup": "speed-up",
+    "tokens_per_forward": "tok/pass",
+    "agreement": "agree",
+    "perplexity": "ppl",
+    "distinct_2": "distinct",
+    "entropy": "entropy",
+}
+
+
 def bench(
     model: Model,
     base: Annotated[
@@ -56,9 +68,9 @@ def bench(
         if as_json:
             print(json.dumps(plain))
             return
-        table = Table(box=None)
-        for name in plain[0]:
-            table.add_column(name.replace("_", " "), justify="left" if name == "way" else "right")
+        table = Table(box=None, pad_edge=False)
+        for name, title in TITLES.items():
+            table.add_column(title, justify="left" if name == "way" else "right", no_wrap=True)
         for row in plain:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
+            table.add_row(*("" if row[name] is None else str(row[name]) for name in TITLES))
         Console().print(table)
