@@ -11,16 +11,15 @@ from rich.table import Table
 from diffusify.cli.terminal import clear_errors, say
 from diffusify.cli.writing import AsJson, Model, open_model
 
-
 TITLES = {
     "way": "way to write",
     "tokens_per_second": "tok/s",
-    "speedup": "speed-up",
-    "tokens_per_forward": "tok/pass",
+    "speedup": "x AR",
+    "tokens_per_forward": "tok/fwd",
     "agreement": "agree",
     "perplexity": "ppl",
-    "distinct_2": "distinct",
-    "entropy": "entropy",
+    "distinct_2": "dist-2",
+    "entropy": "entr",
 }
 
 

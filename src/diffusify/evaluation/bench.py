@@ -21,7 +21,7 @@ from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
 
-AR = "left to right (transformers)"
+AR = "left to right"
 
 
 @dataclass(frozen=True)
