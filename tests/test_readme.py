@@ -37,6 +37,19 @@ def test_the_ablation_s_table_is_that_of_the_results() -> None:
     assert len(told) == 6 and all(rows[arm] == numbers for arm, numbers in told.items())
 
 
+def test_the_reactions_table_is_that_of_the_results() -> None:
+    reactions = result("reactions")
+    for package, name in (("rxnmapper", "ALBERT of `rxnmapper`"), ("rxnfp", "BERT of `rxnfp`")):
+        lines = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+        assert len(lines) == 3
+        for line, arm in zip(lines, ("as it is", "15% masks", "RDM"), strict=True):
+            accuracy, written = reactions[package][arm]["masked_accuracy"], reactions[package][arm]["written"]
+            hole, once, often = (written[way] for way in ("hole, 10 steps", "product, 1 steps", "product, 10 steps"))
+            numbers = [accuracy[share] for share in ("0.15", "0.5", "1.0")]
+            numbers += [hole["valid"], hole["right"], once["right"], often["right"]]
+            assert line.strip("| ").split(" | ")[2:] == list(map(str, numbers))
+
+
 def test_python_in_the_readme_says_words_that_exist() -> None:
     import diffusify
 
