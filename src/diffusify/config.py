@@ -62,6 +62,11 @@ def sees_right_context(attention: AttentionPattern) -> bool:
     return isinstance(attention, Bidirectional | Prefix)
 
 
+def keeps_left_to_right(attention: AttentionPattern, shift: int) -> bool:
+    """Whether the finished text is still read as by the left-to-right base, so that a pass tells its answers too."""
+    return shift == 1 and isinstance(attention, BlockCausal) and attention.clean == "token"
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """How a network became a denoiser: saved beside the weights as `diffusion_config.json`, read back by everyone."""
@@ -88,6 +93,10 @@ class DiffusionConfig:
     @property
     def sees_right_context(self) -> bool:
         return sees_right_context(self.attention)
+
+    @property
+    def keeps_left_to_right(self) -> bool:
+        return keeps_left_to_right(self.attention, self.shift)
 
     def save(self, folder: Path | str) -> None:
         text = json.dumps(to_plain(self), indent=2)

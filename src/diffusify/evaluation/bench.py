@@ -13,10 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel
 
-from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.diffusion.policies import Entropy, EntropyBudget, Factor, Unmask
-from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
@@ -48,7 +46,7 @@ def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
     found |= {f"threshold {least}": SamplingConfig(threshold=least) for least in (0.95, 0.9, 0.8, 0.7)}
     found["factor 1"] = SamplingConfig(policy=Unmask(quota=Factor(1.0)))
     found["entropy 0.1"] = SamplingConfig(policy=Unmask(Entropy(), EntropyBudget(0.1)))
-    if left_to_right(lm.denoiser):
+    if lm.config.keeps_left_to_right:
         found["lossless"] = SamplingConfig(lossless=True)
     elif lm.denoiser.remembers and lm.config.sees_right_context:
         window: dict[str, Any] = {"window": 32, "threshold": 0.9}
@@ -56,12 +54,6 @@ def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
         found["the same, prefix cache"] = SamplingConfig(**window, cache="prefix")
         found["the same, dual cache"] = SamplingConfig(**window, cache="dual")
     return found
-
-
-def left_to_right(denoiser: Denoiser) -> bool:
-    """Whether the model's own weights are still a left-to-right model."""
-    pattern = denoiser.diffusion.attention
-    return isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift == 1
 
 
 def bench(
@@ -77,17 +69,17 @@ def bench(
 
     Left-to-right decoding is that of the model's own weights where they can, else of `base`.
     """
-    own = lm.denoiser.network if left_to_right(lm.denoiser) else base
+    own = lm.denoiser.network if lm.config.keeps_left_to_right else base
     texts: dict[str, list[list[int]]] = {AR: []} | {name: [] for name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in texts}
     forwards: dict[str, list[int]] = {name: [] for name in texts}
     plain = next(iter(chosen))
-    _greedy(lm, own, prompts[0], 4)
+    greedy_ar(lm, own, prompts[0], 4)
     for number, prompt in enumerate(prompts, 1):
         for name in texts:
             begun = perf_counter()
             if name == AR:
-                ids = _greedy(lm, own, prompt, max_new_tokens)
+                ids = greedy_ar(lm, own, prompt, max_new_tokens)
                 forwards[name].append(len(ids))
             else:
                 writing = lm.continuing([prompt], max_new_tokens, chosen[name])
@@ -132,10 +124,10 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _greedy(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int) -> list[int]:
-    """By `transformers`, with its key-value cache."""
+def greedy_ar(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int) -> list[int]:
+    """What a left-to-right network continues a prompt with, by `transformers` and its key-value cache."""
     canvas = continuation_canvas(lm.tokenizer, [prompt], room, context=None)
-    given = canvas.tokens[~canvas.editable][None].to(lm.denoiser.device)
+    given = canvas.tokens[~canvas.editable][None].to(network.device)
     settings = GenerationConfig(
         max_new_tokens=room,
         do_sample=False,

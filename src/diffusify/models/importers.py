@@ -1,11 +1,9 @@
 """Released diffusion models (DiffuGPT, DiffuLLaMA, Dream, LLaDA, SDAR, A2D), made folders that transformers opens."""
 
 import json
-import os
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from diffusify.models.influence import check_attention
 from diffusify.models.layouts import LAYOUTS, Layout, layout_name, plain, stock_config
 from diffusify.models.quiet import quiet
 from diffusify.models.recipes import Recipe, ar, block
-from diffusify.models.saving import load_denoiser
+from diffusify.models.saving import drafted, load_denoiser, refuse_occupied
 
 CHECKED = 10**9  # up to so many parameters, the network is run to see that it obeys attention patterns
 SHARD = 4 << 30  # bytes in one file of weights, and so in memory
@@ -67,8 +65,7 @@ def import_denoiser(
     are read.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is a file or holds other files; give an empty or new folder")
+    refuse_occupied(out)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not known{nearest(dtype, DTYPES)}')
     path = loading.local_path(source)
@@ -92,17 +89,13 @@ def import_denoiser(
     _check_ids(config, tokenizer, source)
     kept = {key: DTYPES[dtype] if dtype else _KEPT[tensor.dtype] for key, tensor in plan.items()}
     config.architectures, config.dtype = [network.__name__], max(kept.values(), key=list(kept.values()).count)
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix=".importing-") as aside:
-        draft = Path(aside)
+    with drafted(out) as draft:
         _write(plan, kept, draft)
         config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         recipe.card(network.__name__, mask, source).save(draft)
         if sum(torch.Size(tensor.shape).numel() for tensor in plan.values()) <= CHECKED:
             check_attention(load_denoiser(draft)[0])
-        for made in sorted(draft.iterdir(), key=lambda made: made.name == "diffusion_config.json"):
-            os.replace(made, out / made.name)
     return out
 
 

@@ -91,7 +91,7 @@ def ensure_mask_token(base: Base) -> int:
         tokenizer.add_special_tokens({"mask_token": idle or "<|mask|>"})
         is_new = idle is None
     mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAssignmentType]  (one token, one id)
-    if mask_token_id >= _rows(network):
+    if mask_token_id >= embedding_rows(network):
         network.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
         is_new = True
     if is_new:
@@ -258,7 +258,7 @@ def _idle_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     idle = [
         token
         for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        if i not in taken and i < _rows(network) and token.content not in template
+        if i not in taken and i < embedding_rows(network) and token.content not in template
     ]
     reserved = sorted(
         (t.content for t in idle if _RESERVED.fullmatch(t.content)), key=lambda t: "mask" not in t.lower()
@@ -267,7 +267,8 @@ def _idle_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return next(iter(reserved + special), None)
 
 
-def _rows(network: PreTrainedModel) -> int:
+def embedding_rows(network: PreTrainedModel) -> int:
+    """Token ids that a network has embeddings for: its tokenizer's, and padding."""
     return network.get_input_embeddings().get_parameter("weight").shape[0]
 
 

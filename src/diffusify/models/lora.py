@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from diffusify.models.loading import embedding_rows
 from diffusify.models.quiet import quiet
 
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
@@ -35,7 +36,7 @@ class Lora:
 
 def add_lora(network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str) -> None:
     """Put fresh adapters into a network, which they do not change yet; all other weights are frozen."""
-    rows = network.get_input_embeddings().get_parameter("weight").shape[0]
+    rows = embedding_rows(network)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,

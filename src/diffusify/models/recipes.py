@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffusify.config import DiffusionConfig
+from diffusify.config import DiffusionConfig, keeps_left_to_right
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
@@ -28,8 +28,7 @@ class Recipe:
     annealing_steps: int = 0
 
     def __post_init__(self) -> None:
-        causal_copy = isinstance(self.attention, BlockCausal) and self.attention.clean == "token"
-        if self.objective.ar_weight and not (self.shift and causal_copy):
+        if self.objective.ar_weight and not keeps_left_to_right(self.attention, self.shift):
             raise ValueError(
                 f"ar_weight={self.objective.ar_weight} needs shift=1 and a token-causal clean half to read the "
                 "AR loss from; use block(size) on a left-to-right network, or ar_weight=0.0"

@@ -1,10 +1,11 @@
 """A diffusion model on disk: a standard `transformers` folder (or a PEFT one that names its base) plus the card."""
 
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, ensure_mask_token, load_base, load_tokenizer
+from diffusify.models.loading import Base, embedding_rows, ensure_mask_token, load_base, load_tokenizer
 from diffusify.models.lora import bake_lora, base_of, has_lora, load_lora, merge_lora, open_lora, save_lora
 from diffusify.models.quiet import quiet
 
@@ -24,23 +25,32 @@ def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedT
 
     Everything is written aside first and then moved, the card last: a folder with a card is a whole model.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(mkdtemp(dir=folder, prefix=".saving-"))
-    try:
+    with drafted(Path(folder)) as draft:
         with quiet():
             if has_lora(denoiser.network):
-                save_lora(denoiser.network, aside)
+                save_lora(denoiser.network, draft)
             else:
-                denoiser.network.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+                denoiser.network.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
         if denoiser.length_head is not None:
-            save_file(denoiser.length_head.state_dict(), aside / _LENGTH_HEAD)
-        denoiser.diffusion.save(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "diffusion_config.json"):
+            save_file(denoiser.length_head.state_dict(), draft / _LENGTH_HEAD)
+        denoiser.diffusion.save(draft)
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A place to write a model's files; they move into `folder` when all are there, the card last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        yield Path(aside)
+        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "diffusion_config.json"):
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_occupied(out: Path) -> None:
+    """ValueError unless `out` is an empty folder or nothing yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is a file or holds other files; give an empty or new folder")
 
 
 def load_denoiser(
@@ -74,8 +84,7 @@ def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
     adapters, out = Path(adapters), Path(out)
     if not base_of(adapters):
         raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` makes them")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; give an empty or new folder")
+    refuse_occupied(out)
     denoiser, tokenizer = load_denoiser(adapters)
     bake_lora(denoiser.network)
     save_denoiser(out, denoiser, tokenizer)
@@ -85,7 +94,7 @@ def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
 def _whole(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
     _check_architecture(folder, card, AutoConfig.from_pretrained(folder).architectures or [])
     base = load_base(str(folder), dtype=dtype)
-    rows = base.network.get_input_embeddings().get_parameter("weight").shape[0]
+    rows = embedding_rows(base.network)
     if not 0 <= card.mask_token_id < rows:
         raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
     return base

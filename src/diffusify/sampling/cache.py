@@ -23,7 +23,8 @@ class Columns(Cache):
     Before a pass, `write` says where each of its tokens goes (column n swallows padding) and how many columns it sees.
     """
 
-    def __init__(self, layers: int, n: int) -> None:
+    def __init__(self, denoiser: Denoiser, n: int) -> None:
+        layers = denoiser.config.get_text_config().num_hidden_layers
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
         self.n = n
         self.columns = torch.empty(0, 0, dtype=torch.long)
@@ -85,7 +86,7 @@ class BlockCache:
     def _begin(self, canvas: Canvas) -> None:
         """An empty memory for texts of this shape."""
         b, n = canvas.tokens.shape
-        self._past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, n)
+        self._past = Columns(self.denoiser, n)
         self._canvas = canvas
         self._stored = torch.zeros(b, dtype=torch.long, device=canvas.tokens.device)  # columns that are final
         self._edge: Tensor | None = None  # logits about the position `_edge_at`, read from its left neighbour
@@ -158,19 +159,16 @@ class WindowCache:
         first = torch.where(ask, at, n).amin(1) - shift
         last = torch.where(ask, at, -1).amax(1) + 1
         if self._past is None or self._past.n != n or len(self._start) != len(ask):
-            fresh = True
-        else:
-            inside = (first >= self._start) & (last <= self._end) | ~asked
-            fresh = self._passes >= self.refresh or not bool(inside.all())
-        if fresh:
-            self._past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, n)
+            self._past, self._passes = Columns(self.denoiser, n), self.refresh
+            self._start, self._end = first, last
+        inside = (first >= self._start) & (last <= self._end) | ~asked
+        if self._passes >= self.refresh or not inside.all():
             self._start, self._end, self._passes = first.clamp_min(0), last, 0
             start, end = torch.zeros_like(first), torch.full_like(first, n)
         else:
             start = torch.where(asked, self._start, n)
             end = torch.where(asked, self._end if self.kind == "dual" else n, n)
         self._passes += 1
-        assert self._past is not None
         columns = start[:, None] + torch.arange(int((end - start).amax()), device=ask.device)
         scene = self.denoiser.diffusion.attention(canvas, shift=shift).part(columns.clamp_max(n - 1), n)
         self._past.write(torch.where(columns < end[:, None], columns, n), n)

@@ -4,19 +4,18 @@ Axes: b texts, n canvas positions, m positions that are run, k drafted tokens, g
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.attention import BlockCausal, Scene
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Greedy, Pick
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.cache import Columns
-from diffusify.sampling.sampler import Frame
+from diffusify.sampling.sampler import Frame, finished
 
 
 class Lossless:
@@ -31,7 +30,7 @@ class Lossless:
 
     def __init__(self, denoiser: Denoiser, pick: Pick = Greedy(), *, end_token_id: int | None = None) -> None:
         pattern = denoiser.diffusion.attention
-        if not (isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift):
+        if not (isinstance(pattern, BlockCausal) and denoiser.diffusion.keeps_left_to_right):
             raise ValueError(
                 f"lossless decoding needs a model that keeps its left-to-right half (the block recipe on an AR base); "
                 f"this one has {pattern} and shift {denoiser.diffusion.shift}"
@@ -51,10 +50,10 @@ class Lossless:
         if (canvas.open != ((at >= known[:, None]) & (at < end[:, None]))).any() or (known < 1).any():
             raise ValueError("lossless decoding goes on from prompts; it cannot fill holes")
         k = self.size - 1
-        past = Columns(self.denoiser.config.get_text_config().num_hidden_layers, self.size * k + n)
+        past = Columns(self.denoiser, self.size * k + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
         start, drafts, forwards = torch.zeros_like(known), known.new_full((b, 0), -1), 0
-        while (todo := canvas.open.any(1) & ~self._ended(canvas)).any():
+        while (todo := canvas.open.any(1) & ~finished(canvas, self.end_token_id)).any():
             stop = torch.where(todo, torch.minimum(known + drafts.shape[1], end), start)
             board = self._with_drafts(canvas.tokens, drafts, known, end)
             logits, guesses = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
@@ -65,21 +64,13 @@ class Lossless:
             agree = (drafts == choice[:, :-1]).long().cumprod(1).sum(1)
             written = todo[:, None] & (at >= known[:, None]) & (at <= (known + agree)[:, None]) & canvas.open
             place = (at - known[:, None]).clamp(0, choice.shape[1] - 1)
-            canvas = replace(
-                canvas,
-                tokens=torch.where(written, choice.gather(1, place), canvas.tokens),
-                open=canvas.open & ~written,
-            )
-            score = torch.where(written, sure.gather(1, place), score)
+            guess = Guess(choice.gather(1, place), sure.gather(1, place))
+            canvas = canvas.play(Move(written, erase=torch.zeros_like(written)), guess, noise)
+            score = torch.where(written, guess.score, score)
             drafts = guesses.gather(1, agree[:, None, None].expand(b, 1, k))[:, 0]
             start = torch.minimum(known + agree, end)
             known = torch.minimum(start + 1, end)
             yield Frame(canvas, score, forwards)
-
-    def _ended(self, canvas: Canvas) -> Bool[Tensor, " b"]:
-        if self.end_token_id is None:
-            return torch.zeros_like(canvas.open[:, 0])
-        return (canvas.editable & ~canvas.open & (canvas.tokens == self.end_token_id)).any(1)
 
     def _with_drafts(
         self, tokens: Int[Tensor, "b n"], drafts: Int[Tensor, "b k"], known: Int[Tensor, " b"], end: Int[Tensor, " b"]

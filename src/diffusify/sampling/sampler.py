@@ -86,7 +86,7 @@ class Sampler:
         current = torch.full_like(room, -1)
         step, steps, forwards = current, torch.zeros_like(room), 0
         while True:
-            todo = canvas.open & ~self._finished(canvas)[:, None]
+            todo = canvas.open & ~finished(canvas, self.end_token_id)[:, None]
             front = window.masked_fill(~todo, nowhere).amin(1)
             if revises:  # a window gets all its steps: what is written may still change
                 front = torch.where(step + 1 < steps, current, front)
@@ -130,9 +130,10 @@ class Sampler:
         share = self.steps * size / room.clamp_min(1)
         return share.round().long().clamp_min(1)
 
-    def _finished(self, canvas: Canvas) -> Bool[Tensor, " b"]:
-        """Rows whose text is settled up to an end token that they wrote themselves."""
-        if self.end_token_id is None:
-            return torch.zeros_like(canvas.open[:, 0])
-        settled = canvas.open.long().cumsum(1) == 0
-        return (settled & canvas.editable & (canvas.tokens == self.end_token_id)).any(1)
+
+def finished(canvas: Canvas, end_token_id: int | None) -> Bool[Tensor, " b"]:
+    """Rows whose text is settled up to an end token that they wrote themselves."""
+    if end_token_id is None:
+        return torch.zeros_like(canvas.open[:, 0])
+    settled = canvas.open.long().cumsum(1) == 0
+    return (settled & canvas.editable & (canvas.tokens == end_token_id)).any(1)

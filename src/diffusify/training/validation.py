@@ -10,7 +10,6 @@ from datasets import Dataset
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.bounds import Bound, bound
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
@@ -61,8 +60,7 @@ def _measure(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Bound, list[Tensor]]:
     """The bound of a batch, and, from the same passes, the next-token losses of its clean half where there is one."""
-    pattern, size = denoiser.diffusion.attention, denoiser.diffusion.block_size
-    has_ar = isinstance(pattern, BlockCausal) and pattern.clean == "token" and denoiser.diffusion.shift == 1
+    size, has_ar = denoiser.diffusion.block_size, denoiser.diffusion.keeps_left_to_right
     next_nll: list[Tensor] = []
 
     def answer(canvas: Canvas, text: Tensor) -> Tensor:
