@@ -12,7 +12,8 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.corruption import PerText
 from diffusify.diffusion.objectives import Objective, cross_entropy
-from diffusify.diffusion.policies import Leftmost, Unmask
+from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.ranks import Leftmost
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import Recipe
 from diffusify.sampling.generation import DiffusionLM

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.config import DiffusionConfig, from_plain, to_plain
-from diffusify.diffusion import attention, objectives, policies, schedules
+from diffusify.diffusion import attention, objectives, policies, quotas, ranks, schedules
 
 CARDS = st.builds(
     DiffusionConfig,
@@ -29,8 +29,8 @@ CARDS = st.builds(
     policy=st.one_of(
         st.builds(
             policies.Unmask,
-            st.sampled_from([policies.Margin(), policies.Leftmost()]),
-            st.builds(policies.Threshold, st.floats(0.1, 1)),
+            st.sampled_from([ranks.Margin(), ranks.Leftmost()]),
+            st.builds(quotas.Threshold, st.floats(0.1, 1)),
         ),
         st.builds(policies.Ancestral, st.just(schedules.Cosine())),
     ),

@@ -84,7 +84,7 @@ class Canvas:
         tokens = torch.where(move.write, guess.tokens, self.tokens)
         return replace(self, tokens=torch.where(open, noise, tokens), open=open)
 
-    def __getitem__(self, index: slice | tuple[slice, slice]) -> "Canvas":
+    def __getitem__(self, index: slice | tuple[slice, slice] | Int[Tensor, " rows"]) -> "Canvas":
         """Some of the rows, or of the columns."""
         return Canvas(self.tokens[index], self.open[index], self.editable[index], self.document[index])
 

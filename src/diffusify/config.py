@@ -17,7 +17,7 @@ def to_plain(choice: Any) -> Any:
     """A frozen choice as JSON types: its class's name under "type", then its fields."""
     if is_dataclass(choice) and not isinstance(choice, type):
         return {"type": type(choice).__name__} | {f.name: to_plain(getattr(choice, f.name)) for f in fields(choice)}
-    return choice
+    return list(choice) if isinstance(choice, tuple) else choice
 
 
 def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
@@ -41,6 +41,8 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
                 raise ValueError(f'{where}: {name} has no "{key}"{nearest(key, known)}')
         return classes[name](**{key: from_plain(value, hints[key], f"{where}.{key}") for key, value in given.items()})
     for option in options:
+        if get_origin(option) is tuple and isinstance(plain, list):
+            return tuple(from_plain(value, get_args(option)[0], where) for value in plain)
         if get_origin(option) is Literal and plain in get_args(option):
             return plain
         if option is float and isinstance(plain, int) and not isinstance(plain, bool):

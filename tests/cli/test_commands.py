@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusify.cli import app
+from diffusify.sampling.settings import SamplingConfig
 
 run = CliRunner()
 SMALL = ["-o", "length=32", "-o", "held_out=64", "-o", "per_device_train_batch_size=2", "-o", "bf16=false"]
@@ -75,6 +76,23 @@ def test_steps_and_threshold(models: dict[str, str]) -> None:
 
     assert forwards("--steps", "3") <= 3
     assert forwards("--threshold", "0.000001") == 1
+
+
+def test_a_preset_or_a_file_and_what_options_change(models: dict[str, str], tmp_path: Path) -> None:
+    def text(*options: str) -> str:
+        done = run.invoke(app, ["generate", models["block"], "The", "--max-new-tokens", "12", *options])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    file = tmp_path / "settings.json"
+    SamplingConfig(temperature=1.0, seed=3, cache="none").save(file)
+    drawn = text("--temperature", "1.0", "--seed", "3", "--cache", "none")
+    assert text("--settings", str(file)) == drawn == text("--settings", str(file), "--cache", "exact")
+    assert text("--settings", str(file), "--temperature", "0.0") == text()  # a default that is asked for is a change
+    assert text("--preset", "quality") == text("--lossless") == text("--tolerance", "0")
+    for two in (["--preset", "fast", "--settings", str(file)], ["--lossless", "--tolerance", "1.0"]):
+        done = run.invoke(app, ["generate", models["block"], "The", *two])
+        assert done.exit_code != 0 and "give one" in done.output
 
 
 def test_prompts_from_standard_input_and_from_nothing(models: dict[str, str]) -> None:

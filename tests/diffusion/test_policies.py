@@ -7,25 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
 
-from diffusify.canvas import Canvas, Guess
+from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.luck import Luck
-from diffusify.diffusion.policies import (
-    Accelerating,
-    Ancestral,
-    Confidence,
-    Entropy,
-    EntropyBudget,
-    Evenly,
-    Factor,
-    Leftmost,
-    Margin,
-    Moment,
-    Random,
-    Rank,
-    Threshold,
-    Unmask,
-)
+from diffusify.diffusion.moments import Moment, moved
+from diffusify.diffusion.policies import Ancestral, Revoke, Stable, Unmask
+from diffusify.diffusion.quotas import Accelerating, EntropyBudget, Evenly, Factor, Threshold
+from diffusify.diffusion.ranks import Confidence, Entropy, Leftmost, Margin, Random, Rank
 from diffusify.diffusion.schedules import Cosine, Linear
 
 
@@ -146,3 +135,55 @@ def test_cosine_counts_start_slowly_and_end() -> None:
     assert not asked.any()
     left = [60 - sum(written[: i + 1]) for i in range(10)]
     assert left == [int(60 * math.cos(math.pi / 2 * (i + 1) / 10) + 1e-9) for i in range(10)]
+
+
+def test_what_is_likely_and_has_settled_is_written() -> None:
+    asked = torch.ones(1, 4).bool()
+    logits = torch.zeros(4, 5)
+    logits[torch.arange(4), torch.arange(4)] = torch.tensor([9.0, 6.0, 4.0, 1.0])  # the last one is not likely
+    wobbly = logits.clone()
+    wobbly[1, 4] = 8.0  # and the second has just changed its mind
+    now, same, other = (moment(asked, x, steps=4) for x in (logits, logits, wobbly))
+    policy = Stable(least=0.6, drift=0.01, rounds=2)
+    assert policy.remembers == 2
+    assert policy(replace(now, earlier=(same, same))).write.tolist() == [[True, True, True, False]]
+    for earlier in ((same, other), (other, same)):
+        assert policy(replace(now, earlier=earlier)).write.tolist() == [[True, False, True, False]]
+    for earlier in ((), (same,), (moment(asked & False, logits[:0]),) * 2):
+        assert policy(replace(now, earlier=earlier)).write.tolist() == [[True, False, False, False]]  # one, as usual
+
+
+def test_how_far_a_distribution_has_come_is_kl() -> None:
+    before, now = (torch.rand(3, 6, generator=torch.Generator().manual_seed(i)).log() for i in range(2))
+    one, two = torch.tensor([[True, True, True, False]]), torch.tensor([[False, True, True, True]])
+    came = moved(moment(one, now), moment(two, before))
+    p, q = now[1:].softmax(-1), before[:2].softmax(-1)
+    kl = kl_divergence(Categorical(p), Categorical(q)).tolist()
+    torch.testing.assert_close(came, torch.tensor([[torch.inf, *kl, torch.inf]]))
+
+
+def test_the_least_convincing_are_taken_back_but_fewer_than_were_written() -> None:
+    asked = torch.ones(1, 6).bool()
+    logits = torch.zeros(6, 5)
+    logits[:, 0] = torch.tensor([6.0, 0.5, -1.0, 0.0, 5.0, 5.0])  # 0 is what is written in the first four places
+    now = moment(asked, logits)
+    open = torch.tensor([[False, False, False, False, True, True]])
+    now = replace(now, canvas=replace(now.canvas, open=open))
+
+    def after(count: int) -> Move:
+        """So many of the four were written at the last step."""
+        then = open | (torch.arange(6) >= 4 - count)
+        return Revoke()(replace(now, earlier=(replace(now, canvas=replace(now.canvas, open=then)),)))
+
+    assert after(4).erase.tolist() == [[False, True, True, True, False, False]]
+    assert after(3).erase.tolist() == [[False, False, True, True, False, False]]
+    assert after(1).erase.sum() == 0 == Revoke()(now).erase.sum()
+    assert after(4).write.tolist() == [[False, False, False, False, True, True]]
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda: Stable(least=0.0), lambda: Stable(drift=0.0), lambda: Stable(rounds=0), lambda: Revoke(keep=1.2)]
+)
+def test_checks_out_of_bounds_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match="usual"):
+        bad()

@@ -27,7 +27,7 @@ def test_rows_say_what_was_written(model: str, causal_base: str, tmp_path: Path)
     lm, base = diffusify.load(model), load_base(causal_base).network.eval()
     prompts = cut_prompts(lm, TEXT, 3, lengths=(8, 16))
     assert [len(lm.tokenizer.encode(prompt)) for prompt in prompts] == [8, 16, 8]
-    chosen = {"one": SamplingConfig(policy=Unmask()), "lossless": SamplingConfig(lossless=True)}
+    chosen = {"one": SamplingConfig(policy=Unmask()), "lossless": SamplingConfig(tolerance=0.0)}
     rows = {row.way: row for row in bench(lm, base, prompts, chosen, max_new_tokens=9)}
     assert list(rows) == [AR, "one", "lossless"]
     assert rows[AR].tokens_per_forward == 1 == rows["one"].tokens_per_forward <= rows["lossless"].tokens_per_forward

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
-from diffusify.diffusion.policies import Threshold, Unmask
+from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.quotas import Threshold
 from diffusify.models import importers, loading
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.importers import import_denoiser

@@ -9,7 +9,8 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Leftmost, Random, Reparam, Unmask
+from diffusify.diffusion.policies import Reparam, Unmask
+from diffusify.diffusion.ranks import Leftmost, Random
 from diffusify.sampling.cache import BlockCache, WindowCache
 from diffusify.sampling.sampler import Sampler
 from tests.families import CAUSAL, MASK, tiny_denoiser

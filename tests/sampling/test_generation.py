@@ -1,18 +1,23 @@
 """Strings in, strings out: batches, completions, lengths that the model tells, chats."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
-from diffusify.diffusion.policies import Ancestral, Policy, Random, Remask, Reparam, Unmask
+from diffusify.diffusion.policies import Ancestral, Policy, Remask, Reparam, Revoke, Stable, Unmask
+from diffusify.diffusion.quotas import EntropyBudget
+from diffusify.diffusion.ranks import Entropy, Random
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.guidance import Guided
 from diffusify.sampling.sampler import Sampler
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.settings import Preset, SamplingConfig
 from tests.families import tiny_denoiser
 from tests.text import makers
 
@@ -157,31 +162,129 @@ def test_a_repetition_penalty_is_that_of_transformers() -> None:
     canvas = lm.continuing(["The cat and the dog"], 3, SamplingConfig()).canvas
     logits = torch.randn(3, 320)
     theirs: Any = RepetitionPenaltyLogitsProcessor(1.7)
-    ours = Sampler(repetition_penalty=1.7)._shaped(logits, canvas, canvas.open)
+    ours = Sampler(repetition_penalty=1.7).shaped(logits, canvas, canvas.open)
     given = canvas.tokens[~canvas.open]
     torch.testing.assert_close(ours, torch.cat([theirs(given[None], row[None]) for row in logits]))
 
 
 def test_lossless_texts_are_left_to_right_texts() -> None:
     lm = model(BlockCausal(4))
-    together = lm.generate(PROMPTS, max_new_tokens=9, lossless=True)
-    alone = [lm.generate(prompt, max_new_tokens=9, lossless=True) for prompt in PROMPTS]
+    together = lm.generate(PROMPTS, max_new_tokens=9, tolerance=0.0)
+    alone = [lm.generate(prompt, max_new_tokens=9, tolerance=0.0) for prompt in PROMPTS]
     assert [result.text for result in together] == [result.text for result in alone]
     assert all(result.forwards <= 9 for result in alone)
-    drawn = lm.generate(PROMPTS, max_new_tokens=9, lossless=True, temperature=1.0, seed=3)
+    drawn = lm.generate(PROMPTS, max_new_tokens=9, tolerance=0.0, temperature=1.0, seed=3)
     for prompt, result in zip(PROMPTS, drawn, strict=True):
-        again = lm.generate(prompt, max_new_tokens=9, lossless=True, temperature=1.0, seed=result.seed)
+        again = lm.generate(prompt, max_new_tokens=9, tolerance=0.0, temperature=1.0, seed=result.seed)
         assert again.text == result.text
     with pytest.raises(ValueError, match="keeps its left-to-right half"):
-        model().generate("The", max_new_tokens=4, lossless=True)
+        model().generate("The", max_new_tokens=4, tolerance=0.0)
+
+
+def test_texts_of_a_batch_may_each_have_settings() -> None:
+    lm = model()
+    each = [
+        SamplingConfig(temperature=1.0, seed=4),
+        SamplingConfig(threshold=0.02, suppress_tokens=(65, 66)),
+        SamplingConfig(policy=Stable(), window=3, seed=9),
+    ]
+    together = lm.continuing(PROMPTS, 9, each).results()
+    assert [result.seed for result in together] == [4, 0, 9]
+    for prompt, settings, result in zip(PROMPTS, each, together, strict=True):
+        assert lm.continuing([prompt], 9, settings).results()[0].text == result.text
+    with pytest.raises(ValueError, match="2 settings for 3 texts"):
+        lm.continuing(PROMPTS, 9, each[:2])
+    with pytest.raises(ValueError, match="guidance must be the same"):
+        lm.continuing(PROMPTS[:2], 9, [each[0], replace(each[0], guidance=1.0)])
+    with pytest.raises(ValueError, match="a policy that revokes"):
+        lm.continuing(PROMPTS[:2], 9, [each[0], SamplingConfig(policy=Revoke())])
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_revoking_is_told_what_is_written(family: str) -> None:
+    """Written tokens are doubted, not reread: with them in sight they would be kept or not for another reason."""
+    lm = model(family=family)
+    result = lm.generate("The cat", max_new_tokens=12, policy=Revoke(least=0.005))
+    assert result.tokens <= 12 and result.forwards <= 12
+    again = lm.generate(["The cat", "a"], max_new_tokens=12, policy=Revoke(least=0.005))
+    assert again[0].text == result.text
+
+
+def test_suppressed_tokens_are_those_of_transformers() -> None:
+    lm = model(BlockCausal(4))
+    plain = lm.continuing(["The cat"], 8, SamplingConfig(tolerance=0.0))
+    plain.results()
+    worst = int(plain.canvas.tokens[0, -8:].mode().values)
+    writing = lm.continuing(["The cat"], 8, SamplingConfig(tolerance=0.0, suppress_tokens=(worst,)))
+    writing.results()
+    given = writing.canvas.tokens[:, :-8]
+    generate: Any = lm.denoiser.network.generate
+    settings = GenerationConfig(
+        max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=lm.tokenizer.end_token_id,
+        suppress_tokens=[worst, lm.config.mask_token_id],
+    )  # fmt: skip
+    expected = generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
+    made = writing.canvas.tokens[0, : expected.shape[1]]
+    assert made.tolist() == expected[0].tolist() and worst not in made[-8:].tolist()
+
+
+SETTINGS = {
+    "steps": st.one_of(st.none(), st.integers(1, 99)),
+    "policy": st.one_of(
+        st.none(),
+        st.builds(Unmask, st.just(Entropy()), st.builds(EntropyBudget, st.floats(0, 1))),
+        st.builds(Stable, least=st.floats(0.1, 1)),
+        st.builds(Remask, st.just(Unmask()), st.just("cap")),
+    ),
+    "temperature": st.floats(0, 2),
+    "top_k": st.one_of(st.none(), st.integers(1, 50)),
+    "suppress_tokens": st.lists(st.integers(0, 99)).map(tuple),
+    "cache": st.sampled_from(["exact", "prefix", "dual", "none"]),
+    "seed": st.integers(0, 2**32),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=SETTINGS))
+def test_settings_survive_json(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any]) -> None:
+    settings, file = SamplingConfig(**given), tmp_path_factory.mktemp("settings") / "sampling_config.json"
+    settings.save(file)
+    assert SamplingConfig.load(file) == settings
+
+
+def test_settings_that_do_not_read_are_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "fast.json"
+    with pytest.raises(ValueError, match="fast.json does not read"):
+        SamplingConfig.load(file)
+    for text, message in (
+        ('{"stepz": 3}', 'has no "stepz"; did you mean "steps"'),
+        ('{"steps": 0}', "steps=0"),
+        ("{", ""),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"fast.json does not read as settings: .*{message}"):
+            SamplingConfig.load(file)
+    with pytest.raises(ValueError, match="is code, which settings cannot keep"):
+        SamplingConfig(logits_processor=lambda logits, canvas, asked: logits).save(file)
+
+
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4), BlockCausal(4, clean="block")])
+@pytest.mark.parametrize("name", ["quality", "balanced", "fast"])
+def test_presets_suit_the_model(attention: AttentionPattern, name: Preset) -> None:
+    lm = model(attention)
+    lm.denoiser.diffusion = replace(lm.config, shift=int(attention != BlockCausal(4, clean="block")))
+    result = lm.continuing(["The cat"], 9, SamplingConfig.preset(name, lm.config)).results()[0]
+    assert 0 < result.tokens <= 9 and result.forwards <= 9
+    if attention == BlockCausal(4) and name == "quality":
+        assert result.text == lm.generate("The cat", 9, tolerance=0.0).text
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"threshold": 0.9, "policy": Ancestral()}, "threshold=0.9 is a policy by itself"),
-        ({"lossless": True, "threshold": 0.7}, "lossless decoding has steps of its own"),
-        ({"lossless": True, "guidance": 1.0}, "lossless decoding has steps of its own"),
+        ({"tolerance": 0.0, "threshold": 0.7}, "leave out threshold"),
+        ({"tolerance": 0.0, "guidance": 1.0}, "leave out guidance"),
+        ({"tolerance": -0.1}, "tolerance=-0.1 must be at least 0"),
         ({"length_beam": 0}, "length_beam=0"),
         ({"window": 0}, "window=0"),
         ({"guidance": -1.0}, "guidance=-1.0"),

@@ -1,7 +1,7 @@
 """The loop: other people's samplers, exact distributions, and rows that keep to themselves."""
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +13,13 @@ from transformers import GenerationConfig
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import (
-    Ancestral,
-    Evenly,
-    Leftmost,
-    Moment,
-    Policy,
-    Random,
-    Remask,
-    Reparam,
-    Threshold,
-    Unmask,
-)
+from diffusify.diffusion.policies import Ancestral, Policy, Remask, Reparam, Stable, Unmask
+from diffusify.diffusion.quotas import Evenly, Threshold
+from diffusify.diffusion.ranks import Leftmost, Random
 from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule
-from diffusify.sampling.sampler import Sampler
+from diffusify.sampling.sampler import Sampler, denoise
 from tests.families import MASK, tiny_denoiser
 
 DATA = Path(__file__).parents[1] / "data"
@@ -210,6 +202,63 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
     together = write(rows)
     for i, row in enumerate(rows):
         assert write([row])[0].tolist() == together[i, : len(row)].tolist()
+
+
+def test_each_row_may_be_sampled_in_its_own_way() -> None:
+    """One batch: other picks, policies, steps, ends and penalties, and each row is what it is alone."""
+    denoiser = tiny_denoiser("llama")
+    rows = [
+        [1, 5, 6, *[None] * 9],
+        [1, *[None] * 7],
+        [1, 7, 8, 9, *[None] * 12],
+        [1, 3, *[None] * 10],
+        [1, *[None] * 6],
+    ]
+    samplers = [
+        Sampler(Draw(2.0), Ancestral(), steps=5),
+        Sampler(Draw(0.5, top_k=3), Unmask(Random())),
+        Sampler(policy=Reparam(), steps=6),
+        Sampler(policy=Stable(least=0.01, drift=9.0, rounds=1), banned=(7, 9), repetition_penalty=1.5),
+        Sampler(Draw(2.0), Ancestral(), steps=5),
+    ]
+
+    def write(some: list[int]) -> torch.Tensor:
+        canvas = Canvas.room([rows[i] for i in some], noise=MASK, pad=0)
+        luck = Luck.seeded(some)
+        frames = denoise(denoiser, canvas, [samplers[i] for i in some], noise=MASK, luck=luck)
+        return last(frames).canvas.tokens
+
+    together = write([0, 1, 2, 3, 4])
+    for i, row in enumerate(rows):
+        assert write([i])[0].tolist() == together[i, : len(row)].tolist()
+    assert not set(together[3, 2:12].tolist()) & {7, 9}
+
+
+def test_a_model_is_not_asked_again_what_it_has_answered() -> None:
+    """Ancestral steps that write nothing cost no forward; the text is the same."""
+    denoiser, asked = tiny_denoiser("llama"), []
+
+    def counting(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+        asked.append(canvas.tokens.tolist())
+        return Logits(denoiser(canvas, ask=ask).logits)
+
+    canvas = Canvas.room([[1, 5, *[None] * 6]], noise=MASK, pad=0)
+    frames = list(Sampler(Draw(), Ancestral(), steps=100)(counting, canvas, noise=MASK))
+    assert len(asked) == frames[-1].forwards <= 6 < len(frames)
+    assert all(before != after for before, after in pairwise(asked))
+
+
+def test_a_processor_has_the_last_word_and_its_own_rows() -> None:
+    denoiser = tiny_denoiser("llama")
+
+    def only_seven(logits: torch.Tensor, canvas: Canvas, asked: torch.Tensor) -> torch.Tensor:
+        assert len(canvas.tokens) == len(asked) == 1 and len(logits) == asked.sum()
+        return torch.full_like(logits, -1e9).index_fill(-1, torch.tensor([7]), 0.0)
+
+    canvas = Canvas.room([[1, 5, *[None] * 3], [1, *[None] * 4]], noise=MASK, pad=0)
+    samplers = [Sampler(), Sampler(logits_processor=only_seven)]
+    tokens = last(denoise(denoiser, canvas, samplers, noise=MASK)).canvas.tokens.tolist()
+    assert tokens[1] == [1, 7, 7, 7, 7] and tokens[0] != [1, 5, 7, 7, 7]
 
 
 def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from diffusify.diffusion.attention import Causal
-from diffusify.diffusion.policies import Leftmost, Unmask
+from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.ranks import Leftmost
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import ensure_mask_token, load_base
 from diffusify.models.recipes import ar

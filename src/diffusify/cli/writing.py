@@ -2,9 +2,8 @@
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,13 +17,6 @@ if TYPE_CHECKING:
     from diffusify.sampling.settings import SamplingConfig
 
 
-class CacheKind(StrEnum):
-    exact = "exact"
-    prefix = "prefix"
-    dual = "dual"
-    none = "none"
-
-
 Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made.")]
 Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps in all; unset: as the model's card says.")]
@@ -33,16 +25,27 @@ Rule = Annotated[
     str | None,
     typer.Option(help="Unmask, Ancestral or Reparam, or JSON as in the card; unset: the card's.", metavar="POLICY"),
 ]
-Heat = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+Heat = Annotated[float | None, typer.Option(help="0 takes the likeliest token (so if unset).")]
 TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")]
-TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the fewest tokens that hold this probability.")]
 Window = Annotated[int | None, typer.Option(help="Write so many tokens at a time from left to right (ar, mlm).")]
-Guidance = Annotated[float, typer.Option(help="Above 0: fit the prompt more (classifier-free; twice the work).")]
-Penalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
+Guidance = Annotated[float | None, typer.Option(help="Above 0: fit the prompt more (classifier-free; twice the work).")]
+Penalty = Annotated[float | None, typer.Option(help="Above 1: repeat less.")]
 Cache = Annotated[
-    CacheKind, typer.Option(help="exact: finished blocks; prefix, dual: approximate, with --window (ar); none.")
+    Literal["exact", "prefix", "dual", "none"] | None,
+    typer.Option(help="exact (usual): finished blocks; prefix, dual: approximate, with --window (ar); none."),
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text; unset: 0.")]
+Ready = Annotated[
+    Literal["quality", "balanced", "fast"] | None,
+    typer.Option(help="Settings that suit the model; options change them."),
+]
+File = Annotated[
+    Path | None, typer.Option(help="Settings that `SamplingConfig.save` wrote; options change them.", metavar="JSON")
+]
+Near = Annotated[
+    float | None, typer.Option(help="Keep drafts so many nats less likely than the left-to-right choice; 0: lossless.")
+]
 Exact = Annotated[bool, typer.Option("--lossless", help="What left-to-right decoding would write, in fewer forwards.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the text filling in; colour is confidence.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -52,47 +55,37 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from; standard input when left out.")] = None,
     max_new_tokens: Room = None,
+    preset: Ready = None,
+    settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
     policy: Rule = None,
-    temperature: Heat = 0.0,
+    temperature: Heat = None,
     top_k: TopK = None,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
-    guidance: Guidance = 0.0,
+    top_p: TopP = None,
+    repetition_penalty: Penalty = None,
+    guidance: Guidance = None,
     window: Window = None,
-    cache: Cache = CacheKind.exact,
-    seed: Seed = 0,
+    cache: Cache = None,
+    seed: Seed = None,
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="Write from nothing, without a prompt.")
     ] = False,
     lossless: Exact = False,
+    tolerance: Near = None,
     watch: Watch = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     with clear_errors():
-        settings = sampling(
-            policy,
-            steps=steps,
-            threshold=threshold,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            guidance=guidance,
-            window=window,
-            cache=cache.value,
-            seed=seed,
-            lossless=lossless,
-        )
+        chosen = sampling(model, locals())
         if unconditional and prompt:
             raise ValueError("--unconditional writes without a prompt; leave one of the two out")
         if prompt is None and not unconditional and sys.stdin.isatty():
             raise ValueError("no prompt: give one, pipe one in, or use --unconditional")
         text = "" if unconditional else sys.stdin.read() if prompt is None else prompt
         lm = open_model(model)
-        write(lm, lm.continuing([text], max_new_tokens, settings), watch=watch, as_json=as_json)
+        write(lm, lm.continuing([text], max_new_tokens, chosen), watch=watch, as_json=as_json)
 
 
 def infill(
@@ -101,17 +94,19 @@ def infill(
         str,
         typer.Argument(help=r"Text with holes: [[8]] is room for 8 tokens, [[3-12]] for 3 to 12; \[[ is a plain [[."),
     ],
+    preset: Ready = None,
+    settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
     policy: Rule = None,
-    temperature: Heat = 0.0,
+    temperature: Heat = None,
     top_k: TopK = None,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
-    guidance: Guidance = 0.0,
+    top_p: TopP = None,
+    repetition_penalty: Penalty = None,
+    guidance: Guidance = None,
     window: Window = None,
-    cache: Cache = CacheKind.exact,
-    seed: Seed = 0,
+    cache: Cache = None,
+    seed: Seed = None,
     watch: Watch = False,
     as_json: AsJson = False,
 ) -> None:
@@ -119,58 +114,36 @@ def infill(
     with clear_errors():
         from diffusify.text.prompts import parse_holes
 
-        settings = sampling(
-            policy,
-            steps=steps,
-            threshold=threshold,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            guidance=guidance,
-            window=window,
-            cache=cache.value,
-            seed=seed,
-        )
+        chosen = sampling(model, locals())
         parse_holes(text)
         lm = open_model(model)
-        write(lm, lm.infilling([text], settings), watch=watch, as_json=as_json)
+        write(lm, lm.infilling([text], chosen), watch=watch, as_json=as_json)
 
 
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
     max_new_tokens: Room = None,
+    preset: Ready = None,
+    settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
     policy: Rule = None,
-    temperature: Heat = 0.0,
+    temperature: Heat = None,
     top_k: TopK = None,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
-    guidance: Guidance = 0.0,
+    top_p: TopP = None,
+    repetition_penalty: Penalty = None,
+    guidance: Guidance = None,
     window: Window = None,
-    cache: Cache = CacheKind.exact,
-    seed: Seed = 0,
+    cache: Cache = None,
+    seed: Seed = None,
     lossless: Exact = False,
+    tolerance: Near = None,
 ) -> None:
     """Talk with a model, its answers filling in live."""
     with clear_errors():
-        settings = sampling(
-            policy,
-            steps=steps,
-            threshold=threshold,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            guidance=guidance,
-            window=window,
-            cache=cache.value,
-            seed=seed,
-            lossless=lossless,
-        )
-        converse(open_model(model), settings, max_new_tokens, system)
+        chosen = sampling(model, locals())
+        converse(open_model(model), chosen, max_new_tokens, system)
 
 
 def show(model: Model, as_json: AsJson = False) -> None:
@@ -206,15 +179,30 @@ def show(model: Model, as_json: AsJson = False) -> None:
         Console().print(table)
 
 
-def sampling(policy: str | None, **settings: Any) -> "SamplingConfig":
-    """Settings, refused before a model is opened."""
-    from diffusify.config import from_plain
+def sampling(model: str, options: dict[str, Any]) -> "SamplingConfig":
+    """The settings of a command, before weights are read: a preset's or a file's, and what its options change."""
+    from dataclasses import fields, replace
+
+    from diffusify.config import DiffusionConfig, from_plain
     from diffusify.diffusion.policies import Policy
     from diffusify.sampling.settings import SamplingConfig
 
-    return SamplingConfig(
-        policy=None if policy is None else from_plain(read_value(policy), Policy, "--policy"), **settings
-    )
+    if options["preset"] and options["settings"]:
+        raise ValueError(f"--preset {options['preset']} and --settings {options['settings']}: give one of the two")
+    start = SamplingConfig()
+    if options["preset"]:
+        start = SamplingConfig.preset(options["preset"], DiffusionConfig.load(model))
+    elif options["settings"]:
+        start = SamplingConfig.load(options["settings"])
+    names = [field.name for field in fields(SamplingConfig)]
+    changes = {name: options[name] for name in names if options.get(name) is not None}
+    if "policy" in changes:
+        changes["policy"] = from_plain(read_value(changes["policy"]), Policy, "--policy")
+    if options.get("lossless"):
+        if "tolerance" in changes:
+            raise ValueError("--lossless is --tolerance 0; give one of the two")
+        changes["tolerance"] = 0.0
+    return replace(start, **changes)
 
 
 def open_model(folder: str, **more: Any) -> "DiffusionLM":

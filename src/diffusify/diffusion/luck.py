@@ -23,6 +23,10 @@ class Luck:
     def seeded(cls, seeds: list[int], device: torch.device | str = "cpu") -> "Luck":
         return cls(tuple(Generator(device).manual_seed(seed) for seed in seeds))
 
+    def of(self, rows: list[int]) -> "Luck":
+        """The luck of some of the rows."""
+        return self if len(self.generators) == 1 else Luck(tuple(self.generators[row] for row in rows))
+
     def uniform(self, where: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """Uniform in [0, 1) at the chosen positions, 0 elsewhere."""
         drawn = [torch.rand(count, generator=g, device=where.device) for count, g in self._shares(where)]

@@ -1,178 +1,22 @@
 """What to write, and what to take back.
 
-Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
+Axes: b texts, n positions.
 """
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from diffusify.canvas import Canvas, Guess, Move
-from diffusify.diffusion.luck import Luck
+from diffusify.canvas import Move
+from diffusify.diffusion.moments import Moment, moved, open_share
+from diffusify.diffusion.quotas import Evenly, Quota
+from diffusify.diffusion.ranks import Confidence, Rank, best
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Everything a policy may look at. Steps count within the window, row by row."""
-
-    canvas: Canvas
-    guess: Guess
-    score: Float[Tensor, "b n"]  # how sure each written token was when it was written
-    asked: Bool[Tensor, "b n"]  # where there are guesses: the open positions of `here`, or all if a policy rereads
-    logits: Float[Tensor, "k v"]  # at the asked positions
-    here: Bool[Tensor, "b n"]  # the positions that are worked on together, those already written included
-    step: Int[Tensor, " b"]
-    steps: Int[Tensor, " b"]
-    luck: Luck
-
-    @property
-    def size(self) -> Int[Tensor, " b"]:
-        return self.here.sum(1)
-
-    def spread(self, values: Float[Tensor, " k"]) -> Float[Tensor, "b n"]:
-        """Values of the asked positions, back in their places; -inf elsewhere."""
-        out = values.new_full(self.asked.shape, -torch.inf)
-        return out.masked_scatter(self.asked, values)
-
-
-def open_share(curve: Literal["linear", "cosine"], now: Moment) -> Float[Tensor, " b"]:
-    """The share of positions that a curve leaves open after this step: none after the last."""
-    done = (now.step + 1).double() / now.steps
-    return (1 - done if curve == "linear" else torch.cos(math.pi / 2 * done)).clamp_min(0)
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """The surest guess first (MaskGIT, LLaDA)."""
-
-    def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return now.guess.score
-
-
-@dataclass(frozen=True)
-class Margin:
-    """The guess furthest ahead of its runner-up first (Dream's topk_margin)."""
-
-    def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        best, second = now.logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-        return now.spread(best - second)
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """The position with the least entropy first (Dream's entropy)."""
-
-    def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return now.spread(-torch.special.entr(now.logits.softmax(-1)).sum(-1))
-
-
-@dataclass(frozen=True)
-class Leftmost:
-    """From left to right."""
-
-    def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return -now.asked.long().cumsum(1).float()
-
-
-@dataclass(frozen=True)
-class Random:
-    """In random order."""
-
-    def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return now.luck.uniform(now.asked)
-
-
-Rank = Confidence | Margin | Entropy | Leftmost | Random  # (now) -> Float[b n]: higher goes first
-
-
-@dataclass(frozen=True)
-class Evenly:
-    """What is open, shared out over the steps that are left; at least one."""
-
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        left = (now.steps - now.step).clamp_min(1)
-        return (now.asked.sum(1) + left - 1) // left
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Every guess with a probability above `least`, and never fewer than evenly (Fast-dLLM)."""
-
-    least: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 < self.least <= 1:
-            raise ValueError(f"threshold={self.least} must be in (0, 1]; 0.9 is the usual choice, 1.0 is one at a time")
-
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        sure = (now.asked & (now.guess.score > math.log(self.least))).sum(1)
-        return torch.maximum(sure, Evenly()(now))
-
-
-@dataclass(frozen=True)
-class Accelerating:
-    """Few at first, then more and more: a share cos(pi/2 p) stays open after a share p of the steps (MaskGIT)."""
-
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        left = (now.size * open_share("cosine", now) + 1e-9).floor().long()
-        return (now.asked.sum(1) - left).clamp_min(1)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The surest guesses, as long as the n-th has a doubt (1 - p) of at most factor / (n + 1); one at least.
-
-    Fast-dLLM's bound for writing n tokens at once as if one by one, loosened by the factor.
-    """
-
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.factor <= 0:
-            raise ValueError(f"factor={self.factor} must be above 0; 1.0 is the bound itself, more writes more at once")
-
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        doubt = (1 - now.guess.score.exp()).masked_fill(~now.asked, torch.inf).sort(dim=1).values
-        rank = torch.arange(1, doubt.shape[1] + 1, device=doubt.device)
-        return _leading(doubt * (rank + 1) <= self.factor, now)
-
-
-@dataclass(frozen=True)
-class EntropyBudget:
-    """The least uncertain positions, as long as their entropies, but for the largest, sum up to a budget at most.
-
-    Bounds how far tokens written together may depend on each other (EB-Sampler). Goes with the rank `Entropy`.
-    """
-
-    nats: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.nats < 0:
-            raise ValueError(f"entropy budget {self.nats} must be at least 0; 0.1 nats is usual")
-
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        entropy = (-Entropy()(now)).masked_fill(~now.asked, torch.inf).sort(dim=1).values
-        before = torch.where(entropy.isfinite(), entropy, 0).cumsum(1) - entropy
-        return _leading(before <= self.nats, now)
-
-
-def _leading(fine: Bool[Tensor, "b n"], now: Moment) -> Int[Tensor, " b"]:
-    """How many come before the first that is not fine: at least one, at most the asked."""
-    return torch.minimum(fine.long().cumprod(1).sum(1).clamp_min(1), now.asked.sum(1))
-
-
-Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget  # (now) -> Int[b]: how many to write
-
-
-def best(rank: Float[Tensor, "b n"], among: Bool[Tensor, "b n"], count: Int[Tensor, " b"]) -> Bool[Tensor, "b n"]:
-    """The `count` highest-ranked of each row's candidates; the leftmost of equals."""
-    order = rank.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(1) < count[:, None]) & among
 
 
 @dataclass(frozen=True)
@@ -269,10 +113,81 @@ class Remask:
         return Move(self.policy(now).write, erase)
 
 
+@dataclass(frozen=True)
+class Stable:
+    """Write what is likely and has settled; where nothing has, the surest guesses, evenly (KLASS).
+
+    A guess has settled when the distribution at its position has moved by less than `drift` nats (KL from the step
+    before) in each of the last `rounds` steps. With a probability above `least` it is then written.
+    """
+
+    least: float = 0.6
+    drift: float = 0.01
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= 1:
+            raise ValueError(f"least={self.least} must be a probability in (0, 1]; 0.6 is usual")
+        if self.drift <= 0:
+            raise ValueError(f"drift={self.drift} must be above 0 nats; 0.01 is usual")
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be at least 1; 2 is usual")
+
+    @property
+    def remembers(self) -> int:
+        return self.rounds
+
+    def __call__(self, now: Moment) -> Move:
+        settled = now.asked & (now.guess.score > math.log(self.least))
+        chain = (now, *now.earlier)
+        for after, before in pairwise(chain):
+            settled = settled & (moved(after, before) < self.drift)
+        if len(chain) <= self.rounds:
+            settled = torch.zeros_like(settled)
+        usual = best(now.guess.score, now.asked, Evenly()(now))
+        write = torch.where(settled.any(1, keepdim=True), settled, usual)
+        return Move(write, erase=torch.zeros_like(write))
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """Write boldly, read again what was written, and take back what no longer convinces (WINO).
+
+    Guesses with a probability above `least` are written, up to `share` of what is open. A token written earlier in the
+    window is taken back if, from all the rest of the text, it has a probability below `keep`: the least likely first,
+    and always fewer than the last step wrote, so that the end is reached. Needs a model that sees both ways.
+    """
+
+    rereads: ClassVar[bool] = True
+    blind: ClassVar[bool] = True
+    remembers: ClassVar[int] = 1
+    least: float = 0.6
+    keep: float = 0.9
+    share: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, value in (("least", self.least), ("keep", self.keep), ("share", self.share)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be in (0, 1]; {getattr(Revoke, name)} is usual")
+
+    def __call__(self, now: Moment) -> Move:
+        open = now.asked & now.canvas.open
+        most = (self.share * open.sum(1)).long().clamp_min(5)
+        bold = (open & (now.guess.score > math.log(self.least))).sum(1)
+        write = best(now.guess.score, open, torch.minimum(bold, most).clamp_min(1))
+        written = now.asked & ~now.canvas.open
+        fresh = torch.zeros_like(now.step)
+        for before in now.earlier:
+            fresh = (before.canvas.open & ~now.canvas.open & now.here).sum(1)
+        chance = now.spread(now.logits.log_softmax(-1).gather(-1, now.canvas.tokens[now.asked][:, None])[:, 0])
+        doubted = written & (chance < math.log(self.keep))
+        return Move(write, erase=best(-chance, doubted, (fresh - 1).clamp_min(0)))
+
+
 def _survival(schedule: NoiseSchedule, now: Moment) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """The shares of text before and after this step."""
     steps = now.steps.clamp_min(1)
     return schedule.alpha(1 - now.step / steps), schedule.alpha(1 - (now.step + 1) / steps)
 
 
-Policy = Unmask | Ancestral | Reparam | Remask
+Policy = Unmask | Ancestral | Reparam | Remask | Stable | Revoke

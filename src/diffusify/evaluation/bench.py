@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel
 
 from diffusify.diffusion.objectives import cross_entropy
-from diffusify.diffusion.policies import Entropy, EntropyBudget, Factor, Unmask
+from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.quotas import EntropyBudget, Factor
+from diffusify.diffusion.ranks import Entropy
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
@@ -47,7 +49,8 @@ def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
     found["factor 1"] = SamplingConfig(policy=Unmask(quota=Factor(1.0)))
     found["entropy 0.1"] = SamplingConfig(policy=Unmask(Entropy(), EntropyBudget(0.1)))
     if lm.config.keeps_left_to_right:
-        found["lossless"] = SamplingConfig(lossless=True)
+        found["lossless"] = SamplingConfig(tolerance=0.0)
+        found |= {f"tolerance {nats:g}": SamplingConfig(tolerance=nats) for nats in (0.3, 0.7, 1.5, 3.0)}
     elif lm.denoiser.remembers and lm.config.sees_right_context:
         window: dict[str, Any] = {"window": 32, "threshold": 0.9}
         found["window 32, threshold 0.9"] = SamplingConfig(**window)

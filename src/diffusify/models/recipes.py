@@ -6,7 +6,8 @@ from diffusify.config import DiffusionConfig, keeps_left_to_right
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
-from diffusify.diffusion.policies import Policy, Reparam, Threshold, Unmask
+from diffusify.diffusion.policies import Policy, Reparam, Unmask
+from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
 

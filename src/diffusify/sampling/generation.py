@@ -1,7 +1,7 @@
 """A diffusion model as its users hold it: strings in, strings out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -16,16 +16,18 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.luck import Luck
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
+from diffusify.sampling.blind import Blind
 from diffusify.sampling.cache import BlockCache, WindowCache
 from diffusify.sampling.guidance import Guided
-from diffusify.sampling.lossless import Lossless
-from diffusify.sampling.sampler import Denoises, Frame, Sampler
+from diffusify.sampling.sampler import Denoises, Frame, denoise
 from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.speculative import Speculative
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.prompts import continuation_canvas, hole_choices, infill_canvas, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
+Settings = SamplingConfig | Sequence[SamplingConfig]
 
 
 @dataclass(frozen=True)
@@ -65,47 +67,54 @@ class Writing:
 
     def __init__(
         self,
-        sampler: Sampler,
         denoiser: Denoiser,
         canvas: Canvas,
-        settings: SamplingConfig,
+        settings: list[SamplingConfig],
         tell: Callable[[Canvas], dict[str, Any]],
         *,
+        end: int | None = None,
+        banned: tuple[int, ...] = (),
         beam: int = 1,
     ) -> None:
-        self.canvas, self.settings, self.forwards, self.seconds = canvas.to(denoiser.device), settings, 0, 0.0
-        self._end, self._tell, self._beam = sampler.end_token_id, tell, beam
-        self._frames = self._run(sampler, denoiser)
+        self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
+        self._settings = [each for each in settings for _ in range(beam)]
+        self._end, self._banned, self._tell, self._beam = end, banned, tell, beam
+        self._frames = self._run(denoiser)
         self._score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[Frame]:
         return self._frames
 
-    def _run(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
+    def _run(self, denoiser: Denoiser) -> Iterator[Frame]:
         begun = perf_counter()
-        for frame in self._steps(sampler, denoiser):
+        for frame in self._steps(denoiser):
             self.canvas, self.forwards, self._score = frame.canvas, frame.forwards, frame.score
             self.seconds = perf_counter() - begun
             yield frame
 
-    def _steps(self, sampler: Sampler, denoiser: Denoiser) -> Iterator[Frame]:
-        noise, size, settings = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size, self.settings
-        luck = Luck.seeded(self._seeds(), denoiser.device)
-        if settings.lossless:
-            return Lossless(denoiser, settings.pick, end_token_id=sampler.end_token_id)(
-                self.canvas, noise=noise, luck=luck
+    def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
+        card, settings = denoiser.diffusion, self._settings[0]  # what is used of it, all rows share
+        noise, size = card.mask_token_id, card.block_size
+        luck = Luck.seeded([each.seed for each in self._settings], denoiser.device)
+        samplers = [each.sampler(card.policy, banned=self._banned, end=self._end) for each in self._settings]
+        if settings.tolerance is not None:
+            speculative = Speculative(
+                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end
             )
+            return speculative(self.canvas, noise=noise, luck=luck)
 
         def model() -> Denoises:
+            if any(getattr(sampler.policy, "blind", False) for sampler in samplers):
+                return Blind(denoiser)
             if settings.cache in ("prefix", "dual"):
                 return WindowCache(denoiser, settings.cache)
             exact = settings.cache == "exact" and size is not None and denoiser.remembers
             return BlockCache(denoiser) if exact else denoiser
 
         chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
-        width = size or settings.window
-        window = self.canvas.positions // width if width else None
-        return sampler(chosen, self.canvas, window, noise=noise, luck=luck)
+        n = self.canvas.tokens.shape[1]
+        widths = torch.tensor([[size or each.window or n] for each in self._settings], device=denoiser.device)
+        return denoise(chosen, self.canvas, samplers, self.canvas.positions // widths, noise=noise, luck=luck)
 
     def results(self) -> list[Generation]:
         """The finished texts; steps that nobody looked at yet are taken first."""
@@ -115,15 +124,13 @@ class Writing:
         tokens = counted.sum(1)
         sure = (self._score * counted).sum(1) / tokens.clamp_min(1)
         best = sure.view(-1, self._beam).argmax(1) + torch.arange(0, len(sure), self._beam, device=sure.device)
-        seeds, took = self._seeds(), {"forwards": self.forwards, "seconds": self.seconds}
+        took = {"forwards": self.forwards, "seconds": self.seconds}
         return [
-            Generation(tokens=int(tokens[row]), seed=seeds[row], **took, **self._tell(self.canvas[row : row + 1]))
+            Generation(
+                tokens=int(tokens[row]), seed=self._settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
+            )
             for row in best.tolist()
         ]
-
-    def _seeds(self) -> list[int]:
-        """The first text's seed is that of the settings, the next one's is one more; candidates share theirs."""
-        return [self.settings.seed + row // self._beam for row in range(len(self.canvas.tokens))]
 
     def _counted(self) -> Bool[Tensor, "b n"]:
         """What was written, up to the end token."""
@@ -197,16 +204,16 @@ class DiffusionLM:
         return read(self.tokenizer, canvas)[0]
 
     def continuing(
-        self, prompts: Sequence[str | list[int]], room: int | list[int] | None, settings: SamplingConfig
+        self, prompts: Sequence[str | list[int]], room: int | list[int] | None, settings: Settings
     ) -> Writing:
-        """The writing of continuations; prompts are texts or token ids."""
+        """The writing of continuations; prompts are texts or token ids, settings are for all or one each."""
 
         def tell(canvas: Canvas) -> dict[str, Any]:
             return {"text": self.read(canvas), "completion": "".join(read_spans(self.tokenizer, canvas)[0])}
 
         return self._continue(prompts, room, settings, self.tokenizer.end_token_id, tell)
 
-    def answering(self, chats: list[list[Message]], room: int | None, settings: SamplingConfig) -> Writing:
+    def answering(self, chats: list[list[Message]], room: int | None, settings: Settings) -> Writing:
         """The writing of the assistant's next answers."""
         dialogue = self.dialogue
 
@@ -217,7 +224,7 @@ class DiffusionLM:
         prompts = [dialogue.prompt(messages) for messages in chats]
         return self._continue(prompts, room, settings, dialogue.end_token_id, tell)
 
-    def infilling(self, texts: list[str], settings: SamplingConfig) -> Writing:
+    def infilling(self, texts: list[str], settings: Settings) -> Writing:
         """The writing of infills. ValueError if the model writes from left to right and cannot see what follows."""
         if not self.config.sees_right_context:
             raise ValueError(
@@ -229,10 +236,9 @@ class DiffusionLM:
             return {"text": self.read(canvas), "spans": tuple(read_spans(self.tokenizer, canvas)[0])}
 
         ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
-        sampler = settings.sampler(self.config.policy, banned=tuple(sorted(ends)))
-        choices = hole_choices(texts)
+        each, choices = _one_each(settings, len(texts), self.config), hole_choices(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context, choices=choices)
-        return Writing(sampler, self.denoiser, canvas, settings, tell, beam=choices)
+        return Writing(self.denoiser, canvas, each, tell, banned=tuple(sorted(ends)), beam=choices)
 
     @cached_property
     def dialogue(self) -> Dialogue:
@@ -243,19 +249,19 @@ class DiffusionLM:
         self,
         prompts: Sequence[str | list[int]],
         room: int | list[int] | None,
-        settings: SamplingConfig,
+        settings: Settings,
         end: int,
         tell: Callable[[Canvas], dict[str, Any]],
     ) -> Writing:
-        sampler, beam = settings.sampler(self.config.policy, end=end), 1
+        each, beam = _one_each(settings, len(prompts), self.config), 1
         if room is None and self.denoiser.length_head is not None:
-            beam = min(settings.length_beam, self.denoiser.length_head.longest)
+            beam = min(each[0].length_beam, self.denoiser.length_head.longest)
             room = self._lengths(prompts, beam)
             prompts = [prompt for prompt in prompts for _ in range(beam)]
         canvas = continuation_canvas(
             self.tokenizer, prompts, 64 if room is None else room, context=self.denoiser.context
         )
-        return Writing(sampler, self.denoiser, canvas, settings, tell, beam=beam)
+        return Writing(self.denoiser, canvas, each, tell, end=end, beam=beam)
 
     @torch.inference_mode()
     def _lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:
@@ -266,6 +272,26 @@ class DiffusionLM:
             given = (canvas.real & ~canvas.editable).sum(1, keepdim=True)
             lengths = torch.minimum(lengths, self.denoiser.context - given)
         return lengths.flatten().tolist()
+
+
+def _one_each(settings: Settings, count: int, card: DiffusionConfig) -> list[SamplingConfig]:
+    """Settings for each text; one for all gives each text the next seed. ValueError for what does not go together.
+
+    Texts of a batch share their forwards, and so all that decides what a forward is.
+    """
+    if isinstance(settings, SamplingConfig):
+        return [replace(settings, seed=settings.seed + i) for i in range(count)]
+    if len(settings) != count:
+        raise ValueError(f"{len(settings)} settings for {count} texts; give one for all, or one for each")
+    shared = ["cache", "guidance", "tolerance", "length_beam"]
+    if any(each.tolerance is not None for each in settings):
+        shared += ["temperature", "top_k", "top_p", "suppress_tokens"]
+    for name in shared:
+        if len({getattr(each, name) for each in settings}) > 1:
+            raise ValueError(f"{name} must be the same for all texts of a batch; write them apart")
+    if len({getattr(each.policy or card.policy, "blind", False) for each in settings}) > 1:
+        raise ValueError("a policy that revokes must be that of all texts of a batch; write them apart")
+    return list(settings)
 
 
 load = DiffusionLM.from_pretrained

@@ -1,10 +1,10 @@
 """The denoising loop: a generator of canvases.
 
-Axes: b texts, n positions.
+Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Greedy
-from diffusify.diffusion.policies import Moment, Unmask
+from diffusify.diffusion.policies import Unmask
 
 
 @runtime_checkable
@@ -28,6 +29,10 @@ class Denoises(Protocol):
     """What the loop needs of a model: logits [k, v] at the asked positions of a canvas, row by row."""
 
     def __call__(self, canvas: Canvas, *, ask: Tensor) -> Answers: ...
+
+
+# Changes the model's logits [k, v] at the asked positions [b, n] of a canvas, before anything is picked.
+LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,12 @@ class Sampler:
     """How open positions are filled: what is picked, what is written at each step, and how many steps there are.
 
     Any callables of the same form as the ready-made picks and policies will do.
-    A policy that `revises` gets all the steps of a window, and one that `rereads` is told of written positions too.
+    A policy that `revises` gets all the steps of a window, one that `rereads` is told of written positions too, and
+    one that `remembers` sees so many earlier moments.
     `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
     written; behind a written `end_token_id` a row needs no more work. `repetition_penalty` divides the positive
-    logits of tokens that a row has already, and multiplies the negative ones (CTRL).
+    logits of tokens that a row has already, and multiplies the negative ones (CTRL). `logits_processor` has the last
+    word on the logits.
     """
 
     pick: Callable[[Tensor, Tensor, Luck], tuple[Tensor, Tensor]] = Greedy()
@@ -56,12 +63,12 @@ class Sampler:
     banned: tuple[int, ...] = ()
     end_token_id: int | None = None
     repetition_penalty: float = 1.0
+    logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1; leave it unset for one step a token")
 
-    @torch.inference_mode()
     def __call__(
         self,
         denoiser: Denoises,
@@ -71,48 +78,10 @@ class Sampler:
         noise: int,
         luck: Luck | None = None,
     ) -> Iterator[Frame]:
-        """Yield the canvas after every step.
+        """Yield the canvas after every step; see `denoise`."""
+        return denoise(denoiser, canvas, [self] * len(canvas.tokens), window, noise=noise, luck=luck)
 
-        `window` numbers the positions that are worked on together, lowest first (blocks); None is all at once. Every
-        row goes at its own pace and has its own `luck` (seeds 0, 1, ... if unset), so that its text does not depend on
-        its neighbours.
-        """
-        luck = luck or Luck.seeded(list(range(len(canvas.tokens))), canvas.tokens.device)
-        window = torch.zeros_like(canvas.tokens) if window is None else window
-        nowhere = torch.iinfo(window.dtype).max
-        revises, rereads = (getattr(self.policy, name, False) for name in ("revises", "rereads"))
-        room = canvas.open.sum(1)
-        score = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
-        current = torch.full_like(room, -1)
-        step, steps, forwards = current, torch.zeros_like(room), 0
-        while True:
-            todo = canvas.open & ~finished(canvas, self.end_token_id)[:, None]
-            front = window.masked_fill(~todo, nowhere).amin(1)
-            if revises:  # a window gets all its steps: what is written may still change
-                front = torch.where(step + 1 < steps, current, front)
-            if (front == nowhere).all():
-                return
-            here = canvas.editable & (window == front[:, None])
-            asked = here if rereads else here & canvas.open
-            size = here.sum(1)
-            step = torch.where(front == current, step + 1, 0)
-            steps = torch.where(front == nowhere, 0, self._steps(size, room))
-            current = front
-            logits = score.new_zeros(0, 1)
-            if asked.any():
-                logits = self._shaped(denoiser(canvas, ask=asked).logits, canvas, asked)
-                forwards += 1
-            tokens, sure = self.pick(logits, asked, luck)
-            guess = Guess(
-                canvas.tokens.masked_scatter(asked, tokens),
-                torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
-            )
-            move = self.policy(Moment(canvas, guess, score, asked, logits, here, step, steps, luck))
-            score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
-            canvas = canvas.play(move, guess, noise)
-            yield Frame(canvas, score, forwards)
-
-    def _shaped(self, logits: Float[Tensor, "k v"], canvas: Canvas, asked: Bool[Tensor, "b n"]) -> Float[Tensor, "k v"]:
+    def shaped(self, logits: Float[Tensor, "k v"], canvas: Canvas, asked: Bool[Tensor, "b n"]) -> Float[Tensor, "k v"]:
         """The model's logits, as the settings change them."""
         if self.repetition_penalty != 1:
             times = torch.zeros(len(asked), logits.shape[-1], dtype=torch.long, device=logits.device)
@@ -121,19 +90,117 @@ class Sampler:
             logits = torch.where(times[asked.nonzero()[:, 0]] > 0, weaker, logits)
         if self.banned:
             logits = logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+        if self.logits_processor is not None:
+            logits = self.logits_processor(logits, canvas, asked)
         return logits
 
-    def _steps(self, size: Int[Tensor, " b"], room: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The steps that fall to a window, in proportion to its share of the text."""
-        if self.steps is None:
-            return size.clamp_min(1)
-        share = self.steps * size / room.clamp_min(1)
-        return share.round().long().clamp_min(1)
+
+@torch.inference_mode()
+def denoise(
+    denoiser: Denoises,
+    canvas: Canvas,
+    samplers: Sequence[Sampler],
+    window: Int[Tensor, "b n"] | None = None,
+    *,
+    noise: int,
+    luck: Luck | None = None,
+) -> Iterator[Frame]:
+    """Yield the canvas after every step, each row sampled in its own way.
+
+    `window` numbers the positions that are worked on together, lowest first (blocks); None is all at once. Every row
+    goes at its own pace and has its own `luck` (seeds 0, 1, ... if unset), so that its text does not depend on its
+    neighbours. The model is not asked again what it has answered already.
+    """
+    b, device = len(canvas.tokens), canvas.tokens.device
+    luck = luck or Luck.seeded(list(range(b)), device)
+    window = torch.zeros_like(canvas.tokens) if window is None else window
+    nowhere = torch.iinfo(window.dtype).max
+    groups = _groups(samplers, luck, device)
+    revises, rereads = (
+        torch.tensor([getattr(sampler.policy, name, False) for sampler in samplers], device=device)
+        for name in ("revises", "rereads")
+    )
+    ends = torch.tensor([-1 if s.end_token_id is None else s.end_token_id for s in samplers], device=device)
+    stated = torch.tensor([s.steps or 0 for s in samplers], device=device)
+    room = canvas.open.sum(1)
+    score = torch.zeros(canvas.tokens.shape, device=device)
+    current = torch.full_like(room, -1)
+    step, steps, forwards = current, torch.zeros_like(room), 0
+    answered, logits = (canvas.tokens, torch.zeros_like(canvas.open)), score.new_zeros(0, 1)
+    while True:
+        todo = canvas.open & ~finished(canvas, ends)[:, None]
+        front = window.masked_fill(~todo, nowhere).amin(1)
+        # A revised window gets all its steps: what is written may still change.
+        front = torch.where(revises & (step + 1 < steps), current, front)
+        if (front == nowhere).all():
+            return
+        here = canvas.editable & (window == front[:, None])
+        asked = here & (canvas.open | rereads[:, None])
+        size = here.sum(1)
+        step = torch.where(front == current, step + 1, 0)
+        share = torch.where(stated > 0, (stated * size / room.clamp_min(1)).round().long(), size).clamp_min(1)
+        steps = torch.where(front == nowhere, 0, share)
+        current = front
+        if not (torch.equal(asked, answered[1]) and torch.equal(canvas.tokens, answered[0])):
+            logits = score.new_zeros(0, 1)
+            if asked.any():
+                logits = denoiser(canvas, ask=asked).logits
+                forwards += 1
+            answered = (canvas.tokens, asked)
+        guess = Guess(canvas.tokens.clone(), torch.full_like(score, -torch.inf))
+        move = Move(torch.zeros_like(asked), torch.zeros_like(asked))
+        for group in groups:
+            rows = group.rows
+            now = group.look(logits, canvas[rows], score[rows], asked, here[rows], step[rows], steps[rows])
+            decided = group.sampler.policy(now)
+            guess.tokens[rows], guess.score[rows] = now.guess.tokens, now.guess.score
+            move.write[rows], move.erase[rows] = decided.write, decided.erase
+        score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
+        canvas = canvas.play(move, guess, noise)
+        yield Frame(canvas, score, forwards)
 
 
-def finished(canvas: Canvas, end_token_id: int | None) -> Bool[Tensor, " b"]:
-    """Rows whose text is settled up to an end token that they wrote themselves."""
-    if end_token_id is None:
-        return torch.zeros_like(canvas.open[:, 0])
+class _Group:
+    """Rows that are sampled alike, and what they looked like before."""
+
+    def __init__(self, sampler: Sampler, rows: list[int], luck: Luck, device: torch.device) -> None:
+        self.sampler, self.luck = sampler, luck.of(rows)
+        self.rows = torch.tensor(rows, device=device)
+        self.earlier: tuple[Moment, ...] = ()
+
+    def look(
+        self,
+        logits: Float[Tensor, "k v"],
+        canvas: Canvas,
+        score: Float[Tensor, "g n"],
+        asked: Bool[Tensor, "b n"],
+        here: Bool[Tensor, "g n"],
+        step: Int[Tensor, " g"],
+        steps: Int[Tensor, " g"],
+    ) -> Moment:
+        """What the policy is to decide on; of the logits, asked for the whole batch, these rows' own."""
+        if len(self.rows) < len(asked):
+            logits = logits[torch.isin(asked.nonzero()[:, 0], self.rows)]
+        asked = asked[self.rows]
+        if len(logits):
+            logits = self.sampler.shaped(logits, canvas, asked)
+        tokens, sure = self.sampler.pick(logits, asked, self.luck)
+        guess = Guess(
+            canvas.tokens.masked_scatter(asked, tokens),
+            torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
+        )
+        now = Moment(canvas, guess, score, asked, logits, here, step, steps, self.luck, self.earlier)
+        self.earlier = (replace(now, earlier=()), *self.earlier)[: getattr(self.sampler.policy, "remembers", 0)]
+        return now
+
+
+def _groups(samplers: Sequence[Sampler], luck: Luck, device: torch.device) -> list[_Group]:
+    """Rows whose samplers are equal go together, in order."""
+    kinds = [sampler for i, sampler in enumerate(samplers) if sampler not in samplers[:i]]
+    return [_Group(kind, [i for i, other in enumerate(samplers) if other == kind], luck, device) for kind in kinds]
+
+
+def finished(canvas: Canvas, ends: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Rows whose text is settled up to an end token that they wrote themselves; -1 is none."""
     settled = canvas.open.long().cumsum(1) == 0
-    return (settled & canvas.editable & (canvas.tokens == end_token_id)).any(1)
+    return (settled & canvas.editable & (canvas.tokens == ends[:, None])).any(1)

@@ -1,4 +1,4 @@
-"""Left-to-right text, token for token, in fewer forwards: the model drafts, and its own AR half checks.
+"""Left-to-right text in fewer forwards: the model drafts, and its own AR half checks.
 
 Axes: b texts, n canvas positions, m positions that are run, k drafted tokens, g places where drafts may be cut off.
 """
@@ -6,7 +6,7 @@ Axes: b texts, n canvas positions, m positions that are run, k drafted tokens, g
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
@@ -18,7 +18,7 @@ from diffusify.sampling.cache import Columns
 from diffusify.sampling.sampler import Frame, finished
 
 
-class Lossless:
+class Speculative:
     """AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
 
     A pass runs the drafted tokens causally, as text, so it tells the AR model's own choice behind each of them: drafts
@@ -26,18 +26,32 @@ class Lossless:
     tokens behind *every* place where the drafts may be cut off (a tree), so no pass is wasted. The text is that of
     greedy AR decoding, or follows exactly the distribution of AR sampling where `pick` draws, whatever the drafts are
     worth; every pass writes at least one token.
+
+    With a `tolerance` above 0 a draft is kept, too, if the AR half gives it a log-probability (nats) at most so far
+    below its own choice's: fewer passes, for text that is a little less likely (typical acceptance, Medusa).
     """
 
-    def __init__(self, denoiser: Denoiser, pick: Pick = Greedy(), *, end_token_id: int | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        pick: Pick = Greedy(),
+        tolerance: float = 0.0,
+        *,
+        banned: tuple[int, ...] = (),
+        end_token_id: int | None = None,
+    ) -> None:
         pattern = denoiser.diffusion.attention
         if not (isinstance(pattern, BlockCausal) and denoiser.diffusion.keeps_left_to_right):
             raise ValueError(
-                f"lossless decoding needs a model that keeps its left-to-right half (the block recipe on an AR base); "
-                f"this one has {pattern} and shift {denoiser.diffusion.shift}"
+                "speculative decoding needs a model that keeps its left-to-right half (the block recipe on an AR "
+                f"base); this one has {pattern} and shift {denoiser.diffusion.shift}"
             )
         if not denoiser.remembers:
-            raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values, so it cannot be lossless")
-        self.denoiser, self.pick, self.size, self.end_token_id = denoiser, pick, pattern.size, end_token_id
+            raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values, so it cannot draft ahead")
+        if tolerance < 0:
+            raise ValueError(f"tolerance={tolerance} must be at least 0 nats, which is lossless")
+        self.denoiser, self.pick, self.size = denoiser, pick, pattern.size
+        self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
 
     @torch.inference_mode()
     def __call__(self, canvas: Canvas, *, noise: int, luck: Luck | None = None) -> Iterator[Frame]:
@@ -48,12 +62,13 @@ class Lossless:
         known = torch.where(canvas.open, at, n).amin(1)  # so many tokens are settled
         end = torch.where(canvas.open, at + 1, 0).amax(1)
         if (canvas.open != ((at >= known[:, None]) & (at < end[:, None]))).any() or (known < 1).any():
-            raise ValueError("lossless decoding goes on from prompts; it cannot fill holes")
+            raise ValueError("speculative decoding goes on from prompts; it cannot fill holes")
         k = self.size - 1
+        ends = torch.full_like(known, -1 if self.end_token_id is None else self.end_token_id)
         past = Columns(self.denoiser, self.size * k + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
         start, drafts, forwards = torch.zeros_like(known), known.new_full((b, 0), -1), 0
-        while (todo := canvas.open.any(1) & ~finished(canvas, self.end_token_id)).any():
+        while (todo := canvas.open.any(1) & ~finished(canvas, ends)).any():
             stop = torch.where(todo, torch.minimum(known + drafts.shape[1], end), start)
             board = self._with_drafts(canvas.tokens, drafts, known, end)
             logits, guesses = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
@@ -61,6 +76,7 @@ class Lossless:
             # The AR half's own tokens, each behind drafts that it would have to agree with first.
             everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
             choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, luck))
+            choice, sure = self._lenient(logits, drafts, choice, sure)
             agree = (drafts == choice[:, :-1]).long().cumprod(1).sum(1)
             written = todo[:, None] & (at >= known[:, None]) & (at <= (known + agree)[:, None]) & canvas.open
             place = (at - known[:, None]).clamp(0, choice.shape[1] - 1)
@@ -71,6 +87,19 @@ class Lossless:
             start = torch.minimum(known + agree, end)
             known = torch.minimum(start + 1, end)
             yield Frame(canvas, score, forwards)
+
+    def _lenient(
+        self, logits: Float[Tensor, "b g v"], drafts: Int[Tensor, "b k"], choice: Int[Tensor, "b g"], sure: Tensor
+    ) -> tuple[Int[Tensor, "b g"], Float[Tensor, "b g"]]:
+        """The AR half's choices, and drafts in their place where these are nearly as likely."""
+        if not self.tolerance or not drafts.shape[1]:
+            return choice, sure
+        likely = logits[:, :-1].log_softmax(-1).gather(2, drafts[..., None])[..., 0]
+        near = likely >= sure[:, :-1] - self.tolerance
+        return (
+            torch.cat([torch.where(near, drafts, choice[:, :-1]), choice[:, -1:]], 1),
+            torch.cat([torch.where(near, likely, sure[:, :-1]), sure[:, -1:]], 1),
+        )
 
     def _with_drafts(
         self, tokens: Int[Tensor, "b n"], drafts: Int[Tensor, "b k"], known: Int[Tensor, " b"], end: Int[Tensor, " b"]
@@ -129,5 +158,7 @@ class Lossless:
         last = (known - 1 - start)[:, None] + torch.arange(drafted + 1, device=device)
         wanted = torch.cat([row * m + last.clamp(0, m - 1), row * m + text.shape[1] + own], 1)
         logits = self.denoiser.project(scene, wanted.flatten(), past=past).view(b, wanted.shape[1], -1)
+        if self.banned:
+            logits[..., list(self.banned)] = -torch.inf
         guesses = logits[:, drafted + 1 :].argmax(-1).view(b, drafted + 1, k)
         return logits[:, : drafted + 1], guesses

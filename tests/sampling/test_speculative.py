@@ -11,7 +11,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.picking import Draw
 from diffusify.models.denoiser import Denoiser
-from diffusify.sampling.lossless import Lossless
+from diffusify.sampling.speculative import Speculative
 from tests.families import CAUSAL, MASK, tiny_denoiser
 
 ROWS = [[5, 9, 7, *[None] * 14], [8, *[None] * 5], [4, 11, 3, 6, 2, 9, 10, 12, *[None] * 9]]
@@ -34,7 +34,7 @@ def test_the_text_is_that_of_greedy_decoding(family: str, size: int) -> None:
     kernel = "eager" if family == "gemma2" else "sdpa"
     denoiser = tiny_denoiser(family, BlockCausal(size), 1, kernel=kernel, **windows)
     room = Canvas.room(ROWS, noise=MASK, pad=0)
-    frames = list(Lossless(denoiser)(room, noise=MASK))
+    frames = list(Speculative(denoiser)(room, noise=MASK))
     tokens = frames[-1].canvas.tokens
     assert not frames[-1].canvas.open.any()
     for row, made in zip(ROWS, tokens.tolist(), strict=True):
@@ -55,7 +55,7 @@ def test_good_drafts_save_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(denoiser, "project", counting)
     room = Canvas.room([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
-    *_, last = Lossless(denoiser)(room, noise=MASK)
+    *_, last = Speculative(denoiser)(room, noise=MASK)
     assert last.canvas.tokens[0].tolist() == list(range(1, 19))
     assert last.forwards == 5  # 1 + 4 + 4 + 4 + 3
 
@@ -79,7 +79,7 @@ def test_drawn_texts_follow_the_left_to_right_distribution() -> None:
         for c, r in next_three([*prompt, a, b]).items()
     }
     room = Canvas.room([[*prompt, None, None, None]] * draws, noise=MASK, pad=0)
-    *_, last = Lossless(denoiser, Draw(3.0, top_k=3))(room, noise=MASK)
+    *_, last = Speculative(denoiser, Draw(3.0, top_k=3))(room, noise=MASK)
     seen = Counter(map(tuple, last.canvas.tokens[:, 3:].tolist()))
     assert set(seen) <= set(expected)
     chi2 = sum((seen[text] - draws * share) ** 2 / (draws * share) for text, share in expected.items())
@@ -92,7 +92,7 @@ def test_a_row_stops_at_its_end_token() -> None:
     text = greedy(denoiser, row)
     end = text[8]
     room = Canvas.room([row], noise=MASK, pad=0)
-    *_, last = Lossless(denoiser, end_token_id=end)(room, noise=MASK)
+    *_, last = Speculative(denoiser, end_token_id=end)(room, noise=MASK)
     first = text.index(end, 3)
     assert last.canvas.tokens[0, : first + 1].tolist() == text[: first + 1]
     assert last.canvas.open[0, first + 5 :].all()
@@ -105,7 +105,33 @@ def test_what_has_no_left_to_right_half_is_refused() -> None:
         tiny_denoiser("bert", BlockCausal(4, clean="block")),
     ):
         with pytest.raises(ValueError, match="keeps its left-to-right half"):
-            Lossless(denoiser)
+            Speculative(denoiser)
     denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
     with pytest.raises(ValueError, match="cannot fill holes"):
-        next(Lossless(denoiser)(Canvas.room([[1, None, 2, None]], noise=MASK, pad=0), noise=MASK))
+        next(Speculative(denoiser)(Canvas.room([[1, None, 2, None]], noise=MASK, pad=0), noise=MASK))
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 2.0, 99.0])
+@torch.no_grad()
+def test_a_tolerance_bounds_how_unlikely_each_token_is(tolerance: float) -> None:
+    """Every token is as likely, behind what stands before it, as the likeliest there, within the tolerance."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    *_, last = Speculative(denoiser, tolerance=tolerance)(room, noise=MASK)
+    *_, exact = Speculative(denoiser)(room, noise=MASK)
+    canvas = last.canvas
+    logits = denoiser(Canvas.clean(canvas.tokens), attention=Causal()).logits.log_softmax(-1)
+    for row, given in enumerate(ROWS):
+        for i in range(given.index(None), len(given)):
+            told = logits[row, i].max() - logits[row, i, canvas.tokens[row, i]]
+            assert told <= tolerance + 1e-4
+            torch.testing.assert_close(last.score[row, i], logits[row, i, canvas.tokens[row, i]], atol=1e-4, rtol=0)
+    assert last.forwards <= exact.forwards
+    if tolerance == 99.0:
+        assert last.forwards == 5  # every draft is kept: 1 + 4 + 4 + 4 + 1
+        assert not torch.equal(canvas.tokens, exact.canvas.tokens)
+
+
+def test_a_tolerance_below_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="tolerance=-1.0 must be at least 0"):
+        Speculative(tiny_denoiser("llama", BlockCausal(4), 1), tolerance=-1.0)

@@ -1,0 +1,60 @@
+"""Second thoughts: what the model would write in a place if it did not see what is written there.
+
+Axes: b texts, n canvas positions, g written positions that are asked about, m = n + g or n + 2g positions that are run.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from diffusify.canvas import Canvas
+from diffusify.models.denoiser import Denoiser, Prediction
+
+
+class Blind:
+    """A denoiser whose answer about a written position is read from all the rest of the text (WINO's shadow tokens).
+
+    In the same pass as the text runs a mask for each written position that is asked about. It stands where the token
+    stands and sees what the token sees, but for the token; nothing else sees the mask. Under shift a copy of the left
+    neighbour, which gives the answer, stands beside the mask. Open positions are answered as ever.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+        written = ask & ~canvas.open
+        g, n, shift = int(written.sum(1).max()), ask.shape[1], self.denoiser.diffusion.shift
+        if not g:
+            return self.denoiser(canvas, ask=ask)
+        scene = self.denoiser.diffusion.attention(canvas, shift=shift)
+        place = (~written).long().argsort(dim=1, stable=True)[:, :g]  # rows with fewer look at other places for nothing
+        left = (place - shift).clamp_min(0)
+        source = torch.cat([place, left], 1) if shift else place
+        masks = torch.full_like(place, self.denoiser.diffusion.mask_token_id)
+        extra = torch.cat([masks, canvas.tokens.gather(1, left)], 1) if shift else masks
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            def origin(at: Tensor) -> Tensor:
+                return torch.where(at < n, at, source[b, (at - n).clamp_min(0)])
+
+            lane_q, lane_k = (q - n) % g, (k - n) % g
+            itself = (k == place[b, lane_q]) | (k == left[b, lane_q])
+            own = torch.where(k < n, (q < n) | ~itself, (q >= n) & (lane_q == lane_k))
+            return own & scene.rule(b, h, origin(q), origin(k))
+
+        wider = replace(
+            scene,
+            tokens=torch.cat([scene.tokens, extra], 1),
+            positions=torch.cat([scene.positions, scene.positions.gather(1, source)], 1),
+            rule=rule,
+            ragged=True,
+            unmasked=False,
+        )
+        lane = written.long().cumsum(1) - 1
+        answers = torch.where(written, n + (g if shift else 0) + lane, scene.answers)
+        row = torch.arange(len(ask), device=ask.device)[:, None] * wider.tokens.shape[1]
+        logits = self.denoiser.project(wider, (row + answers)[ask])
+        return Prediction(logits, logits[:0])
