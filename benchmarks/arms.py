@@ -9,11 +9,10 @@ import torch
 from datasets import Dataset
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import Causal
+from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.corruption import PerText
 from diffusify.diffusion.objectives import Objective, cross_entropy
 from diffusify.diffusion.policies import Unmask
-from diffusify.diffusion.ranks import Leftmost
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import Recipe
 from diffusify.sampling.generation import DiffusionLM
@@ -24,7 +23,8 @@ from diffusify.training.adapt import make_denoiser
 from diffusify.training.runs import fast_bfloat16
 from diffusify.training.tune import split_off_prompts
 
-LEFT_TO_RIGHT = Recipe("left-to-right", 1, Causal(), PerText(), Objective(), policy=Unmask(Leftmost()))
+# Blocks of one token are left-to-right text, and have the exact cache of blocks.
+LEFT_TO_RIGHT = Recipe("left-to-right", 1, BlockCausal(1), PerText(), Objective(), policy=Unmask())
 
 
 def read_records(path: str) -> list[dict[str, str]]:
