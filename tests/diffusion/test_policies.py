@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from diffusify.canvas import Canvas, Guess, Move
+from diffusify.canvas import Canvas, Move
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.moments import Moment, moved
+from diffusify.diffusion.picking import Greedy
 from diffusify.diffusion.policies import Ancestral, Revoke, Stable, Unmask
 from diffusify.diffusion.quotas import Accelerating, EntropyBudget, Evenly, Factor, Threshold
 from diffusify.diffusion.ranks import Confidence, Entropy, Leftmost, Margin, Random, Rank
@@ -19,14 +21,12 @@ from diffusify.diffusion.schedules import Cosine, Linear
 
 
 def moment(asked: torch.Tensor, logits: torch.Tensor, step: int = 0, steps: int = 4, seed: int = 0) -> Moment:
-    """Greedy guesses at the asked positions of canvases that are otherwise written."""
+    """The asked positions of canvases that are otherwise written."""
     canvas = Canvas(torch.zeros_like(asked).long(), asked, torch.ones_like(asked), torch.ones_like(asked).long())
-    score = torch.full(asked.shape, -torch.inf)
-    tokens = torch.zeros_like(canvas.tokens)
-    score[asked], tokens[asked] = logits.log_softmax(-1).max(-1)
-    rng = torch.Generator().manual_seed(seed)
+    luck = Luck((torch.Generator().manual_seed(seed),))
     at, of = torch.full((len(asked),), step), torch.full((len(asked),), steps)
-    return Moment(canvas, Guess(tokens, score), torch.zeros_like(score), asked, logits, asked, at, of, Luck((rng,)))
+    score = torch.zeros(asked.shape)
+    return Moment(canvas, score, asked, LazyLogits.of(logits), asked, at, of, Greedy(), luck)
 
 
 @given(

@@ -105,3 +105,15 @@ def test_a_batch_gives_each_row_what_it_gets_alone(pattern: AttentionPattern) ->
     for row, length in enumerate((5, 3, 6)):
         alone = denoiser(canvas[row : row + 1, :length]).logits[0]
         torch.testing.assert_close(together[row, 1:length], alone[1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_answers_that_are_projected_later_are_the_same(family: str) -> None:
+    """Soft caps, scales and heads of several layers included."""
+    denoiser = tiny_denoiser(family, kernel="eager" if family == "gemma2" else "sdpa")
+    canvas = Canvas.room([[1, 5, None, 6, None, None], [1, None, 4]], noise=MASK, pad=0)
+    now, later = denoiser(canvas, ask=canvas.open).logits, denoiser.answers(canvas, ask=canvas.open)
+    torch.testing.assert_close(later.logits, now)
+    torch.testing.assert_close(later[torch.tensor([2, 0])].logits, now[[2, 0]])
+    assert denoiser.answers(canvas, ask=torch.zeros_like(canvas.open)).logits.shape == (0, now.shape[1])

@@ -1,5 +1,7 @@
 """Law 1: the tokens that move an answer are exactly those the attention pattern shows it, for every family."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
@@ -45,8 +47,9 @@ def test_sliding_windows_survive_a_mask_of_our_own(family: str, kernel: str) -> 
 
 def test_a_network_that_ignores_its_mask_is_refused() -> None:
     denoiser = tiny_denoiser("llama")
-    forward = denoiser.network.forward
-    denoiser.network.forward = lambda *a, attention_mask, **k: forward(*a, attention_mask=None, **k)  # type: ignore[method-assign]
+    body: Any = denoiser.network.base_model
+    forward = body.forward
+    body.forward = lambda *a, attention_mask, **k: forward(*a, attention_mask=None, **k)
     with pytest.raises(ValueError, match="does not obey"):
         check_attention(denoiser)
 

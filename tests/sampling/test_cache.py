@@ -31,7 +31,7 @@ def test_cached_answers_are_the_answers(family: str, pattern: BlockCausal, shift
 
     class Both:
         def __call__(self, canvas: Canvas, *, ask: torch.Tensor):
-            ours, plain = cached(canvas, ask=ask), denoiser(canvas, ask=ask)
+            ours, plain = cached(canvas, ask=ask), denoiser.answers(canvas, ask=ask)
             finite = plain.logits.isfinite()
             assert torch.equal(finite, ours.logits.isfinite())
             worst.append(float((ours.logits - plain.logits)[finite].abs().max().detach()))
@@ -56,20 +56,20 @@ def test_cached_texts_are_the_texts(policy, pick) -> None:
         *_, last = sampler(model, room, room.positions // 4, noise=MASK)
         return last.canvas.tokens
 
-    assert torch.equal(text(BlockCache(denoiser)), text(denoiser))
+    assert torch.equal(text(BlockCache(denoiser)), text(denoiser.answers))
 
 
 def test_each_finished_block_is_run_once_and_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the prompt, a pass runs the block in work, and the one before it only when that was just finished."""
     denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
     widths: list[int] = []
-    real = denoiser.project
+    real = denoiser.hidden
 
     def spy(scene, wanted, *, past=None):
         widths.append(scene.tokens.shape[1])
         return real(scene, wanted, past=past)
 
-    monkeypatch.setattr(denoiser, "project", spy)
+    monkeypatch.setattr(denoiser, "hidden", spy)
     room = Canvas.room([[5, 9, 7, 8, 2, 3, *[None] * 10]], noise=MASK, pad=0)
     for _ in Sampler()(BlockCache(denoiser), room, room.positions // 4, noise=MASK):
         pass
@@ -109,7 +109,7 @@ def test_a_window_cache_is_exact_when_fresh_and_close_when_not(family: str, kind
     def texts(model) -> list[torch.Tensor]:
         return [frame.canvas.tokens for frame in Sampler()(model, room, window, noise=MASK)]
 
-    plain, fresh = texts(denoiser), texts(WindowCache(denoiser, kind, refresh=1))
+    plain, fresh = texts(denoiser.answers), texts(WindowCache(denoiser, kind, refresh=1))
     assert all(torch.equal(a, b) for a, b in zip(plain, fresh, strict=True))
     stale = texts(WindowCache(denoiser, kind))
     assert len(stale) == len(plain) and torch.equal(stale[0], plain[0])
@@ -118,13 +118,13 @@ def test_a_window_cache_is_exact_when_fresh_and_close_when_not(family: str, kind
 def test_a_dual_cache_runs_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = tiny_denoiser("llama", Bidirectional(), 1)
     widths: list[int] = []
-    real = denoiser.project
+    real = denoiser.hidden
 
     def spy(scene, wanted, *, past=None):
         widths.append(scene.tokens.shape[1])
         return real(scene, wanted, past=past)
 
-    monkeypatch.setattr(denoiser, "project", spy)
+    monkeypatch.setattr(denoiser, "hidden", spy)
     room = Canvas.room([[5, 9, 7, 8, *[None] * 8]], noise=MASK, pad=0)
     for _ in Sampler()(WindowCache(denoiser, "dual"), room, room.positions // 4, noise=MASK):
         pass

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Ancestral, Policy, Remask, Reparam, Revoke, Stable, Unmask
 from diffusify.diffusion.quotas import EntropyBudget
 from diffusify.diffusion.ranks import Entropy, Random
@@ -121,9 +122,9 @@ def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> 
         first = canvas.positions == (canvas.editable.long().cumsum(1) == 1).long().argmax(1, keepdim=True)
         logits = torch.zeros(int(ask.sum()), 320)
         logits[torch.arange(len(logits)), torch.where(first[ask], it, end)] = 9.0
-        return type("Answers", (), {"logits": logits})
+        return LazyLogits.of(logits)
 
-    monkeypatch.setattr(lm.denoiser, "forward", always)
+    monkeypatch.setattr(lm.denoiser, "answers", always)
     answer = lm.chat(ask, max_new_tokens=16, cache="none")
     assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
     with pytest.raises(ValueError, match="already"):
@@ -136,7 +137,7 @@ def test_guidance_is_the_formula_of_the_paper(attention: AttentionPattern) -> No
     lm = model(attention)
     canvas = next(iter(lm.continuing(["The cat"], 6, SamplingConfig()))).canvas
     ask, mask = canvas.open, lm.config.mask_token_id
-    guided = Guided(lm.denoiser, lm.denoiser, 1.5, mask)(canvas, ask=ask).logits
+    guided = Guided(lm.denoiser.answers, lm.denoiser.answers, 1.5, mask)(canvas, ask=ask).logits
     blind = canvas.tokens.masked_fill(~canvas.editable & (canvas.positions > 0), mask)
     given, free = (lm.denoiser(replace(canvas, tokens=t), ask=ask).logits for t in (canvas.tokens, blind))
     finite = given.isfinite()
@@ -162,7 +163,7 @@ def test_a_repetition_penalty_is_that_of_transformers() -> None:
     canvas = lm.continuing(["The cat and the dog"], 3, SamplingConfig()).canvas
     logits = torch.randn(3, 320)
     theirs: Any = RepetitionPenaltyLogitsProcessor(1.7)
-    ours = Sampler(repetition_penalty=1.7).shaped(logits, canvas, canvas.open)
+    ours = Sampler(repetition_penalty=1.7).shaped(LazyLogits.of(logits), canvas, canvas.open).logits
     given = canvas.tokens[~canvas.open]
     torch.testing.assert_close(ours, torch.cat([theirs(given[None], row[None]) for row in logits]))
 

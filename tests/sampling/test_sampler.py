@@ -1,6 +1,5 @@
 """The loop: other people's samplers, exact distributions, and rows that keep to themselves."""
 
-from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Draw
@@ -23,11 +23,6 @@ from diffusify.sampling.sampler import Sampler, denoise
 from tests.families import MASK, tiny_denoiser
 
 DATA = Path(__file__).parents[1] / "data"
-
-
-@dataclass(frozen=True)
-class Logits:
-    logits: torch.Tensor
 
 
 def last(frames):
@@ -58,11 +53,11 @@ def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
     given = load_file(DATA / "low_confidence.safetensors")
     weight, prompts = given["toy_weight"], given["prompts"]
 
-    def toy(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
         hidden = weight[canvas.tokens]
         logits = hidden + 0.7 * hidden.roll(1, 1) + 0.5 * hidden.roll(-1, 1) + hidden.mean(1, keepdim=True)
         logits[..., 63] = -torch.inf
-        return Logits(logits[ask])
+        return LazyLogits.of(logits[ask])
 
     canvas = Canvas.room([[*prompt, *[None] * 32] for prompt in prompts.tolist()], noise=63, pad=0)
     window = (torch.arange(36) - 4).clamp_min(0) // width
@@ -78,8 +73,8 @@ def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], co
     given = load_file(DATA / f"rdm_decode_{'cond' if conditional else 'uncond'}_{curve}.safetensors")
     steps = iter(given["logits"])
 
-    def recorded(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
-        return Logits(next(steps)[ask])
+    def recorded(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(next(steps)[ask])
 
     editable = given["editable"]
     start = Canvas(given["tokens"], editable, editable, torch.ones_like(given["tokens"]))
@@ -98,8 +93,8 @@ def test_remasking_keeps_the_noise_level(how: Literal["cap", "rescale"], schedul
     """However much is taken back, the share that is open after each step is that of the schedule (ReMDM)."""
     n, steps = 40_000, 8
 
-    def flat(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
-        return Logits(torch.zeros(int(ask.sum()), 3))
+    def flat(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(torch.zeros(int(ask.sum()), 3))
 
     policy = Remask(Ancestral(schedule), how, eta=0.5, schedule=schedule)
     room = Canvas.room([[None] * n], noise=3, pad=0)
@@ -122,7 +117,7 @@ def test_remasking_goes_around_any_policy_and_ends(
     denoiser = tiny_denoiser("bert", Bidirectional())
     room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
     sampler = Sampler(policy=Remask(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
-    frames = list(sampler(denoiser, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(0),))))
+    frames = list(sampler(denoiser.answers, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(0),))))
     opened = [(b.canvas.open & ~a.canvas.open).any() for a, b in zip(frames, frames[1:], strict=False)]
     assert not frames[-1].canvas.open.any() and any(opened)
     assert torch.equal(frames[-1].canvas.tokens[~room.editable], room.tokens[~room.editable])
@@ -134,7 +129,7 @@ def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:
 
     def write(seed: int) -> torch.Tensor:
         frames = Sampler(policy=Reparam(noise=5.0), steps=6)(
-            denoiser, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))
+            denoiser.answers, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))
         )
         canvas = last(frames).canvas
         assert not canvas.open.any()
@@ -155,7 +150,7 @@ def test_leftmost_greedy_under_causal_attention_is_ar_decoding(family: str) -> N
     generate: Any = denoiser.network.generate
     expected = generate(torch.tensor([prompt]), generation_config=settings)
     canvas = Canvas.room([[*prompt, *[None] * 20]], noise=MASK, pad=0)
-    frame = last(Sampler(policy=Unmask(Leftmost()))(denoiser, canvas, noise=MASK))
+    frame = last(Sampler(policy=Unmask(Leftmost()))(denoiser.answers, canvas, noise=MASK))
     assert frame.canvas.tokens.tolist() == expected.tolist()
 
 
@@ -165,7 +160,7 @@ def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> N
     joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 2
     joint = joint / joint.sum()
 
-    def posterior(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+    def posterior(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
         out = []
         for row, open, asked in zip(canvas.tokens.tolist(), canvas.open.tolist(), ask.tolist(), strict=True):
             given = joint[tuple(slice(None) if o else t for t, o in zip(row, open, strict=True))]
@@ -173,7 +168,7 @@ def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> N
                 axis = sum(open[:i])
                 rest = [a for a in range(given.dim()) if a != axis]
                 out.append((given.sum(rest) if rest else given).log())
-        return Logits(torch.stack(out))
+        return LazyLogits.of(torch.stack(out))
 
     draws = 3000
     canvas = Canvas.room([[None] * 3] * draws, noise=9, pad=0)
@@ -197,7 +192,7 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
     def write(some: list) -> torch.Tensor:
         canvas = Canvas.room(some, noise=MASK, pad=0)
         window = canvas.positions // 4 if pattern != Bidirectional() else None
-        return last(Sampler(policy=policy)(denoiser, canvas, window, noise=MASK)).canvas.tokens
+        return last(Sampler(policy=policy)(denoiser.answers, canvas, window, noise=MASK)).canvas.tokens
 
     together = write(rows)
     for i, row in enumerate(rows):
@@ -225,7 +220,7 @@ def test_each_row_may_be_sampled_in_its_own_way() -> None:
     def write(some: list[int]) -> torch.Tensor:
         canvas = Canvas.room([rows[i] for i in some], noise=MASK, pad=0)
         luck = Luck.seeded(some)
-        frames = denoise(denoiser, canvas, [samplers[i] for i in some], noise=MASK, luck=luck)
+        frames = denoise(denoiser.answers, canvas, [samplers[i] for i in some], noise=MASK, luck=luck)
         return last(frames).canvas.tokens
 
     together = write([0, 1, 2, 3, 4])
@@ -238,9 +233,9 @@ def test_a_model_is_not_asked_again_what_it_has_answered() -> None:
     """Ancestral steps that write nothing cost no forward; the text is the same."""
     denoiser, asked = tiny_denoiser("llama"), []
 
-    def counting(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+    def counting(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
         asked.append(canvas.tokens.tolist())
-        return Logits(denoiser(canvas, ask=ask).logits)
+        return denoiser.answers(canvas, ask=ask)
 
     canvas = Canvas.room([[1, 5, *[None] * 6]], noise=MASK, pad=0)
     frames = list(Sampler(Draw(), Ancestral(), steps=100)(counting, canvas, noise=MASK))
@@ -257,7 +252,7 @@ def test_a_processor_has_the_last_word_and_its_own_rows() -> None:
 
     canvas = Canvas.room([[1, 5, *[None] * 3], [1, *[None] * 4]], noise=MASK, pad=0)
     samplers = [Sampler(), Sampler(logits_processor=only_seven)]
-    tokens = last(denoise(denoiser, canvas, samplers, noise=MASK)).canvas.tokens.tolist()
+    tokens = last(denoise(denoiser.answers, canvas, samplers, noise=MASK)).canvas.tokens.tolist()
     assert tokens[1] == [1, 7, 7, 7, 7] and tokens[0] != [1, 5, 7, 7, 7]
 
 
@@ -267,7 +262,7 @@ def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
     texts = []
     for seed in (0, 0, 1, 2):
         sampler = Sampler(Draw(2.0), Ancestral(), steps=3)
-        frames = list(sampler(denoiser, canvas, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))))
+        frames = list(sampler(denoiser.answers, canvas, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))))
         final = frames[-1].canvas
         assert not final.open.any() and frames[-1].forwards <= 3
         assert final.tokens[0, [0, 1, 4, 6]].tolist() == [1, 5, MASK, 6]
@@ -278,11 +273,11 @@ def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
 
 
 def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
-    def toy(canvas: Canvas, *, ask: torch.Tensor) -> Logits:
+    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
         logits = torch.zeros(*canvas.tokens.shape, 5)
         logits[:, :, 3] = 2.0
         logits[0, 4, 2] = 9.0  # the first row ends at position 4
-        return Logits(logits[ask])
+        return LazyLogits.of(logits[ask])
 
     canvas = Canvas.room([[1, 1, *[None] * 6], [1, 1, *[None] * 6]], noise=4, pad=0)
     frames = list(Sampler(policy=Unmask(Leftmost()), end_token_id=2)(toy, canvas, noise=4))
@@ -296,7 +291,7 @@ def test_steps_are_shared_out_over_blocks() -> None:
     denoiser = tiny_denoiser("llama", BlockCausal(4))
     canvas = Canvas.room([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
     for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16)):
-        frame = last(Sampler(steps=steps)(denoiser, canvas, canvas.positions // 4, noise=MASK))
+        frame = last(Sampler(steps=steps)(denoiser.answers, canvas, canvas.positions // 4, noise=MASK))
         assert frame.forwards == forwards
 
 

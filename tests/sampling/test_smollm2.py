@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from diffusify.diffusion.attention import Causal
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.ranks import Leftmost
 from diffusify.models.denoiser import Denoiser
@@ -41,7 +42,7 @@ def test_leftmost_greedy_equals_generate_token_for_token() -> None:
 
         class CausalDenoiser:
             def __call__(self, canvas: Any, *, ask: torch.Tensor) -> Any:
-                return denoiser(canvas, ask=ask, attention=Causal())
+                return LazyLogits.of(denoiser(canvas, ask=ask, attention=Causal()).logits)
 
         *_, last = Sampler(policy=Unmask(Leftmost()))(CausalDenoiser(), canvas, noise=mask)
         assert last.canvas.tokens.tolist() == expected.tolist()

@@ -34,13 +34,11 @@ class Luck:
 
     def exponential(self, where: Bool[Tensor, "b n"], v: int) -> Float[Tensor, "k v"]:
         """Exponential, in float64, v of them for each chosen position."""
-        device = where.device
-        return torch.cat(
-            [
-                torch.empty(count, v, dtype=torch.float64, device=device).exponential_(generator=g)
-                for count, g in self._shares(where)
-            ]
-        )
+        out = torch.empty(int(where.sum()), v, dtype=torch.float64, device=where.device)
+        turns = (generator for count, generator in self._shares(where) for _ in range(count))
+        for one, generator in zip(out, turns, strict=True):  # apart: what is drawn together makes no difference
+            one.exponential_(generator=generator)
+        return out
 
     def _shares(self, where: Bool[Tensor, "b n"]) -> list[tuple[int, Generator]]:
         """How many numbers each generator is to give."""

@@ -4,7 +4,9 @@ Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.luck import Luck
 
 
@@ -20,15 +23,37 @@ class Moment:
     """Everything a policy may look at. Steps count within the window, row by row."""
 
     canvas: Canvas
-    guess: Guess
     score: Float[Tensor, "b n"]  # how sure each written token was when it was written
     asked: Bool[Tensor, "b n"]  # where there are guesses: the open positions of `here`, or all if a policy rereads
-    logits: Float[Tensor, "k v"]  # at the asked positions
+    logits: LazyLogits  # at the asked positions, row by row
     here: Bool[Tensor, "b n"]  # the positions that are worked on together, those already written included
     step: Int[Tensor, " b"]
     steps: Int[Tensor, " b"]
+    pick: Callable[[Tensor, Tensor, Luck], tuple[Tensor, Tensor]]
     luck: Luck
     earlier: tuple["Moment", ...] = ()  # moments before this one, the latest first, as many as the policy remembers
+
+    @cached_property
+    def guess(self) -> Guess:
+        """What would be written, at all asked positions. A policy that does not look at it spares the work."""
+        return self._pick(self.asked)
+
+    def picked(self, write: Bool[Tensor, "b n"]) -> Guess:
+        """What is written, at these positions at least."""
+        return self.guess if "guess" in self.__dict__ else self._pick(write)
+
+    def _pick(self, where: Bool[Tensor, "b n"]) -> Guess:
+        tokens, score = self.canvas.tokens.clone(), torch.full_like(self.score, -torch.inf)
+        places = where.nonzero()
+        done = 0
+        for part in self.logits[where[self.asked]].parts():
+            row, position = places[done : done + len(part)].unbind(1)
+            these = torch.zeros_like(where)
+            these[row, position] = True
+            picked, sure = self.pick(part, these, self.luck)
+            tokens[row, position], score[row, position] = picked, sure.to(score.dtype)
+            done += len(part)
+        return Guess(tokens, score)
 
     @property
     def size(self) -> Int[Tensor, " b"]:
@@ -36,8 +61,8 @@ class Moment:
 
     def spread(self, values: Float[Tensor, " k"]) -> Float[Tensor, "b n"]:
         """Values of the asked positions, back in their places; -inf elsewhere."""
-        out = values.new_full(self.asked.shape, -torch.inf)
-        return out.masked_scatter(self.asked, values)
+        out = torch.full_like(self.score, -torch.inf)
+        return out.masked_scatter(self.asked, values.to(out.dtype))
 
 
 def open_share(curve: Literal["linear", "cosine"], now: Moment) -> Float[Tensor, " b"]:
@@ -49,6 +74,11 @@ def open_share(curve: Literal["linear", "cosine"], now: Moment) -> Float[Tensor,
 def moved(now: Moment, before: Moment) -> Float[Tensor, "b n"]:
     """How far the distribution at each position has come since another moment: KL in nats, inf if it had none."""
     both = now.asked & before.asked
-    p, q = (moment.logits[both[moment.asked]].log_softmax(-1) for moment in (now, before))
-    kl = torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum(-1)
-    return kl.new_full(both.shape, torch.inf).masked_scatter(both, kl)
+    parts = (moment.logits[both[moment.asked]].parts() for moment in (now, before))
+    kl = torch.full(both.shape, torch.inf, device=both.device)
+    return kl.masked_scatter(both, torch.cat([_kl(*pair) for pair in zip(*parts, strict=True)]))
+
+
+def _kl(now: Float[Tensor, "k v"], before: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
+    p, q = now.log_softmax(-1), before.log_softmax(-1)
+    return torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum(-1).float()

@@ -179,7 +179,7 @@ class Revoke:
         fresh = torch.zeros_like(now.step)
         for before in now.earlier:
             fresh = (before.canvas.open & ~now.canvas.open & now.here).sum(1)
-        chance = now.spread(now.logits.log_softmax(-1).gather(-1, now.canvas.tokens[now.asked][:, None])[:, 0])
+        chance = now.spread(now.logits.log_prob(now.canvas.tokens[now.asked]))
         doubted = written & (chance < math.log(self.keep))
         return Move(write, erase=best(-chance, doubted, (fresh - 1).clamp_min(0)))
 

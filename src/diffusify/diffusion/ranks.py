@@ -25,7 +25,7 @@ class Margin:
     """The guess furthest ahead of its runner-up first (Dream's topk_margin)."""
 
     def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        best, second = now.logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
+        best, second = now.logits.map(lambda part: part.softmax(-1).topk(2).values).unbind(-1)
         return now.spread(best - second)
 
 
@@ -34,7 +34,7 @@ class Entropy:
     """The position with the least entropy first (Dream's entropy)."""
 
     def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
-        return now.spread(-torch.special.entr(now.logits.softmax(-1)).sum(-1))
+        return now.spread(now.logits.map(lambda part: -torch.special.entr(part.softmax(-1)).sum(-1)))
 
 
 @dataclass(frozen=True)

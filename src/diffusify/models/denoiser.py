@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionPattern, BlockCausal, Scene
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.models.length import LengthHead, prompts
 
 
@@ -56,13 +57,10 @@ class Denoiser(nn.Module):
         self.remembers = "past_key_values" in accepts  # whether keys and values can be kept between passes
         self._offset = _position_offset(network)
         self._windows = _windows(network)
-        self._wanted: Tensor | None = None
+        self._says: Any = None  # the class of what the body says
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
-        head = network.get_output_embeddings()
-        assert head is not None, "loading refuses networks without a language-model head"
-        head.register_forward_pre_hook(self._gather)
 
     @property
     def device(self) -> torch.device:
@@ -114,39 +112,56 @@ class Denoiser(nn.Module):
         assert self.length_head is not None, "asked for lengths without a length head"
         given = prompts(canvas)
         scene = self.diffusion.attention(given, shift=self.diffusion.shift)
-        return self.length_head(self._run(self.network.base_model, scene).last_hidden_state, given)
+        return self.length_head(self._body(scene).last_hidden_state, given)
 
     def project(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k v"]:
         """Run the network on a scene and give the logits of the wanted outputs (indices into b * m).
 
         A part of a scene looks at keys and values in `past`, which takes in its own.
         """
-        self._wanted = wanted
+        return self._head(self.hidden(scene, wanted, past=past))
+
+    def answers(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
+        """What calling gives, but projected to the vocabulary only when it is looked at; not for training."""
+        if self.diffusion.block_size is not None:
+            canvas, ask = _crop(canvas, ask, self.diffusion.block_size)
+        scene = self.diffusion.attention(canvas, shift=self.diffusion.shift)
+        row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
+        return self.lazily(self.hidden(scene, (row + scene.answers)[ask]))
+
+    def hidden(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k d"]:
+        """What the network's body makes of a scene, at the wanted outputs (see `project`)."""
+        said = self._body(scene, past)
+        self._says = type(said)
+        return said.last_hidden_state.flatten(0, 1)[wanted]
+
+    def lazily(self, hidden: Float[Tensor, "k d"]) -> LazyLogits:
+        """Hidden states, to be projected by the network's head."""
+        return LazyLogits(hidden, lambda part, index: self._head(part))
+
+    def _head(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        """Logits of hidden states, by the network's own forward with its body standing aside."""
+        prefix, body = self.network.base_model_prefix, self.network.base_model
+        setattr(self.network, prefix, _Said(self._says(last_hidden_state=hidden[None])))
         try:
-            logits = self._run(self.network, scene, past).logits[0]
+            logits = self.network(input_ids=torch.zeros_like(hidden[None, :, 0], dtype=torch.long)).logits[0]
         finally:
-            self._wanted = None
+            setattr(self.network, prefix, body)
         return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
 
-    def _run(self, module: nn.Module, scene: Scene, past: Cache | None = None) -> Any:
-        """What the network, or its body without the head, makes of a scene."""
+    def _body(self, scene: Scene, past: Cache | None = None) -> Any:
+        """What the network without its head makes of a scene."""
         settings = self._settings if past is None else {"past_key_values": past, "use_cache": True}
         reach = (scene.positions if scene.there is None else scene.there).shape[1]
         windows = {kind: w if w and w < reach else None for kind, w in self._windows.items()}
         limited = any(windows.values())
         with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
-            return module(
+            return self.network.base_model(
                 input_ids=scene.tokens,
                 position_ids=scene.positions + self._offset,
                 attention_mask=None if shown is None else _bias(shown, self.network.dtype, windows if limited else {}),
                 **settings,
             )
-
-    def _gather(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Just before the projection to the vocabulary, keep only the hidden states that were asked for."""
-        if self._wanted is None:
-            return None
-        return (args[0].flatten(0, 1)[self._wanted][None], *args[1:])
 
     def add_length_head(self, longest: int) -> None:
         """From now on the model also learns to tell an answer's length, up to `longest` tokens."""
@@ -163,6 +178,17 @@ def _crop(canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, 
     ends = torch.where(ask, at - canvas.positions % size + size, 0)
     end = min(int(ends.max()), ask.shape[1])
     return canvas[:, :end], ask[:, :end]
+
+
+class _Said(nn.Module):
+    """Stands in for a network's body, and says again what that has said."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__()
+        self.said = said
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.said
 
 
 @contextmanager

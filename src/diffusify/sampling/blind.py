@@ -10,7 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.models.denoiser import Denoiser, Prediction
+from diffusify.diffusion.logits import LazyLogits
+from diffusify.models.denoiser import Denoiser
 
 
 class Blind:
@@ -24,11 +25,11 @@ class Blind:
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
 
-    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
         written = ask & ~canvas.open
         g, n, shift = int(written.sum(1).max()), ask.shape[1], self.denoiser.diffusion.shift
         if not g:
-            return self.denoiser(canvas, ask=ask)
+            return self.denoiser.answers(canvas, ask=ask)
         scene = self.denoiser.diffusion.attention(canvas, shift=shift)
         place = (~written).long().argsort(dim=1, stable=True)[:, :g]  # rows with fewer look at other places for nothing
         left = (place - shift).clamp_min(0)
@@ -56,5 +57,4 @@ class Blind:
         lane = written.long().cumsum(1) - 1
         answers = torch.where(written, n + (g if shift else 0) + lane, scene.answers)
         row = torch.arange(len(ask), device=ask.device)[:, None] * wider.tokens.shape[1]
-        logits = self.denoiser.project(wider, (row + answers)[ask])
-        return Prediction(logits, logits[:0])
+        return self.denoiser.lazily(self.denoiser.hidden(wider, (row + answers)[ask]))

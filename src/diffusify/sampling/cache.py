@@ -1,6 +1,6 @@
 """Work that need not be done twice: finished blocks are remembered exactly, the rest of a text for a while.
 
-Axes: b texts, n canvas positions, m positions that are run, w cached columns in use, v vocabulary.
+Axes: b texts, n canvas positions, m positions that are run, w cached columns in use, d hidden size.
 """
 
 from typing import Any, Literal
@@ -14,7 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 from diffusify.canvas import Canvas
 from diffusify.config import sees_right_context
 from diffusify.diffusion.attention import BlockCausal, Scene
-from diffusify.models.denoiser import Denoiser, Prediction
+from diffusify.diffusion.logits import LazyLogits
+from diffusify.models.denoiser import Denoiser
 
 
 class Columns(Cache):
@@ -89,10 +90,10 @@ class BlockCache:
         self._past = Columns(self.denoiser, n)
         self._canvas = canvas
         self._stored = torch.zeros(b, dtype=torch.long, device=canvas.tokens.device)  # columns that are final
-        self._edge: Tensor | None = None  # logits about the position `_edge_at`, read from its left neighbour
+        self._edge: Tensor | None = None  # said about the position `_edge_at`, by its left neighbour
         self._edge_at = torch.full_like(self._stored, -1)
 
-    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
         if self._canvas is None or self._canvas.tokens.shape != canvas.tokens.shape:
             self._begin(canvas)
         assert self._canvas is not None
@@ -108,30 +109,30 @@ class BlockCache:
         columns = start[:, None] + torch.arange(m, device=ask.device)
         scene = self.pattern(canvas, shift=shift).part(columns.clamp_max(n - 1), width)
         self._past.write(torch.where(columns < end[:, None], columns, n), width)
-        logits = self._answers(scene, ask, start, final)
+        hidden = self._hidden(scene, ask, start, final)
         self._stored, self._canvas = torch.maximum(stored, final), canvas
-        return Prediction(logits, logits[:0])
+        return self.denoiser.lazily(hidden)
 
-    def _answers(
+    def _hidden(
         self, scene: Scene, ask: Bool[Tensor, "b n"], start: Int[Tensor, " b"], final: Int[Tensor, " b"]
-    ) -> Float[Tensor, "k v"]:
-        """Answers at the asked positions; the answer about each row's next block is kept."""
+    ) -> Float[Tensor, "k d"]:
+        """What the body says about the asked positions; what it says about each row's next block is kept."""
         m, shift = scene.tokens.shape[1], self.denoiser.diffusion.shift
         row, position = ask.nonzero(as_tuple=True)
         source = position - shift - start[row]
         wanted = row * m + source.clamp_min(0)
         if not shift:
-            return self.denoiser.project(scene, wanted, past=self._past)
+            return self.denoiser.hidden(scene, wanted, past=self._past)
         every = torch.arange(len(start), device=start.device)
         edges = every * m + (final - 1 - start).clamp(0, m - 1)
-        logits, edge = self.denoiser.project(scene, torch.cat([wanted, edges]), past=self._past).split(
+        hidden, edge = self.denoiser.hidden(scene, torch.cat([wanted, edges]), past=self._past).split(
             [len(wanted), len(edges)]
         )
         if self._edge is not None:
-            logits = torch.where((source < 0)[:, None], self._edge[row], logits)
+            hidden = torch.where((source < 0)[:, None], self._edge[row], hidden)
             edge = torch.where((final > start)[:, None], edge, self._edge)
         self._edge, self._edge_at = edge, torch.where(final > start, final, self._edge_at)
-        return logits
+        return hidden
 
 
 class WindowCache:
@@ -152,7 +153,7 @@ class WindowCache:
         self._past: Columns | None = None
         self._passes = 0
 
-    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
         shift, n = self.denoiser.diffusion.shift, canvas.tokens.shape[1]
         at = torch.arange(n, device=ask.device)
         asked = ask.any(1)
@@ -174,5 +175,4 @@ class WindowCache:
         self._past.write(torch.where(columns < end[:, None], columns, n), n)
         row, position = ask.nonzero(as_tuple=True)
         wanted = row * columns.shape[1] + (position - shift - start[row]).clamp_min(0)
-        logits = self.denoiser.project(scene, wanted, past=self._past)
-        return Prediction(logits, logits[:0])
+        return self.denoiser.lazily(self.denoiser.hidden(scene, wanted, past=self._past))

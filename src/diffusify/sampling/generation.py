@@ -109,7 +109,7 @@ class Writing:
             if settings.cache in ("prefix", "dual"):
                 return WindowCache(denoiser, settings.cache)
             exact = settings.cache == "exact" and size is not None and denoiser.remembers
-            return BlockCache(denoiser) if exact else denoiser
+            return BlockCache(denoiser) if exact else denoiser.answers
 
         chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
         n = self.canvas.tokens.shape[1]

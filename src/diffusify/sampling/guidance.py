@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.models.denoiser import Prediction
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.sampling.sampler import Denoises
 
 
@@ -27,10 +27,13 @@ class Guided:
     scale: float
     noise: int
 
-    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> Prediction:
+    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
         hidden = ~canvas.editable & canvas.real & (canvas.positions > 0)
         blind = replace(canvas, tokens=torch.where(hidden, self.noise, canvas.tokens))
-        given, free = self.with_prompt(canvas, ask=ask).logits, self.without(blind, ask=ask).logits
-        logits = given + self.scale * (given - free)
-        logits = torch.where(given.isfinite(), logits, given)  # what cannot be stays so
-        return Prediction(logits, logits[:0])
+        given, free = self.with_prompt(canvas, ask=ask), self.without(blind, ask=ask)
+
+        def beyond(part: Tensor, index: Tensor) -> Tensor:
+            guided = part + self.scale * (part - free[index].logits)
+            return torch.where(part.isfinite(), guided, part)  # what cannot be stays so
+
+        return given.then(beyond)

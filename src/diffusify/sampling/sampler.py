@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Greedy
@@ -19,19 +20,13 @@ from diffusify.diffusion.policies import Unmask
 
 
 @runtime_checkable
-class Answers(Protocol):
-    @property
-    def logits(self) -> Tensor: ...
-
-
-@runtime_checkable
 class Denoises(Protocol):
-    """What the loop needs of a model: logits [k, v] at the asked positions of a canvas, row by row."""
+    """What the loop needs of a model: logits at the asked positions of a canvas, row by row (`Denoiser.answers`)."""
 
-    def __call__(self, canvas: Canvas, *, ask: Tensor) -> Answers: ...
+    def __call__(self, canvas: Canvas, *, ask: Tensor) -> LazyLogits: ...
 
 
-# Changes the model's logits [k, v] at the asked positions [b, n] of a canvas, before anything is picked.
+# Changes the model's logits [k, v] at some positions [b, n] of a canvas, before anything is picked there.
 LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
 
@@ -81,18 +76,30 @@ class Sampler:
         """Yield the canvas after every step; see `denoise`."""
         return denoise(denoiser, canvas, [self] * len(canvas.tokens), window, noise=noise, luck=luck)
 
-    def shaped(self, logits: Float[Tensor, "k v"], canvas: Canvas, asked: Bool[Tensor, "b n"]) -> Float[Tensor, "k v"]:
+    def shaped(self, logits: LazyLogits, canvas: Canvas, asked: Bool[Tensor, "b n"]) -> LazyLogits:
         """The model's logits, as the settings change them."""
-        if self.repetition_penalty != 1:
-            times = torch.zeros(len(asked), logits.shape[-1], dtype=torch.long, device=logits.device)
-            times.scatter_add_(1, canvas.tokens, (canvas.real & ~canvas.open).long())
-            weaker = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(times[asked.nonzero()[:, 0]] > 0, weaker, logits)
-        if self.banned:
-            logits = logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
-        if self.logits_processor is not None:
-            logits = self.logits_processor(logits, canvas, asked)
-        return logits
+        if self.repetition_penalty == 1 and not self.banned and self.logits_processor is None:
+            return logits
+        places = asked.nonzero()
+        banned = torch.tensor(self.banned, dtype=torch.long, device=asked.device)
+        there = canvas.real & ~canvas.open
+
+        def change(part: Float[Tensor, "k v"], index: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
+            row, position = places[index].unbind(1)
+            if self.repetition_penalty != 1:
+                times = torch.zeros(len(asked), part.shape[-1], dtype=torch.long, device=part.device)
+                times.scatter_add_(1, canvas.tokens, there.long())
+                weaker = torch.where(part > 0, part / self.repetition_penalty, part * self.repetition_penalty)
+                part = torch.where(times[row] > 0, weaker, part)
+            if self.banned:
+                part = part.index_fill(-1, banned, -torch.inf)
+            if self.logits_processor is not None:
+                where = torch.zeros_like(asked)
+                where[row, position] = True
+                part = self.logits_processor(part, canvas, where)
+            return part
+
+        return logits.then(change)
 
 
 @torch.inference_mode()
@@ -126,7 +133,8 @@ def denoise(
     score = torch.zeros(canvas.tokens.shape, device=device)
     current = torch.full_like(room, -1)
     step, steps, forwards = current, torch.zeros_like(room), 0
-    answered, logits = (canvas.tokens, torch.zeros_like(canvas.open)), score.new_zeros(0, 1)
+    nothing = LazyLogits.of(score.new_zeros(0, 1))
+    answered, logits = (canvas.tokens, torch.zeros_like(canvas.open)), nothing
     while True:
         todo = canvas.open & ~finished(canvas, ends)[:, None]
         front = window.masked_fill(~todo, nowhere).amin(1)
@@ -142,9 +150,9 @@ def denoise(
         steps = torch.where(front == nowhere, 0, share)
         current = front
         if not (torch.equal(asked, answered[1]) and torch.equal(canvas.tokens, answered[0])):
-            logits = score.new_zeros(0, 1)
+            logits = nothing
             if asked.any():
-                logits = denoiser(canvas, ask=asked).logits
+                logits = denoiser(canvas, ask=asked)
                 forwards += 1
             answered = (canvas.tokens, asked)
         guess = Guess(canvas.tokens.clone(), torch.full_like(score, -torch.inf))
@@ -153,7 +161,8 @@ def denoise(
             rows = group.rows
             now = group.look(logits, canvas[rows], score[rows], asked, here[rows], step[rows], steps[rows])
             decided = group.sampler.policy(now)
-            guess.tokens[rows], guess.score[rows] = now.guess.tokens, now.guess.score
+            picked = now.picked(decided.write)
+            guess.tokens[rows], guess.score[rows] = picked.tokens, picked.score
             move.write[rows], move.erase[rows] = decided.write, decided.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
         canvas = canvas.play(move, guess, noise)
@@ -170,7 +179,7 @@ class _Group:
 
     def look(
         self,
-        logits: Float[Tensor, "k v"],
+        logits: LazyLogits,
         canvas: Canvas,
         score: Float[Tensor, "g n"],
         asked: Bool[Tensor, "b n"],
@@ -184,12 +193,7 @@ class _Group:
         asked = asked[self.rows]
         if len(logits):
             logits = self.sampler.shaped(logits, canvas, asked)
-        tokens, sure = self.sampler.pick(logits, asked, self.luck)
-        guess = Guess(
-            canvas.tokens.masked_scatter(asked, tokens),
-            torch.full_like(score, -torch.inf).masked_scatter(asked, sure.to(score.dtype)),
-        )
-        now = Moment(canvas, guess, score, asked, logits, here, step, steps, self.luck, self.earlier)
+        now = Moment(canvas, score, asked, logits, here, step, steps, self.sampler.pick, self.luck, self.earlier)
         self.earlier = (replace(now, earlier=()), *self.earlier)[: getattr(self.sampler.policy, "remembers", 0)]
         return now
 

@@ -1,0 +1,154 @@
+"""Mistakes that other samplers have made, one test each.
+
+Elsewhere: counts averaged over a batch (`test_generation`: a batch gives each prompt what it gets alone), the factor
+rule's failed last rank (`test_policies`), the first token of a block under shift with a cache (`test_cache`), a written
+mask token (`test_denoiser`: its logit is -inf).
+"""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
+from diffusify.diffusion.logits import TOGETHER, LazyLogits
+from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.picking import Draw
+from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.ranks import Confidence, Entropy, Margin, Random, Rank
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.sampler import Sampler, denoise
+from diffusify.sampling.settings import SamplingConfig
+from tests.families import MASK, tiny_denoiser
+from tests.text import makers
+
+END = 2
+
+
+def model(attention: AttentionPattern = Bidirectional()) -> DiffusionLM:
+    tokenizer = makers.byte_level()
+    return DiffusionLM(tiny_denoiser("llama", attention, vocab_size=320, max_position_embeddings=256), tokenizer)
+
+
+@pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy()], ids=str)
+def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Rank) -> None:
+    """An end token that may not be written must not make its position look sure (LLaDA's sampler, above T = 0)."""
+
+    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+        logits = torch.zeros(*canvas.tokens.shape, 6)
+        logits[:, 1, END] = 20.0  # sure to end, and hence of no opinion at all once it may not
+        logits[:, 2, 4] = 3.0
+        return LazyLogits.of(logits[ask])
+
+    canvas = Canvas.room([[1, None, None]], noise=5, pad=0)
+    frames = denoise(toy, canvas, [Sampler(Draw(0.5), Unmask(rank), banned=(END,))], noise=5)
+    first = next(frames)
+    assert first.canvas.open.tolist() == [[False, True, False]]
+    *_, last = frames
+    assert last.canvas.tokens[0, 1] != END
+    torch.testing.assert_close(last.score[0, 1].exp().item(), 0.2)
+
+
+@pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy(), Random()], ids=str)
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 25])
+def test_every_step_writes_and_shares_are_even(rank: Rank, steps: int) -> None:
+    """Rounding down leaves the first steps empty and the last one full (Dream's sampler)."""
+    denoiser = tiny_denoiser("llama")
+    canvas = Canvas.room([[1, *[None] * 10], [1, *[None] * 4]], noise=MASK, pad=0)
+    frames = denoise(denoiser.answers, canvas, [Sampler(Draw(), Unmask(rank), steps)] * 2, noise=MASK)
+    counts = [canvas.open.sum(1)] + [frame.canvas.open.sum(1) for frame in frames]
+    written = torch.stack(counts).diff(dim=0).neg()
+    assert len(written) == min(10, steps)
+    for row, size in enumerate((10, 4)):
+        mine = [count for count in written[:, row].tolist() if count]
+        assert sum(mine) == size and max(mine) - min(mine) <= 1
+
+
+def test_each_hole_choice_keeps_its_text_s_own_settings() -> None:
+    """Settings are repeated for the candidates of a text, not dealt out in turn (a peer's tiled requests)."""
+    lm = model()
+    texts = ["The [[2-4]] on the mat", "so [[2-4]] it", "[[3]] end"]
+    each = [
+        SamplingConfig(temperature=1.5, seed=5),
+        SamplingConfig(temperature=0.3, top_k=2, seed=5),
+        SamplingConfig(suppress_tokens=tuple(range(60, 300))),
+    ]
+    together = lm.infilling(texts, each).results()
+    # Candidates are as many for all texts of a batch, so each is compared beside one that asks for as many.
+    for text, settings, result in zip(texts, each, together, strict=True):
+        alone = lm.infilling([text, "a [[2-4]]"], [settings, SamplingConfig()]).results()[0]
+        assert (alone.text, alone.seed) == (result.text, result.seed)
+
+
+def test_noise_is_finer_than_float32() -> None:
+    """Uniform numbers of 24 bits cut off the luck that an unlikely token needs, as if it were colder."""
+    race = Luck.seeded([0]).exponential(torch.ones(1, 4).bool(), 50_000)
+    assert race.dtype == torch.float64 and (race.float().double() != race).float().mean() > 0.9
+
+
+def test_positions_written_together_have_luck_of_their_own() -> None:
+    """One random number for a whole block makes its tokens move together."""
+
+    def coins(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(torch.zeros(int(ask.sum()), 2))
+
+    canvas = Canvas.room([[None] * 4] * 2000, noise=9, pad=0)
+    *_, last = Sampler(Draw(), steps=1)(coins, canvas, noise=9)
+    shares = torch.bincount((last.canvas.tokens * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / 2000
+    assert float(((shares - 1 / 16) ** 2 * 16 * 2000).sum()) < 37.7  # 15 degrees of freedom, p = 0.001
+
+
+def test_a_seed_and_a_temperature_are_each_text_s_own() -> None:
+    """A batch that shares its first request's settings, or ignores the seed."""
+    lm = model()
+    hot, cold = SamplingConfig(temperature=3.0, seed=1), SamplingConfig()
+    texts = [
+        r.text for r in lm.continuing(["The"] * 4, 12, [cold, hot, cold, SamplingConfig(temperature=3.0)]).results()
+    ]
+    assert texts[0] == texts[2] and len(set(texts)) == 3
+    assert lm.continuing(["The"], 12, hot).results()[0].text == texts[1]
+
+
+def test_tokens_are_counted_up_to_the_end_and_not_over_the_canvas() -> None:
+    lm = model(BlockCausal(4))
+    end = lm.tokenizer.end_token_id
+    result = lm.generate("The cat", 16, cache="none", suppress_tokens=tuple(i for i in range(320) if i != end))
+    assert result.tokens == 0 and result.tokens_per_second == 0 and result.forwards <= 4
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one tensor holds, and the most rows of any that is as wide as the vocabulary."""
+
+    def __init__(self, v: int) -> None:
+        super().__init__()
+        self.v, self.numbers, self.rows = v, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+                if tensor.dim() and tensor.shape[-1] == self.v and "embedding" not in str(func):
+                    self.rows = max(self.rows, math.prod(tensor.shape[:-1]))
+        return out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)], ids=str)
+def test_memory_grows_with_the_length_and_never_with_length_times_vocabulary(
+    attention: AttentionPattern, temperature: float
+) -> None:
+    """All-position logits of a long canvas took a peer 38 GB."""
+    v, most = 611, {}
+    lm = DiffusionLM(tiny_denoiser("llama", attention, vocab_size=v, max_position_embeddings=2048), makers.byte_level())
+    for n in (256, 1024):
+        writing = lm.continuing(["The"], n, SamplingConfig(steps=n // 4, temperature=temperature, top_p=0.9))
+        with Largest(v) as seen:
+            for _ in zip(range(3), writing, strict=False):
+                pass
+        assert seen.rows <= TOGETHER
+        most[n] = seen.numbers
+    assert most[1024] <= 4.5 * most[256]
