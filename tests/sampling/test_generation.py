@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
-from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Ancestral, Policy, Remask, Reparam, Revoke, Stable, Unmask
 from diffusify.diffusion.quotas import EntropyBudget
@@ -268,11 +268,21 @@ def test_settings_that_do_not_read_are_refused_by_name(tmp_path: Path) -> None:
         SamplingConfig(logits_processor=lambda logits, canvas, asked: logits).save(file)
 
 
-@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4), BlockCausal(4, clean="block")])
+@pytest.mark.parametrize(
+    ("family", "attention", "recipe"),
+    [
+        ("llama", Bidirectional(), "ar"),
+        ("llama", BlockCausal(4), "block"),
+        ("llama", BlockCausal(4, clean="block"), "block"),
+        ("bert", BlockCausal(4, clean="block"), "block"),
+        ("bert", Bidirectional(), "mlm"),
+        ("bert", Prefix(), "mlm"),
+    ],
+)
 @pytest.mark.parametrize("name", ["quality", "balanced", "fast"])
-def test_presets_suit_the_model(attention: AttentionPattern, name: Preset) -> None:
-    lm = model(attention)
-    lm.denoiser.diffusion = replace(lm.config, shift=int(attention != BlockCausal(4, clean="block")))
+def test_presets_suit_the_model(family: str, attention: AttentionPattern, recipe: str, name: Preset) -> None:
+    lm = model(attention, family)
+    lm.denoiser.diffusion = replace(lm.config, recipe=recipe)
     result = lm.continuing(["The cat"], 9, SamplingConfig.preset(name, lm.config)).results()[0]
     assert 0 < result.tokens <= 9 and result.forwards <= 9
     if attention == BlockCausal(4) and name == "quality":

@@ -91,6 +91,8 @@ class SamplingConfig:
         threshold = {"balanced": 0.9, "fast": 0.7}[name]
         if not card.sees_right_context:
             return cls(threshold=threshold)
+        if card.recipe == "mlm":  # masked networks keep no keys and values
+            return cls(threshold=threshold, window=32)
         return cls(threshold=threshold, window=32, cache="prefix" if name == "balanced" else "dual")
 
     def save(self, file: Path | str) -> None:
