@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributions import Categorical, kl_divergence
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.corruption import Noised, PerText, noised
-from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm, cross_entropy
+from diffusify.diffusion.corruption import Noised, PerBlock, PerText, noised
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm, cross_entropy, divergence
 from diffusify.diffusion.schedules import Linear
 
 DATA = Path(__file__).parents[1] / "data"
@@ -156,3 +157,40 @@ def test_cross_entropy_in_chunks_agrees_with_torch(dtype: torch.dtype, rows: int
 def test_impossible_ar_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="ar_share"):
         Objective(ar_share=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_is_kl_but_for_the_teacher_s_entropy(dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 300, 20, generator=rng).to(dtype).index_fill(2, torch.tensor([3]), -torch.inf)
+    ours, theirs = (logits.clone().requires_grad_() for _ in "ab")
+    worth = torch.rand(300, generator=rng)
+    kl = kl_divergence(Categorical(logits=teacher.float()), Categorical(logits=theirs.float()))
+    entropy = Categorical(logits=teacher.float()).entropy()
+    made = divergence(ours, teacher)
+    torch.testing.assert_close(made, (kl + entropy).detach(), atol=1e-4, rtol=1e-4)
+    (made * worth).sum().backward()
+    (kl * worth).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+
+
+def test_distillation_takes_the_clean_text_s_answers_for_the_truth() -> None:
+    rng = torch.Generator().manual_seed(0)
+    clean = Canvas.clean(torch.randint(0, 9, (3, 8), generator=rng))
+    batch = noised(clean, PerBlock(4), Linear(), 9, ar_share=0.3, generator=rng)
+    objective = Objective(ar_weight=0.5, ar_share=0.3, distill=0.4)
+    asked = objective.asks_ar(batch)
+    assert torch.equal(asked, batch.ar | batch.canvas.open)
+    about, told = (torch.randn(3, 8, 9, generator=rng).requires_grad_() for _ in "ab")
+    loss = objective(about[batch.canvas.open], told[asked], batch, Linear())
+    plain = Objective(ar_weight=0.5, ar_share=0.3)(about[batch.canvas.open], told[batch.ar], batch, Linear())
+    open = batch.canvas.open
+    kl = F.kl_div(about[open].log_softmax(-1), told[open].softmax(-1), reduction="none").sum(-1)
+    entropy = Categorical(logits=told[open]).entropy()
+    nll = F.cross_entropy(about[open], batch.clean[open], reduction="none")
+    extra = (0.4 * (kl + entropy - nll) / batch.t[open]).sum()
+    torch.testing.assert_close(loss.total, plain.total + extra)
+    torch.testing.assert_close(loss.nll, plain.nll)
+    torch.testing.assert_close(loss.ar_nll, plain.ar_nll)
+    loss.total.backward()
+    assert told.grad is not None and (told.grad[~batch.ar] == 0).all()  # the teacher is not taught

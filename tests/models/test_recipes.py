@@ -38,6 +38,8 @@ def test_the_annealed_share_of_looks_ahead_is_allowed() -> None:
 def test_an_ar_loss_without_a_causal_clean_half_is_refused() -> None:
     with pytest.raises(ValueError, match="ar_weight"):
         Recipe("x", 1, Bidirectional(), PerText(), Objective(ar_weight=0.5))
+    with pytest.raises(ValueError, match=r"distill=0.5 need shift=1"):
+        block(4, masked=True, distill=0.5)
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -37,7 +37,9 @@ def weights(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.denoiser.network.state_dict().items()}
 
 
-@pytest.mark.parametrize("recipe", [block(4), ar(annealing_steps=2)], ids=["block", "ar"])
+@pytest.mark.parametrize(
+    "recipe", [block(4), block(4, distill=0.5), ar(annealing_steps=2)], ids=["block", "distil", "ar"]
+)
 def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
     whole = trainer_for(causal_base, corpus, tmp_path, recipe)
     parts = trainer_for(
@@ -60,7 +62,9 @@ def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: 
 
 
 @pytest.mark.parametrize(
-    "recipe", [block(4), block(4, ar_weight=0.0), ar(annealing_steps=20)], ids=["ar-loss", "no-ar-loss", "ar"]
+    "recipe",
+    [block(4), block(4, ar_weight=0.0), block(4, distill=1.0), ar(annealing_steps=20)],
+    ids=["ar-loss", "no-ar-loss", "distilled", "ar"],
 )
 def test_training_lowers_the_bound(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
     trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=60, learning_rate=3e-3)

@@ -15,8 +15,8 @@ TOGETHER = 128  # positions
 class LazyLogits:
     """Logits about k positions, as hidden states and the head that projects them to the vocabulary.
 
-    However many positions there are, logits of no more than `TOGETHER` exist at once, unless `logits` is asked for.
-    Those of so few are kept.
+    They are float32 at least. However many positions there are, logits of no more than `TOGETHER` exist at once, unless
+    `logits` is asked for. Those of so few are kept.
     """
 
     def __init__(self, hidden: Float[Tensor, "k d"], head: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -52,6 +52,7 @@ class LazyLogits:
         numbers = torch.arange(len(self), device=self._hidden.device)
         for hidden, index in zip(self._hidden.split(TOGETHER), numbers.split(TOGETHER), strict=True):
             part = self._head(hidden, index)
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
             if len(part) == len(self):
                 self._made = part
             yield part

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
@@ -77,6 +77,40 @@ class _CrossEntropy(torch.autograd.Function):
         return out, None, None
 
 
+class _Divergence(torch.autograd.Function):
+    """The cross-entropy with another network's distribution, in chunks; its gradient is that of the KL divergence."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
+        pairs = zip(logits.split(_CrossEntropy.CHUNK), teacher.split(_CrossEntropy.CHUNK), strict=True)
+        parts = [_told(part, told) for part, told in pairs]
+        ctx.save_for_backward(logits, teacher)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, teacher = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        pieces = (x.split(_CrossEntropy.CHUNK) for x in (logits, teacher, grad, out))
+        for part, told, worth, into in zip(*pieces, strict=True):
+            difference = part.float().softmax(-1) - told.float().softmax(-1)
+            into.copy_(difference.mul_(worth[:, None]))
+        return out, None
+
+
+def _told(logits: Tensor, teacher: Tensor) -> Tensor:
+    z = logits.float()
+    return z.logsumexp(-1) - (teacher.float().softmax(-1) * z.masked_fill(z.isinf(), 0.0)).sum(-1)
+
+
+def divergence(logits: Float[Tensor, "k v"], teacher: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
+    """The cross-entropy (nats, float32) of the teacher's distribution with ours; only ours gets a gradient.
+
+    It is KL(teacher | ours) but for the teacher's own entropy. Logits may be bfloat16 and hold -inf in the same places.
+    """
+    return _Divergence.apply(logits, teacher)  # pyright: ignore[reportReturnType]
+
+
 def cross_entropy(
     logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"], label_smoothing: float = 0.0
 ) -> Float[Tensor, " k"]:
@@ -105,6 +139,8 @@ class Objective:
     """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
 
     `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
+    `distill` is the share of the loss at open positions that takes the clean text's next-token distribution for the
+    truth, rather than the next token: self-distillation (forward KL) from the left-to-right half.
     `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is what the length head's loss counts
     for beside it, where there is one.
     """
@@ -113,12 +149,15 @@ class Objective:
     per: Literal["editable", "open", "text"] = "editable"
     ar_weight: float = 0.0
     ar_share: float = 0.25
+    distill: float = 0.0
     label_smoothing: float = 0.0
     length_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1); 0.0 is none, 0.1 is usual")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill={self.distill} must be in [0, 1]; 0.0 is none, 1.0 is nothing else")
         if self.ar_weight < 0 or not 0 < self.ar_share <= 1:
             raise ValueError(
                 f"ar_weight={self.ar_weight} must be at least 0 and ar_share={self.ar_share} in (0, 1]; "
@@ -133,6 +172,10 @@ class Objective:
             return canvas.editable.sum().float()
         return (canvas.sizes > 0).sum().float()
 
+    def asks_ar(self, noised: Noised) -> Bool[Tensor, "b n"]:
+        """Where the clean text's next-token logits are wanted."""
+        return noised.ar | noised.canvas.open if self.distill else noised.ar
+
     def __call__(
         self,
         logits: Float[Tensor, "k v"],
@@ -140,10 +183,16 @@ class Objective:
         noised: Noised,
         schedule: NoiseSchedule,
     ) -> Loss:
+        """The loss of logits at the open positions, and of the clean text's where `asks_ar` says."""
         canvas, clean = noised.canvas, noised.clean
         targets, smoothing = clean[canvas.open], self.label_smoothing
         error = cross_entropy(logits, targets, smoothing)
         nll = cross_entropy(logits.detach(), targets) if smoothing else error.detach()
+        if self.distill:
+            asked = self.asks_ar(noised)
+            teacher = ar_logits[canvas.open[asked]].detach()
+            error = (1 - self.distill) * error + self.distill * divergence(logits, teacher)
+            ar_logits = ar_logits[noised.ar[asked]]
         ar_nll = cross_entropy(ar_logits, clean[noised.ar])
         share = torch.ones_like(noised.t)
         if self.per == "text":

@@ -19,8 +19,8 @@ class Greedy:
     def __call__(
         self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], luck: Luck
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-        score, tokens = logits.log_softmax(-1).max(-1)
-        return tokens, score
+        likeliest, tokens = logits.max(-1)
+        return tokens, likeliest - logits.logsumexp(-1)
 
 
 @dataclass(frozen=True)

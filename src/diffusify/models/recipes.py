@@ -29,10 +29,11 @@ class Recipe:
     annealing_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective.ar_weight and not keeps_left_to_right(self.attention, self.shift):
+        ar_weight, distill = self.objective.ar_weight, self.objective.distill
+        if (ar_weight or distill) and not keeps_left_to_right(self.attention, self.shift):
             raise ValueError(
-                f"ar_weight={self.objective.ar_weight} needs shift=1 and a token-causal clean half to read the "
-                "AR loss from; use block(size) on a left-to-right network, or ar_weight=0.0"
+                f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half to read AR "
+                "answers from; use block(size) on a left-to-right network, or leave both at 0.0"
             )
 
     def attention_at(self, step: int) -> AttentionPattern:
@@ -93,15 +94,16 @@ def mlm(
     return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Reparam())
 
 
-def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None) -> Recipe:
+def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None, distill: float = 0.0) -> Recipe:
     """Blocks written left to right, the tokens of a block in parallel (BD3-LM), with an exact key-value cache.
 
     On a left-to-right network clean text is seen causally, and `ar_weight` (0.5) keeps the AR model alive in the same
-    weights: a block's first position starts at the AR model's own quality. On a `masked` network there is no AR model.
+    weights: a block's first position starts at the AR model's own quality. It can be the other half's teacher, too:
+    `distill` is that share of the loss. On a `masked` network there is no AR model.
     """
     attention = BlockCausal(size, clean="block" if masked else "token")
     weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
-    objective = Objective(Elbo(), ar_weight=weight)
+    objective = Objective(Elbo(), ar_weight=weight, distill=distill)
     return Recipe(
         "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
     )

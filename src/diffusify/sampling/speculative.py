@@ -161,4 +161,4 @@ class Speculative:
         if self.banned:
             logits[..., list(self.banned)] = -torch.inf
         guesses = logits[:, drafted + 1 :].argmax(-1).view(b, drafted + 1, k)
-        return logits[:, : drafted + 1], guesses
+        return logits[:, : drafted + 1].float(), guesses

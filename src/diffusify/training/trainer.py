@@ -98,7 +98,7 @@ class DiffusionTrainer(Trainer):
             batch.canvas,
             batch.clean,
             ask=batch.canvas.open,
-            ar=batch.ar,
+            ar=self.recipe.objective.asks_ar(batch),
             attention=self.recipe.attention_at(self.state.global_step),
             lengths=self.denoiser.length_head is not None,
         )
