@@ -3,22 +3,22 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel
 
 from diffusify.diffusion.objectives import cross_entropy
-from diffusify.diffusion.policies import Unmask
+from diffusify.diffusion.policies import Stable, Unmask
 from diffusify.diffusion.quotas import EntropyBudget, Factor
 from diffusify.diffusion.ranks import Entropy
 from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.settings import Preset, SamplingConfig
 from diffusify.text.prompts import continuation_canvas
 
 AR = "left to right"
@@ -43,19 +43,17 @@ class Row:
 
 
 def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
-    """What is worth a look for this kind of model; the first is one token per forward."""
+    """What is worth a look for this kind of model: one token per forward, the presets, and what lies between them."""
     found = {"one token a forward": SamplingConfig(policy=Unmask())}
-    found |= {f"threshold {least}": SamplingConfig(threshold=least) for least in (0.95, 0.9, 0.8, 0.7)}
+    found |= {name: SamplingConfig.preset(name, lm.config) for name in get_args(Preset)}
+    if lm.config.keeps_left_to_right:
+        found |= {f"tolerance {nats}": SamplingConfig(tolerance=nats) for nats in (0.3, 1.2, 3.0)}
+    elif lm.config.sees_right_context:
+        found["balanced, no cache"] = replace(found["balanced"], cache="none")
+    found |= {f"threshold {least}": SamplingConfig(threshold=least) for least in (0.9, 0.7, 0.5)}
     found["factor 1"] = SamplingConfig(policy=Unmask(quota=Factor(1.0)))
     found["entropy 0.1"] = SamplingConfig(policy=Unmask(Entropy(), EntropyBudget(0.1)))
-    if lm.config.keeps_left_to_right:
-        found["lossless"] = SamplingConfig(tolerance=0.0)
-        found |= {f"tolerance {nats:g}": SamplingConfig(tolerance=nats) for nats in (0.3, 0.7, 1.5, 3.0)}
-    elif lm.denoiser.remembers and lm.config.sees_right_context:
-        window: dict[str, Any] = {"window": 32, "threshold": 0.9}
-        found["window 32, threshold 0.9"] = SamplingConfig(**window)
-        found["the same, prefix cache"] = SamplingConfig(**window, cache="prefix")
-        found["the same, dual cache"] = SamplingConfig(**window, cache="dual")
+    found["stable"] = SamplingConfig(policy=Stable())
     return found
 
 
