@@ -64,6 +64,7 @@ def main() -> None:
     found = references(chosen.valid, chosen.tests)
     prompts = [TEMPLATE.fill_prompt({"concepts": concepts}) for concepts in found]
     same = {"steps": chosen.steps, "length": 256, "seed": chosen.seed}
+    said = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"base": BASE, "tokens": chosen.steps * 4 * 256, "tests": len(found)}
 
     lm = left_to_right(BASE, chosen.train, TEMPLATE, rows=4, rate=1e-4, **same)
@@ -86,7 +87,7 @@ def main() -> None:
                 written = completions(lm, prompts, room, **sampling)
                 result[name][way] = scores(written, found)
                 print(name, way, result[name][way], written[:2], flush=True)
-    print("wrote", save("commongen", "python benchmarks/commongen.py TRAIN VALID", chosen.seed, result))
+    print("wrote", save("commongen", f"python benchmarks/commongen.py TRAIN VALID {said}", chosen.seed, result))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def main() -> None:
     shown = {id(shot) for pair in shots.values() for shot in pair}
     tests = [record for record in unseen if id(record) not in shown][: chosen.tests]
     train = [record for record in records if not family(record["task"])]
+    said = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"model": "make demo", "tokens": chosen.steps * 4 * 512, "unseen": UNSEEN, "tests": len(tests)}
     result["before"] = scores(diffusify.load(chosen.model), tests, shots)
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,7 +98,7 @@ def main() -> None:
             seed=chosen.seed,
         )  # fmt: skip
         result["after"] = scores(diffusify.load(out), tests, shots)
-    print("wrote", save("instructions", "python benchmarks/instructions.py MODEL DATA", chosen.seed, result))
+    print("wrote", save("instructions", f"python benchmarks/instructions.py MODEL DATA {said}", chosen.seed, result))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def main() -> None:
     random.Random(chosen.seed).shuffle(problems)
     tests, train = problems[: chosen.tests], problems[chosen.tests :]
     same = {"steps": chosen.steps, "length": 256, "seed": chosen.seed}
+    said = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"base": chosen.model, "tokens": chosen.steps * 4 * 256, "tests": len(tests)}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "train.jsonl"
@@ -82,7 +83,7 @@ def main() -> None:
         )  # fmt: skip
         result["block(4)"] = accuracy(diffusify.load(out), tests, chosen.seed)
         print("block(4)", result["block(4)"], flush=True)
-    print("wrote", save("reasoning", "python benchmarks/reasoning.py TRAIN", chosen.seed, result))
+    print("wrote", save("reasoning", f"python benchmarks/reasoning.py TRAIN {said}", chosen.seed, result))
 
 
 if __name__ == "__main__":
