@@ -47,7 +47,7 @@ class Leftmost:
 
 @dataclass(frozen=True)
 class Random:
-    """In random order. One token a step, drawn at temperature 1, is the first-hitting sampler (Zheng et al., BD3-LM)."""
+    """In random order. One token a step, drawn at temperature 1, is the first-hitting sampler (BD3-LM)."""
 
     def __call__(self, now: Moment) -> Float[Tensor, "b n"]:
         return now.luck.uniform(now.asked)
