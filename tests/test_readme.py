@@ -52,7 +52,7 @@ def test_the_reactions_table_is_that_of_the_results() -> None:
 
 def test_the_finetuning_table_is_that_of_the_results() -> None:
     reasoning = result("reasoning")
-    for arm, name in (("AR", "AR"), ("block(4)", "block(4), two or more tokens where P > 0.9")):
+    for arm, name in (("AR", "AR"), ("block(4)", "block(4), threshold 0.9")):
         numbers = " | ".join(str(reasoning[arm][key]) for key in ("greedy", "majority_of_3", "hit_at_3"))
         assert f"| {name} | {numbers} |" in README
     assert "the same 0.3M tokens" in README and round(reasoning["tokens"] / 1e6, 1) == 0.3
