@@ -58,6 +58,14 @@ def test_the_finetuning_table_is_that_of_the_results() -> None:
     assert "the same 0.3M tokens" in README and round(reasoning["tokens"] / 1e6, 1) == 0.3
 
 
+def test_the_instruction_table_is_that_of_the_results() -> None:
+    tuned = result("instructions")
+    for arm in ("before", "after"):
+        scores = (tuned[arm][shots][key] for shots in ("zero-shot", "2-shot") for key in ("exact_match", "rouge_l"))
+        assert f"| {arm} | {' | '.join(map(str, scores))} |" in README
+    assert f"{tuned['tests']} prompts of {len(tuned['unseen'])} families" in README and tuned["tokens"] == 204800
+
+
 def test_python_in_the_readme_says_words_that_exist() -> None:
     import diffusify
 
