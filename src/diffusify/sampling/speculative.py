@@ -71,7 +71,7 @@ class Speculative:
         while (todo := canvas.open.any(1) & ~finished(canvas, ends)).any():
             stop = torch.where(todo, torch.minimum(known + drafts.shape[1], end), start)
             board = self._with_drafts(canvas.tokens, drafts, known, end)
-            logits, guesses = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
+            logits, ahead = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
             forwards += 1
             # The AR half's own tokens, each behind drafts that it would have to agree with first.
             everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
@@ -83,7 +83,7 @@ class Speculative:
             guess = Guess(choice.gather(1, place), sure.gather(1, place))
             canvas = canvas.play(Move(written, erase=torch.zeros_like(written)), guess, noise)
             score = torch.where(written, guess.score, score)
-            drafts = guesses.gather(1, agree[:, None, None].expand(b, 1, k))[:, 0]
+            drafts = ahead[torch.arange(b, device=at.device), agree].argmax(-1)
             start = torch.minimum(known + agree, end)
             known = torch.minimum(start + 1, end)
             yield Frame(canvas, score, forwards)
@@ -120,8 +120,8 @@ class Speculative:
         drafted: int,
         noise: int,
         past: Columns,
-    ) -> tuple[Tensor, Int[Tensor, "b g k"]]:
-        """AR logits [b, 1 + drafted, v] from the last settled token on, and drafts behind each of these places.
+    ) -> tuple[Float[Tensor, "b g v"], Float[Tensor, "b g k v"]]:
+        """AR logits from the last settled token on, and those of the masks behind each of these places.
 
         Text stands in the cache at its position, behind the columns of the masks.
         """
@@ -160,5 +160,4 @@ class Speculative:
         logits = self.denoiser.project(scene, wanted.flatten(), past=past).view(b, wanted.shape[1], -1)
         if self.banned:
             logits[..., list(self.banned)] = -torch.inf
-        guesses = logits[:, drafted + 1 :].argmax(-1).view(b, drafted + 1, k)
-        return logits[:, : drafted + 1].float(), guesses
+        return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :].unflatten(1, (drafted + 1, k))
