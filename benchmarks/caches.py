@@ -16,7 +16,7 @@ import torch
 from machine import save
 
 import diffusify
-from diffusify.evaluation.bench import cut_prompts
+from diffusify.evaluation.bench import cut_prompts, diffused
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
@@ -44,9 +44,7 @@ def plain(lm: DiffusionLM, prompt: str) -> list[int]:
 
 
 def ours(lm: DiffusionLM, prompt: str, settings: SamplingConfig) -> list[int]:
-    writing = lm.continuing([prompt], CANVAS - PROMPT, settings)
-    writing.results()
-    return writing.canvas.tokens[writing.canvas.editable].tolist()
+    return diffused(lm, prompt, CANVAS - PROMPT, settings)[0]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import diffusify
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.bench import bench, cut_prompts, greedy_ar
+from diffusify.evaluation.bench import bench, cut_prompts, diffused, greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.sources import load_texts
@@ -33,10 +33,7 @@ def equal_texts(folder: Path, texts: list[str], prompts: int, dtype: torch.dtype
     lm = diffusify.load(folder, dtype=dtype)
     same = 0
     for prompt in cut_prompts(lm, texts, prompts):
-        writing = lm.continuing([prompt], 64, SamplingConfig(tolerance=0.0))
-        writing.results()
-        canvas = writing.canvas
-        ours = canvas.tokens[canvas.editable & ~canvas.open].tolist()
+        ours, _ = diffused(lm, prompt, 64, SamplingConfig(tolerance=0.0))
         theirs = greedy_ar(lm, lm.denoiser.network, prompt, 64)
         same += ours[: len(theirs)] == theirs
     return same

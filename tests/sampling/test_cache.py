@@ -11,6 +11,7 @@ from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Reparam, Unmask
 from diffusify.diffusion.ranks import Leftmost, Random
+from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.cache import BlockCache, WindowCache
 from diffusify.sampling.sampler import Sampler
 from tests.families import CAUSAL, MASK, tiny_denoiser
@@ -59,9 +60,8 @@ def test_cached_texts_are_the_texts(policy, pick) -> None:
     assert torch.equal(text(BlockCache(denoiser)), text(denoiser.answers))
 
 
-def test_each_finished_block_is_run_once_and_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the prompt, a pass runs the block in work, and the one before it only when that was just finished."""
-    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+def watched(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each pass runs, as they come."""
     widths: list[int] = []
     real = denoiser.hidden
 
@@ -70,6 +70,13 @@ def test_each_finished_block_is_run_once_and_with_the_next(monkeypatch: pytest.M
         return real(scene, wanted, past=past)
 
     monkeypatch.setattr(denoiser, "hidden", spy)
+    return widths
+
+
+def test_each_finished_block_is_run_once_and_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt, a pass runs the block in work, and the one before it only when that was just finished."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
+    widths = watched(denoiser, monkeypatch)
     room = Canvas.room([[5, 9, 7, 8, 2, 3, *[None] * 10]], noise=MASK, pad=0)
     for _ in Sampler()(BlockCache(denoiser), room, room.positions // 4, noise=MASK):
         pass
@@ -117,14 +124,7 @@ def test_a_window_cache_is_exact_when_fresh_and_close_when_not(family: str, kind
 
 def test_a_dual_cache_runs_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = tiny_denoiser("llama", Bidirectional(), 1)
-    widths: list[int] = []
-    real = denoiser.hidden
-
-    def spy(scene, wanted, *, past=None):
-        widths.append(scene.tokens.shape[1])
-        return real(scene, wanted, past=past)
-
-    monkeypatch.setattr(denoiser, "hidden", spy)
+    widths = watched(denoiser, monkeypatch)
     room = Canvas.room([[5, 9, 7, 8, *[None] * 8]], noise=MASK, pad=0)
     for _ in Sampler()(WindowCache(denoiser, "dual"), room, room.positions // 4, noise=MASK):
         pass

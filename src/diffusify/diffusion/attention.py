@@ -31,6 +31,11 @@ class Scene:
     columns: Int[Tensor, "b m"] | None = None  # of a part: which of the columns that it looks at are its own tokens
     there: Int[Tensor, "rows w"] | None = None  # of a part: the positions of the columns that it looks at
 
+    def outputs(self, answers: Int[Tensor, "b n"], ask: Bool[Tensor, "b n"]) -> Int[Tensor, " k"]:
+        """Where the answers about the asked positions stand among all outputs, counted through the rows (b * m)."""
+        b, m = self.tokens.shape
+        return (answers + m * torch.arange(b, device=answers.device)[:, None])[ask]
+
     def part(self, columns: Int[Tensor, "b m"], width: int) -> "Scene":
         """Some positions alone, looking at the first `width` of all, which are remembered."""
         tokens, positions = (values.gather(1, columns) for values in (self.tokens, self.positions))

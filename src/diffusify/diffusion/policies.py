@@ -176,9 +176,8 @@ class Revoke:
         bold = (open & (now.guess.score > math.log(self.least))).sum(1)
         write = best(now.guess.score, open, torch.minimum(bold, most).clamp_min(1))
         written = now.asked & ~now.canvas.open
-        fresh = torch.zeros_like(now.step)
-        for before in now.earlier:
-            fresh = (before.canvas.open & ~now.canvas.open & now.here).sum(1)
+        before = now.earlier[0].canvas if now.earlier else now.canvas
+        fresh = (before.open & written).sum(1)  # written by the last step
         chance = now.spread(now.logits.log_prob(now.canvas.tokens[now.asked]))
         doubted = written & (chance < math.log(self.keep))
         return Move(write, erase=best(-chance, doubted, (fresh - 1).clamp_min(0)))

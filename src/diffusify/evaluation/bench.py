@@ -81,15 +81,12 @@ def bench(
             begun = perf_counter()
             if name == AR:
                 ids = greedy_ar(lm, own, prompt, max_new_tokens)
-                forwards[name].append(len(ids))
+                passes = len(ids)
             else:
-                writing = lm.continuing([prompt], max_new_tokens, chosen[name])
-                writing.results()
-                canvas = writing.canvas
-                ids = canvas.tokens[canvas.editable & ~canvas.open].tolist()
-                forwards[name].append(writing.forwards)
+                ids, passes = diffused(lm, prompt, max_new_tokens, chosen[name])
             seconds[name].append(perf_counter() - begun)
             texts[name].append(ids)
+            forwards[name].append(passes)
         told(f"prompt {number} of {len(prompts)}")
     rows = []
     for name, written in texts.items():
@@ -123,6 +120,14 @@ def plot(rows: list[Row], file: Path) -> None:
     axes.margins(x=0.2)
     axes.grid(alpha=0.25)
     figure.savefig(file, dpi=150)
+
+
+def diffused(lm: DiffusionLM, prompt: str, room: int, settings: SamplingConfig) -> tuple[list[int], int]:
+    """What a model continues a prompt with, as token ids, and in how many forwards."""
+    writing = lm.continuing([prompt], room, settings)
+    writing.results()
+    canvas = writing.canvas
+    return canvas.tokens[canvas.editable & ~canvas.open].tolist(), writing.forwards
 
 
 def greedy_ar(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int) -> list[int]:

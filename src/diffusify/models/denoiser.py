@@ -100,9 +100,8 @@ class Denoiser(nn.Module):
         if ask is not None and clean is None and isinstance(pattern, BlockCausal):
             canvas, ask = _crop(canvas, ask, pattern.size)
         scene = pattern(canvas, clean, shift=self.diffusion.shift)
-        row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
-        asked = (row + scene.answers).flatten() if ask is None else (row + scene.answers)[ask]
-        also = asked[:0] if ar is None else (row + scene.ar_answers)[ar]
+        asked = scene.outputs(scene.answers, torch.ones_like(canvas.open) if ask is None else ask)
+        also = asked[:0] if ar is None else scene.outputs(scene.ar_answers, ar)
         about, ar_logits = self.project(scene, torch.cat([asked, also])).split([len(asked), len(also)])
         told = self.lengths(canvas) if lengths else None
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
@@ -126,8 +125,7 @@ class Denoiser(nn.Module):
         if self.diffusion.block_size is not None:
             canvas, ask = _crop(canvas, ask, self.diffusion.block_size)
         scene = self.diffusion.attention(canvas, shift=self.diffusion.shift)
-        row = torch.arange(len(scene.tokens), device=scene.tokens.device)[:, None] * scene.tokens.shape[1]
-        return self.lazily(self.hidden(scene, (row + scene.answers)[ask]))
+        return self.lazily(self.hidden(scene, scene.outputs(scene.answers, ask)))
 
     def hidden(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k d"]:
         """What the network's body makes of a scene, at the wanted outputs (see `project`)."""

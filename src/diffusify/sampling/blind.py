@@ -56,5 +56,4 @@ class Blind:
         )
         lane = written.long().cumsum(1) - 1
         answers = torch.where(written, n + (g if shift else 0) + lane, scene.answers)
-        row = torch.arange(len(ask), device=ask.device)[:, None] * wider.tokens.shape[1]
-        return self.denoiser.lazily(self.denoiser.hidden(wider, (row + answers)[ask]))
+        return self.denoiser.lazily(self.denoiser.hidden(wider, wider.outputs(answers, ask)))

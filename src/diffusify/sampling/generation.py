@@ -104,7 +104,7 @@ class Writing:
             return speculative(self.canvas, noise=noise, luck=luck)
 
         def model() -> Denoises:
-            if any(getattr(sampler.policy, "blind", False) for sampler in samplers):
+            if getattr(samplers[0].policy, "blind", False):
                 return Blind(denoiser)
             if settings.cache in ("prefix", "dual"):
                 return WindowCache(denoiser, settings.cache)
@@ -289,7 +289,7 @@ def _one_each(settings: Settings, count: int, card: DiffusionConfig) -> list[Sam
     for name in shared:
         if len({getattr(each, name) for each in settings}) > 1:
             raise ValueError(f"{name} must be the same for all texts of a batch; write them apart")
-    if len({getattr(each.policy or card.policy, "blind", False) for each in settings}) > 1:
+    if len({getattr(each.sampler(card.policy).policy, "blind", False) for each in settings}) > 1:
         raise ValueError("a policy that revokes must be that of all texts of a batch; write them apart")
     return list(settings)
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from diffusify.config import DiffusionConfig, from_plain, to_plain
 from diffusify.diffusion.picking import Draw, Greedy, Pick
@@ -13,11 +13,8 @@ from diffusify.sampling.sampler import LogitsProcessor, Sampler
 
 Preset = Literal["quality", "balanced", "fast"]
 
-# What speculative decoding leaves as it is.
-_DRAFTED: dict[str, Any] = {
-    "steps": None, "threshold": None, "policy": None, "window": None, "guidance": 0.0, "repetition_penalty": 1.0,
-    "logits_processor": None,
-}  # fmt: skip
+# What speculative decoding has no use for.
+_STEPWISE = ("steps", "threshold", "policy", "window", "guidance", "repetition_penalty", "logits_processor")
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,8 @@ class SamplingConfig:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is none, 1.2 is usual")
         if self.tolerance is not None:
-            for name, value in _DRAFTED.items():
-                if getattr(self, name) != value:
+            for name in _STEPWISE:
+                if getattr(self, name) != getattr(SamplingConfig, name):
                     raise ValueError(
                         f"tolerance={self.tolerance} drafts from left to right in steps of its own; leave out {name}"
                     )

@@ -93,31 +93,38 @@ def infill_canvas(
     left to the hole: most tokenizers keep a space at the start of a word. ValueError if a text has no hole, or a row is
     longer than the `context` tokens that the model can see.
     """
-    rows = [
-        _infill_row(tokenizer, text, choice / max(1, choices - 1), context, close)
-        for text in texts
-        for choice in range(choices)
-    ]
+    rows = []
+    for text in texts:
+        pieces = _pieces(tokenizer, text, close)
+        rows += [_infill_row(text, pieces, choice / max(1, choices - 1), context) for choice in range(choices)]
     return _room(tokenizer, rows)
 
 
-def _infill_row(
-    tokenizer: TextTokenizer, text: str, share: float, context: int | None, close: bool
-) -> list[int | None]:
-    pieces = parse_holes(text)
-    if not any(isinstance(piece, range) for piece in pieces):
+def _pieces(tokenizer: TextTokenizer, text: str, close: bool) -> list[list[int] | range]:
+    """The token ids of a text, and the sizes of the holes between them."""
+    parsed = parse_holes(text)
+    if not any(isinstance(piece, range) for piece in parsed):
         raise ValueError(f"{text[:40]!r} has no hole; write [[8]] where 8 tokens are to be filled in")
-    row: list[int | None] = [tokenizer.start_token_id]
-    for n, piece in enumerate(pieces):
+    pieces: list[list[int] | range] = [[tokenizer.start_token_id]]
+    for n, piece in enumerate(parsed):
         if isinstance(piece, str):
-            hole_follows = n + 1 < len(pieces)
-            row += tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
+            hole_follows = n + 1 < len(parsed)
+            piece = tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
+        pieces.append(piece)
+    return [*pieces, [tokenizer.end_token_id]] if close else pieces
+
+
+def _infill_row(text: str, pieces: list[list[int] | range], share: float, context: int | None) -> list[int | None]:
+    """Holes of one size each, by its share of the way from the smallest to the largest."""
+    row: list[int | None] = []
+    for piece in pieces:
+        if not isinstance(piece, range):
+            row += piece
             continue
         size = piece[round(share * (len(piece) - 1))]
         if context is not None and len(row) + size > context:
             raise ValueError(_too_long(text, len(row) + size, context))
         row += [None] * size
-    row += [tokenizer.end_token_id] if close else []
     if context is not None and len(row) > context:
         raise ValueError(_too_long(text, len(row), context))
     return row
