@@ -1,6 +1,7 @@
 """Left-to-right text in fewer forwards: the model drafts, and its own AR half checks.
 
-Axes: b texts, n canvas positions, m positions that are run, k drafted tokens, g places where drafts may be cut off.
+Axes: b texts, n canvas positions, m positions that are run, p places where the drafts may be cut off, s masks, k
+tokens that a pass may write, v vocabulary.
 """
 
 from collections.abc import Iterator
@@ -15,17 +16,18 @@ from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Greedy, Pick
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.cache import Columns
+from diffusify.sampling.drafts import Tree
 from diffusify.sampling.sampler import Frame, finished
 
 
 class Speculative:
     """AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
 
-    A pass runs the drafted tokens causally, as text, so it tells the AR model's own choice behind each of them: drafts
-    are kept as long as they agree, and the first that does not is replaced. In the same pass masks draft the next
-    tokens behind *every* place where the drafts may be cut off (a tree), so no pass is wasted. The text is that of
-    greedy AR decoding, or follows exactly the distribution of AR sampling where `pick` draws, whatever the drafts are
-    worth; every pass writes at least one token.
+    A pass runs `candidates` drafted tokens causally, as a tree of likely continuations, so it tells the AR model's own
+    choice behind each of them: the way is taken that agrees furthest, and one more token is the AR model's own. In the
+    same pass `masks` draft the next tokens behind the places where the text is likely to stand then, so no pass is
+    wasted. The text is that of greedy AR decoding, or follows exactly the distribution of AR sampling where `pick`
+    draws, whatever the drafts are worth; every pass writes at least one token.
 
     With a `tolerance` above 0 a draft is kept, too, if the AR half gives it a log-probability (nats) at most so far
     below its own choice's: fewer passes, for text that is a little less likely (typical acceptance, Medusa).
@@ -37,6 +39,8 @@ class Speculative:
         pick: Pick = Greedy(),
         tolerance: float = 0.0,
         *,
+        candidates: int = 6,
+        masks: int = 8,
         banned: tuple[int, ...] = (),
         end_token_id: int | None = None,
     ) -> None:
@@ -51,6 +55,7 @@ class Speculative:
         if tolerance < 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0 nats, which is lossless")
         self.denoiser, self.pick, self.size = denoiser, pick, pattern.size
+        self.candidates, self.masks = candidates, masks
         self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
 
     @torch.inference_mode()
@@ -63,101 +68,106 @@ class Speculative:
         end = torch.where(canvas.open, at + 1, 0).amax(1)
         if (canvas.open != ((at >= known[:, None]) & (at < end[:, None]))).any() or (known < 1).any():
             raise ValueError("speculative decoding goes on from prompts; it cannot fill holes")
-        k = self.size - 1
         ends = torch.full_like(known, -1 if self.end_token_id is None else self.end_token_id)
-        past = Columns(self.denoiser, self.size * k + n)
+        past = Columns(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
-        start, drafts, forwards = torch.zeros_like(known), known.new_full((b, 0), -1), 0
+        start, tree, forwards = torch.zeros_like(known), Tree.root(b, self.size, at.device), 0
         while (todo := canvas.open.any(1) & ~finished(canvas, ends)).any():
-            stop = torch.where(todo, torch.minimum(known + drafts.shape[1], end), start)
-            board = self._with_drafts(canvas.tokens, drafts, known, end)
-            logits, ahead = self._pass(board, start, stop, known, drafts.shape[1], noise, past)
+            owner, turn = tree.masks(self.masks)
+            logits, drafts = self._pass(canvas.tokens, start, known, tree, owner, turn, noise, past)
             forwards += 1
-            # The AR half's own tokens, each behind drafts that it would have to agree with first.
-            everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, luck))
-            choice, sure = self._lenient(logits, drafts, choice, sure)
-            agree = (drafts == choice[:, :-1]).long().cumprod(1).sum(1)
-            written = todo[:, None] & (at >= known[:, None]) & (at <= (known + agree)[:, None]) & canvas.open
-            place = (at - known[:, None]).clamp(0, choice.shape[1] - 1)
-            guess = Guess(choice.gather(1, place), sure.gather(1, place))
+            tokens, sure, stand = self._verdict(logits, tree, luck)
+            agreed = tree.depth.gather(1, stand[:, None])[:, 0]
+            place = at - known[:, None]
+            written = todo[:, None] & (place >= 0) & (place <= agreed[:, None]) & canvas.open
+            place = place.clamp(0, self.size - 1)
+            guess = Guess(tokens.gather(1, place), sure.gather(1, place))
             canvas = canvas.play(Move(written, erase=torch.zeros_like(written)), guess, noise)
             score = torch.where(written, guess.score, score)
-            drafts = ahead[torch.arange(b, device=at.device), agree].argmax(-1)
-            start = torch.minimum(known + agree, end)
-            known = torch.minimum(start + 1, end)
+            start = torch.where(todo, known, start)
+            known = torch.where(todo, torch.minimum(known + agreed + 1, end), known)
+            slot = torch.where(owner == stand[:, None], turn, self.size - 1)[..., None].expand_as(drafts)
+            ahead = drafts.new_full((b, self.size, drafts.shape[2]), -torch.inf).scatter(1, slot, drafts)[:, :-1]
+            tree = Tree.likeliest(ahead, self.candidates)
             yield Frame(canvas, score, forwards)
 
-    def _lenient(
-        self, logits: Float[Tensor, "b g v"], drafts: Int[Tensor, "b k"], choice: Int[Tensor, "b g"], sure: Tensor
-    ) -> tuple[Int[Tensor, "b g"], Float[Tensor, "b g"]]:
-        """The AR half's choices, and drafts in their place where these are nearly as likely."""
-        if not self.tolerance or not drafts.shape[1]:
-            return choice, sure
-        likely = logits[:, :-1].log_softmax(-1).gather(2, drafts[..., None])[..., 0]
-        near = likely >= sure[:, :-1] - self.tolerance
-        return (
-            torch.cat([torch.where(near, drafts, choice[:, :-1]), choice[:, -1:]], 1),
-            torch.cat([torch.where(near, likely, sure[:, :-1]), sure[:, -1:]], 1),
-        )
+    def _verdict(
+        self, logits: Float[Tensor, "b p v"], tree: Tree, luck: Luck
+    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"], Int[Tensor, " b"]]:
+        """The next tokens with their log-probabilities, and the place where they leave the tree.
 
-    def _with_drafts(
-        self, tokens: Int[Tensor, "b n"], drafts: Int[Tensor, "b k"], known: Int[Tensor, " b"], end: Int[Tensor, " b"]
-    ) -> Int[Tensor, "b n"]:
-        """The texts with drafts behind what is settled."""
-        if not drafts.shape[1]:
-            return tokens
-        place = torch.arange(tokens.shape[1], device=tokens.device) - known[:, None]
-        inside = (place >= 0) & (place < torch.minimum(end - known, end.new_tensor(drafts.shape[1]))[:, None])
-        return torch.where(inside, drafts.gather(1, place.clamp(0, drafts.shape[1] - 1)), tokens)
+        Up to that place they are drafted; the one behind it is the AR half's own, and what follows is void.
+        """
+        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, luck))
+        row = torch.arange(len(logits), device=logits.device)
+        told = logits.log_softmax(-1)[row[:, None], tree.parent, tree.token]
+        right = tree.token == choice.gather(1, tree.parent)
+        if self.tolerance:
+            right |= told >= sure.gather(1, tree.parent) - self.tolerance
+        right[:, 0], told[:, 0] = True, 0.0
+        stand = tree.furthest(right, told)
+        depth = tree.depth[row, stand][:, None]
+        steps = torch.arange(1, self.size + 1, device=row.device)[:, None]
+        way = (tree.along[row, stand][:, None] & (tree.depth[:, None] == steps)).long().argmax(-1)
+        tokens = tree.path[row, stand].scatter(1, depth, choice[row, stand][:, None])
+        return tokens, told.gather(1, way).scatter(1, depth, sure[row, stand][:, None]), stand
 
     def _pass(
         self,
-        board: Int[Tensor, "b n"],
+        tokens: Int[Tensor, "b n"],
         start: Int[Tensor, " b"],
-        stop: Int[Tensor, " b"],
         known: Int[Tensor, " b"],
-        drafted: int,
+        tree: Tree,
+        owner: Int[Tensor, "b s"],
+        turn: Int[Tensor, "b s"],
         noise: int,
         past: Columns,
-    ) -> tuple[Float[Tensor, "b g v"], Float[Tensor, "b g k v"]]:
-        """AR logits from the last settled token on, and those of the masks behind each of these places.
+    ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"]]:
+        """AR logits behind every place of the tree, and those of the masks.
 
-        Text stands in the cache at its position, behind the columns of the masks.
+        Settled text stands in the cache at its position, behind the columns of the tree and the masks.
         """
-        b, n, k, device = len(board), board.shape[1], self.size - 1, board.device
-        room = self.size * k
+        (b, n), device = tokens.shape, tokens.device
+        drafted, room = tree.path.shape[1] - 1, self.candidates + self.masks
         row = torch.arange(b, device=device)[:, None]
-        text = start[:, None] + torch.arange(int((stop - start).amax()), device=device)
-        branch = torch.arange(drafted + 1, device=device).repeat_interleave(k)
-        masks = (known - 1)[:, None] + branch + 1 + torch.arange(k, device=device).repeat(drafted + 1)
-        own = torch.arange(len(branch), device=device).expand(b, -1)
-        columns = torch.cat([torch.where(text < stop[:, None], text + room, room + n), own], 1)
-        width = room + int(stop.amax())
-        spare = masks.new_zeros(b, room - masks.shape[1])
-        there = torch.cat([masks, spare, torch.arange(width - room, device=device).expand(b, -1)], 1)
+        text = start[:, None] + torch.arange(int((known - start).amax()), device=device)
+        nodes = (known[:, None] - 1 + tree.depth)[:, 1:]
+        masks = known[:, None] + tree.depth.gather(1, owner) + turn
+        beside = torch.zeros(b, room, room, dtype=torch.bool, device=device)  # who sees whom in the tree
+        beside[:, :drafted, :drafted] = tree.along[:, 1:, 1:]
+        own = slice(drafted, drafted + masks.shape[1])
+        beside[:, own, :drafted] = tree.along[row, owner][:, :, 1:]
+        beside[:, own, own] = owner[:, :, None] == owner[:, None]
 
         def rule(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
-            """Text sees earlier text; a branch sees the text up to its place, and itself."""
-            is_mask = q < room
-            sees = torch.where(is_mask, known[b] - 1 + q // max(k, 1), q - room)
-            return torch.where(key < room, is_mask & (q // max(k, 1) == key // max(k, 1)), key - room <= sees)
+            """Text sees earlier text; the tree sees all settled text and what is on the way; masks see each other."""
+            inside = q < room
+            sees = torch.where(inside, known[b] - 1, q - room)
+            near = beside[b, q.clamp_max(room - 1), key.clamp_max(room - 1)]
+            return torch.where(key < room, inside & near, key - room <= sees)
 
+        tail = torch.cat([nodes, masks], 1)
+        width = room + int(known.amax())
+        columns = torch.arange(tail.shape[1], device=device).expand(b, -1)
+        columns = torch.cat([torch.where(text < known[:, None], text + room, room + n), columns], 1)
+        spare = tail.new_zeros(b, room - tail.shape[1])
+        drafts = torch.cat([tree.token[:, 1:], torch.full_like(masks, noise)], 1)
         scene = Scene(
-            tokens=torch.cat([board.gather(1, text.clamp_max(n - 1)), torch.full_like(masks, noise)], 1),
-            positions=torch.cat([text.clamp_max(n - 1), masks.clamp_max(n - 1)], 1),
-            answers=board,
-            ar_answers=board,
+            tokens=torch.cat([tokens.gather(1, text.clamp_max(n - 1)), drafts], 1),
+            positions=torch.cat([text, tail], 1).clamp_max(n - 1),
+            answers=tokens,
+            ar_answers=tokens,
             rule=rule,
             ragged=True,
-            columns=columns.clamp_max(room + n - 1),
-            there=there,
+            columns=columns,
+            there=torch.cat([tail, spare, torch.arange(width - room, device=device).expand(b, -1)], 1),
         )
         past.write(columns, width)
         m = columns.shape[1]
-        last = (known - 1 - start)[:, None] + torch.arange(drafted + 1, device=device)
-        wanted = torch.cat([row * m + last.clamp(0, m - 1), row * m + text.shape[1] + own], 1)
-        logits = self.denoiser.project(scene, wanted.flatten(), past=past).view(b, wanted.shape[1], -1)
+        root = row * m + (known - 1 - start)[:, None]
+        rest = row * m + text.shape[1] + torch.arange(tail.shape[1], device=device)
+        logits = self.denoiser.project(scene, torch.cat([root, rest], 1).flatten(), past=past).unflatten(0, (b, -1))
         if self.banned:
             logits[..., list(self.banned)] = -torch.inf
-        return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :].unflatten(1, (drafted + 1, k))
+        return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :]
