@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Prefix
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
@@ -65,8 +65,9 @@ def sees_right_context(attention: AttentionPattern) -> bool:
 
 
 def keeps_left_to_right(attention: AttentionPattern, shift: int) -> bool:
-    """Whether the finished text is still read as by the left-to-right base, so that a pass tells its answers too."""
-    return shift == 1 and isinstance(attention, BlockCausal) and attention.clean == "token"
+    """Whether finished text is read as by a left-to-right model, so that one pass tells its answers everywhere."""
+    token_causal = isinstance(attention, Causal) or (isinstance(attention, BlockCausal) and attention.clean == "token")
+    return shift == 1 and token_causal
 
 
 @dataclass(frozen=True)

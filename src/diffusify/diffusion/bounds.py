@@ -30,24 +30,33 @@ class Bound:
 
 
 def mask_counts(
-    clean: Canvas, unit: Int[Tensor, "b n"], draws: int, noise: int, generator: Generator | None = None
+    clean: Canvas,
+    unit: Int[Tensor, "b n"],
+    draws: int,
+    noise: int,
+    generator: Generator | None = None,
+    *,
+    alike: bool = False,
 ) -> Iterator[tuple[Canvas, Float[Tensor, "b n"]]]:
     """Noisy canvases for a bound, and each position's share of open neighbours.
 
     A unit (a text, or a block) of L editable positions has exactly l of them opened, l uniform in 1..L and stratified
     over the draws. Weighing by L / l gives the continuous-time bound of every schedule, with much less variance than
-    independent masking at a random time (LLaDA).
+    independent masking at a random time (LLaDA). Rows that are `alike` share their luck: what they have in common is
+    opened alike, so that they differ by little else than their texts (common random numbers).
     """
     b, n = clean.tokens.shape
     row = torch.arange(b, device=unit.device)[:, None]
     key = ((row * (unit.max() + 1) + unit) * 2 + clean.editable).flatten()
     key = key.unique(return_inverse=True)[1]  # units of the whole batch, from 0; what is not editable stands apart
     size = torch.bincount(key)
-    phase = torch.rand(len(size), generator=generator).to(key.device)
+    units = int(unit.max()) + 1
+    phase = torch.rand(1 if alike else b, units, generator=generator).to(key.device).expand(b, -1)
+    phase = torch.zeros_like(size, dtype=phase.dtype).scatter(0, key, phase.gather(1, unit).flatten())
     for draw in range(draws):
         count = ((phase + draw / draws).frac() * size).long() + 1
-        luck = torch.rand(b * n, generator=generator, dtype=torch.float64).to(key.device)
-        order = (key + luck).argsort()
+        luck = torch.rand(1 if alike else b, n, generator=generator, dtype=torch.float64).to(key.device)
+        order = (key + luck.expand(b, -1).flatten()).argsort()
         rank = torch.empty_like(order)
         rank[order] = torch.arange(b * n, device=key.device) - (size.cumsum(0) - size)[key[order]]
         open = (rank < count[key]).view(b, n) & clean.editable

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from diffusify.config import DiffusionConfig, keeps_left_to_right
-from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Prefix
+from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
 from diffusify.diffusion.policies import Policy, Reparam, Unmask
 from diffusify.diffusion.quotas import Threshold
+from diffusify.diffusion.ranks import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
 
@@ -107,6 +108,12 @@ def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None
     return Recipe(
         "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
     )
+
+
+def as_is(*, masked: bool = False) -> Recipe:
+    """A network that is not adapted: a left-to-right one writes token by token, a `masked` one is asked as it is."""
+    attention = Bidirectional() if masked else Causal()
+    return Recipe("as_is", 0 if masked else 1, attention, PerText(), Objective(), policy=Unmask(Leftmost()))
 
 
 def of_card(card: DiffusionConfig) -> Recipe:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
-from diffusify.diffusion.attention import BlockCausal, Scene
+from diffusify.diffusion.attention import Scene
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Greedy, Pick
 from diffusify.models.denoiser import Denoiser
@@ -45,7 +45,7 @@ class Speculative:
         end_token_id: int | None = None,
     ) -> None:
         pattern = denoiser.diffusion.attention
-        if not (isinstance(pattern, BlockCausal) and denoiser.diffusion.keeps_left_to_right):
+        if not denoiser.diffusion.keeps_left_to_right:
             raise ValueError(
                 "speculative decoding needs a model that keeps its left-to-right half (the block recipe on an AR "
                 f"base); this one has {pattern} and shift {denoiser.diffusion.shift}"
@@ -54,7 +54,7 @@ class Speculative:
             raise ValueError(f"{denoiser.diffusion.architecture} keeps no keys and values, so it cannot draft ahead")
         if tolerance < 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0 nats, which is lossless")
-        self.denoiser, self.pick, self.size = denoiser, pick, pattern.size
+        self.denoiser, self.pick, self.size = denoiser, pick, denoiser.diffusion.block_size or 1
         self.candidates, self.masks = candidates, masks
         self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
 

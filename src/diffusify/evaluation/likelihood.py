@@ -1,0 +1,265 @@
+"""How likely a model finds texts: exactly where it can say, else as a bound with its standard error.
+
+Axes: b rows, n positions, k asked positions, v vocabulary.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean, stdev
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.bounds import log_probability, mask_counts
+from diffusify.diffusion.objectives import cross_entropy
+from diffusify.models.denoiser import Denoiser
+
+WAVE = 64  # questions that are measured together
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text so far, and ways in which it may go on: token ids, the start token first.
+
+    `worth` is what each choice's log-probability is multiplied by before choices are compared: 1 for sums (unset), one
+    by the length for means.
+    """
+
+    context: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    worth: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.context or not self.choices or not all(self.choices):
+            raise ValueError("a question has a context, if only the start token, and choices of one token at least")
+        if self.worth and len(self.worth) != len(self.choices):
+            raise ValueError(f"{len(self.worth)} worths for {len(self.choices)} choices; give one for each, or none")
+
+    def best(self, log_prob: Sequence[float]) -> int:
+        """The choice that is the likeliest by its worth, the first of equals."""
+        told = [a * b for a, b in zip(log_prob, self.worth or [1.0] * len(log_prob), strict=True)]
+        return told.index(max(told))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of every choice the log-probability (nats), or a bound from below; its standard error, 0 where it is exact.
+
+    `greedy` tells, where it is known, whether the choice is what the model would write itself, token for token.
+    """
+
+    log_prob: tuple[float, ...]
+    se: tuple[float, ...]
+    draws: int = 1
+    greedy: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LeftToRight:
+    """The exact log-probability by the left-to-right model, or by the left-to-right half of a block model: one pass."""
+
+    batch_tokens: int = 4096
+
+    def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
+        """In order. ValueError for a model without a left-to-right half, and for texts that it cannot see whole."""
+        if not denoiser.diffusion.keeps_left_to_right:
+            raise ValueError(
+                f"a model with {denoiser.diffusion.attention} and shift {denoiser.diffusion.shift} does not read from "
+                "left to right; measure MonteCarlo() or OneByOne()"
+            )
+        for wave in _waves(questions):
+            texts = [_texts(denoiser, question) for question in wave]
+            found: dict[int, Likelihood] = {}
+            for batch in _batches(texts, self.batch_tokens):
+                canvas = _stack([texts[i] for i in batch]).to(denoiser.device)
+                log_prob, greedy = _told(denoiser, canvas)
+                for i in batch:
+                    count = len(texts[i].tokens)
+                    found[i] = Likelihood(tuple(log_prob[:count]), (0.0,) * count, greedy=tuple(greedy[:count]))
+                    log_prob, greedy = log_prob[count:], greedy[count:]
+            yield from (found[i] for i in range(len(wave)))
+
+
+@torch.inference_mode()
+def _told(denoiser: Denoiser, canvas: Canvas) -> tuple[list[float], list[bool]]:
+    """Of finished texts, seen from left to right: log-probabilities, and whether every token is the likeliest."""
+    targets, row = canvas.tokens[canvas.editable], canvas.editable.nonzero()[:, 0]
+    logits = denoiser.answers(canvas, ask=canvas.editable)
+    total = torch.zeros(len(canvas.tokens), dtype=torch.float64, device=targets.device)
+    total.index_add_(0, row, logits.log_prob(targets).double())
+    missed = torch.zeros_like(total).index_add_(0, row, (logits.map(lambda part: part.argmax(-1)) != targets).double())
+    return total.tolist(), (missed == 0).tolist()
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """The exact log-probability of writing the tokens one by one from left to right: a pass for each token."""
+
+    batch_tokens: int = 4096
+
+    def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
+        """In order. ValueError for texts that the model cannot see whole."""
+
+        def answer(canvas: Canvas, clean: Tensor) -> Tensor:
+            return denoiser.answers(canvas, ask=canvas.open).logits
+
+        noise = denoiser.diffusion.mask_token_id
+        for wave in _waves(questions):
+            texts = [_texts(denoiser, question) for question in wave]
+            found: dict[int, Likelihood] = {}
+            for batch in _batches(texts, self.batch_tokens):
+                clean = _stack([texts[i] for i in batch]).to(denoiser.device)
+                told = log_probability(answer, clean, clean.positions, noise=noise).tolist()
+                for i in batch:
+                    count = len(texts[i].tokens)
+                    found[i], told = Likelihood(tuple(told[:count]), (0.0,) * count), told[count:]
+            yield from (found[i] for i in range(len(wave)))
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """The bound, estimated in rounds of `draws` stratified mask counts, until the best choice is decided.
+
+    The choices of a question share their luck (common random numbers). Its rounds end when every other choice is
+    `decided` standard errors behind the best, after `least` rounds, and at `most`. What is drawn for a question depends
+    on `seed` and the question alone. A block model is measured block by block, each against clean history.
+    """
+
+    draws: int = 4
+    least: int = 3
+    most: int = 8
+    decided: float = 4.0
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws} must be at least 1 a round")
+        if not 2 <= self.least <= self.most:
+            raise ValueError(f"least={self.least} and most={self.most} rounds: at least 2, which a spread takes")
+
+    def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
+        """In order. ValueError for texts that the model cannot see whole."""
+        for wave in _waves(questions):
+            found: list[list[list[float]]] = [[] for _ in wave]  # of each question, rounds of choices
+            for turn in range(self.most):
+                going = [i for i in range(len(wave)) if not self._settled(wave[i], found[i])]
+                for i, one in zip(going, self._round(denoiser, [wave[i] for i in going], turn), strict=True):
+                    found[i].append(one)
+            for question, rounds in zip(wave, found, strict=True):
+                each = list(zip(*rounds, strict=True))
+                yield Likelihood(
+                    tuple(map(fmean, each)), tuple(map(_se, each)), draws=self._draws(question) * len(rounds)
+                )
+
+    def _draws(self, question: Question) -> int:
+        """A round's: no more than there are mask counts."""
+        return min(self.draws, max(map(len, question.choices)))
+
+    def _settled(self, question: Question, rounds: list[list[float]]) -> bool:
+        """Whether more rounds would hardly tell another choice to be the best."""
+        if len(rounds) < self.least:
+            return False
+        each = list(zip(*rounds, strict=True))
+        best, worth = question.best([fmean(values) for values in each]), question.worth or (1.0,) * len(each)
+        for i, values in enumerate(each):
+            ahead = [worth[best] * a - worth[i] * b for a, b in zip(each[best], values, strict=True)]
+            if i != best and fmean(ahead) < self.decided * _se(ahead):
+                return False
+        return len(each) > 1 or _se(each[0]) == 0.0
+
+    def _round(self, denoiser: Denoiser, questions: list[Question], turn: int) -> list[list[float]]:
+        """One estimate of every choice."""
+        noise, size = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size
+        noisy, clean, share = [], [], []
+        for question in questions:
+            texts = _texts(denoiser, question)
+            unit = texts.positions // size if size else torch.zeros_like(texts.tokens)
+            seed = zlib.crc32(repr((self.seed, turn, question.context, question.choices)).encode())
+            luck = Generator().manual_seed(seed)
+            drawn = list(mask_counts(texts, unit, self._draws(question), noise, luck, alike=True))
+            noisy.append(_stack([canvas for canvas, _ in drawn]))
+            clean.append(texts.tokens.repeat(len(drawn), 1))
+            share.append(torch.cat([part for _, part in drawn]))
+        found: dict[int, list[float]] = {}
+        for batch in _batches(noisy, self.batch_tokens):
+            canvas = _stack([noisy[i] for i in batch]).to(denoiser.device)
+            text, open_share = (_pad([x[i] for i in batch]).to(denoiser.device) for x in (clean, share))
+            told = _masked(denoiser, canvas, text, open_share).split([len(clean[i]) for i in batch])
+            for i, values in zip(batch, told, strict=True):
+                found[i] = values.view(-1, len(questions[i].choices)).mean(0).tolist()
+        return [found[i] for i in range(len(questions))]
+
+
+@torch.inference_mode()
+def _masked(
+    denoiser: Denoiser, canvas: Canvas, clean: Int[Tensor, "b n"], share: Float[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """What one draw of mask counts says of the log-probability of each row."""
+    logits = denoiser(canvas, clean if denoiser.diffusion.block_size else None, ask=canvas.open).logits
+    told = -cross_entropy(logits, clean[canvas.open]).double() / share[canvas.open]
+    return torch.zeros(len(clean), dtype=told.dtype, device=told.device).index_add_(
+        0, canvas.open.nonzero()[:, 0], told
+    )
+
+
+Measure = LeftToRight | OneByOne | MonteCarlo
+
+
+def best_measure(denoiser: Denoiser) -> Measure:
+    """What tells most for the least work: exact in one pass where the model can, else the bound."""
+    return LeftToRight() if denoiser.diffusion.keeps_left_to_right else MonteCarlo()
+
+
+def _texts(denoiser: Denoiser, question: Question) -> Canvas:
+    """A row for each choice. What does not fit is cut off the context's beginning, but for its start token."""
+    rows, context = [], denoiser.context
+    for choice in question.choices:
+        head = question.context
+        if context is not None and len(head) + len(choice) > context:
+            if len(choice) >= context:
+                raise ValueError(f"a choice of {len(choice)} tokens does not fit the {context} that the model can see")
+            spare = context - len(choice) - 1
+            head = head[:1] + head[len(head) - spare :]
+        rows.append(
+            Canvas.clean(
+                torch.tensor([[*head, *choice]]), editable=torch.tensor([[False] * len(head) + [True] * len(choice)])
+            )
+        )
+    return _stack(rows)
+
+
+def _pad(parts: list[Tensor]) -> Tensor:
+    """Rows of several widths under each other, zeros behind them."""
+    n = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, n - part.shape[1])) for part in parts])
+
+
+def _stack(canvases: list[Canvas]) -> Canvas:
+    return Canvas(*(_pad([getattr(canvas, field.name) for canvas in canvases]) for field in fields(Canvas)))
+
+
+def _waves(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    return (questions[start : start + WAVE] for start in range(0, len(questions), WAVE))
+
+
+def _batches(canvases: list[Canvas], most: int) -> Iterator[list[int]]:
+    """Canvases to be run together, the longest first, padded to `most` tokens (one canvas may have more)."""
+    batch: list[int] = []
+    rows = 0
+    for i in sorted(range(len(canvases)), key=lambda i: -canvases[i].tokens.shape[1]):
+        if batch and (rows + len(canvases[i].tokens)) * canvases[batch[0]].tokens.shape[1] > most:
+            yield batch
+            batch, rows = [], 0
+        batch.append(i)
+        rows += len(canvases[i].tokens)
+    if batch:
+        yield batch
+
+
+def _se(values: Sequence[float]) -> float:
+    """The standard error of a mean."""
+    return stdev(values) / len(values) ** 0.5
