@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # A further mask's draft is right so much less often than that of the mask before it.
-_FADE = 0.4
+_FADE = 0.15
 
 
 @dataclass(frozen=True)
