@@ -71,7 +71,7 @@ def main() -> None:
     result["AR"] = scores(completions(lm, prompts, ROOM), found)
     print("AR", result["AR"], flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, recipe in {"ar()": ar(), "block(4)": block(4)}.items():
+        for name, recipe in {"ar()": ar(), "block(4)": block(4, distill=0.0)}.items():
             out = diffusify.tune(
                 BASE, chosen.train, Path(scratch) / name[:2], template=TEMPLATE, recipe=recipe,
                 length_head=name == "ar()", learning_rate=1e-4, **same,

@@ -78,8 +78,8 @@ def main() -> None:
         result["AR"] = accuracy(lm, tests, chosen.seed)
         print("AR", result["AR"], flush=True)
         out = diffusify.tune(
-            chosen.model, str(data), Path(scratch) / "out", template=TEMPLATE, recipe=block(4), learning_rate=2e-4,
-            **same,
+            chosen.model, str(data), Path(scratch) / "out", template=TEMPLATE, recipe=block(4, distill=0.0),
+            learning_rate=2e-4, **same,
         )  # fmt: skip
         result["block(4)"] = accuracy(diffusify.load(out), tests, chosen.seed)
         print("block(4)", result["block(4)"], flush=True)

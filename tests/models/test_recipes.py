@@ -16,6 +16,8 @@ def test_rows() -> None:
     assert (block(8).shift, block(8).attention, block(8).time) == (1, BlockCausal(8, "token"), PerBlock(8))
     assert (block(8, masked=True).shift, block(8, masked=True).attention) == (0, BlockCausal(8, "block"))
     assert block().objective.ar_weight == 0.5 and block(masked=True).objective.ar_weight == 0
+    assert block().objective.distill == 1.0 and block(distill=0.0).objective.distill == 0.0
+    assert block(masked=True).objective.distill == block(ar_weight=0.0).objective.distill == 0.0
 
 
 def test_annealing_opens_the_future_linearly_and_repeats_itself() -> None:

@@ -95,16 +95,21 @@ def mlm(
     return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Reparam())
 
 
-def block(size: int = 4, *, masked: bool = False, ar_weight: float | None = None, distill: float = 0.0) -> Recipe:
+def block(
+    size: int = 4, *, masked: bool = False, ar_weight: float | None = None, distill: float | None = None
+) -> Recipe:
     """Blocks written left to right, the tokens of a block in parallel (BD3-LM), with an exact key-value cache.
 
     On a left-to-right network clean text is seen causally, and `ar_weight` (0.5) keeps the AR model alive in the same
-    weights: a block's first position starts at the AR model's own quality. It can be the other half's teacher, too:
-    `distill` is that share of the loss. On a `masked` network there is no AR model.
+    weights: a block's first position starts at the AR model's own quality. It is the other half's teacher, too:
+    `distill` is that share of the loss (1.0: what is open learns the AR model's distributions, not the one token that
+    happened to follow, and drafts better after as many steps; the default where the AR model is kept alive). On a
+    `masked` network there is none.
     """
     attention = BlockCausal(size, clean="block" if masked else "token")
     weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
-    objective = Objective(Elbo(), ar_weight=weight, distill=distill)
+    taught = float(weight > 0) if distill is None else distill
+    objective = Objective(Elbo(), ar_weight=weight, distill=taught)
     return Recipe(
         "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
     )
