@@ -50,6 +50,18 @@ def test_the_reactions_table_is_that_of_the_results() -> None:
             assert line.strip("| ").split(" | ")[2:] == list(map(str, numbers))
 
 
+def test_the_concepts_table_is_that_of_the_results() -> None:
+    made = result("commongen")
+    rows = {"AR, greedy | one a token": made["AR"]}
+    rows |= {"block(4), threshold 0.9 | as it needs": made["block(4)"]["threshold 0.9"]}
+    rows |= {"block(4) | 16": made["block(4)"]["16 steps"]}
+    for said, kind in (("told", "told"), ("given", "oracle")):
+        rows |= {f"ar(), {said} length | {n}": made["ar()"][f"{kind} length, {n} steps"] for n in (1, 4, 16, 50)}
+    for name, told in rows.items():
+        assert f"| {name} | {told['bleu']} | {told['rouge_l']} | {told['concepts_there']} |" in README
+    assert "0.16M tokens for each" in README and round(made["tokens"] / 1e6, 2) == 0.16
+
+
 def test_the_finetuning_table_is_that_of_the_results() -> None:
     reasoning = result("reasoning")
     for arm, name in (("AR", "AR"), ("block(4)", "block(4), threshold 0.9")):

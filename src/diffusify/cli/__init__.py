@@ -2,7 +2,7 @@
 
 import typer
 
-from diffusify.cli import making, measuring, writing
+from diffusify.cli import evaluating, making, measuring, writing
 
 app = typer.Typer(
     help="Turn a pretrained language model into a diffusion language model, and write with it.",
@@ -17,9 +17,11 @@ COMMANDS = (
     writing.infill,
     writing.chat,
     measuring.bench,
+    evaluating.compare,
     writing.show,
     making.merge,
 )
 for command in COMMANDS:
     app.command()(command)
 app.command("import")(making.import_)
+app.command("eval")(evaluating.eval_)

@@ -88,6 +88,14 @@ def _read(file: Path) -> list[Scored]:
     return [Scored(**json.loads(line)) for line in whole]
 
 
+def read_scores(folder: Path) -> dict[str, list[Scored]]:
+    """All items that an evaluation in this folder has done. ValueError if there is none."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder} holds no evaluation; `diffusify eval` makes one")
+    return {file.stem: _read(file) for file in files}
+
+
 def row(task: str, scored: Sequence[Scored], metric: str | None = None) -> Row:
     """A task's score, by its first metric or another."""
     metric = metric or next(iter(scored[0].scores))

