@@ -76,7 +76,7 @@ def eval_(
             bars: dict[str, Any] = {}
 
             def told(who: str, task: str, done: int, count: int) -> None:
-                key = f"{Path(who).name} {task}"
+                key = f"{who[-40:]} {task}"
                 if key not in bars:
                     bars[key] = progress.add_task(key, total=count)
                 progress.update(bars[key], completed=done)

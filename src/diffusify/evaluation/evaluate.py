@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,7 +40,7 @@ class Difference:
 
 def evaluate(
     lm: DiffusionLM,
-    tasks: dict[str, Sequence[Item]],
+    tasks: Mapping[str, Sequence[Item]],
     folder: Path,
     *,
     measure: Measure | None = None,
@@ -60,8 +60,9 @@ def evaluate(
         told(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
             for scored in score(lm, items[len(done) :], measure, sampling):
-                done.append(scored)
-                lines.write(json.dumps(asdict(scored)) + "\n")
+                line = json.dumps(asdict(scored))
+                done.append(Scored(**json.loads(line)))  # as it will be read again
+                lines.write(line + "\n")
                 lines.flush()
                 told(name, len(done))
         results[name] = done

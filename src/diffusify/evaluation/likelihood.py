@@ -270,10 +270,11 @@ def _se(values: Sequence[float]) -> float:
 def bits_per_byte(
     denoiser: Denoiser, texts: Sequence[str], tokenizer: TextTokenizer, measure: Measure, *, length: int = 256
 ) -> tuple[float, float]:
-    """What texts cost in bits per byte, and its standard error: windows of `length` tokens, each behind a start token.
+    """What texts cost in bits per byte, and its standard error: in windows of `length` tokens, or as many as fit.
 
-    Where `measure` tells a bound, so is this.
+    Each window stands alone, behind a start token. Where `measure` tells a bound, so is this.
     """
+    length = min(length, (denoiser.context or length + 1) - 1)
     questions, sizes = [], []
     for text in texts:
         ids = tokenizer.encode(text)

@@ -49,22 +49,22 @@ def report(
 ) -> Report:
     """Evaluate, or go on where an evaluation in this folder stopped. `told` hears of every item."""
 
-    def run(who: str, lm: DiffusionLM, part: str, tasks: dict[str, Sequence[Item]], how: SamplingConfig) -> Any:
+    def run(who: str, lm: DiffusionLM, part: str, tasks: Mapping[str, Sequence[Item]], how: SamplingConfig) -> Any:
         def heard(task: str, done: int) -> None:
             told(who, task, done, len(tasks[task]))
 
-        measure = plan.measure if part == "model" else best_measure(lm.denoiser)
+        measure = best_measure(lm.denoiser) if part == "baseline" else plan.measure
         return evaluate(lm, tasks, folder / part, measure=measure, sampling=how, told=heard)
 
     name, lm = model
-    ours = run(name, lm, "model", dict(plan.tasks), plan.sampling)
-    theirs = run(*baseline, "baseline", dict(plan.tasks), SamplingConfig(tolerance=0.0)) if baseline else {}
+    ours = run(name, lm, "model", plan.tasks, plan.sampling)
+    theirs = run(*baseline, "baseline", plan.tasks, SamplingConfig(tolerance=0.0)) if baseline else {}
     writing = {task: items[:SOME] for task, items in plan.tasks.items() if not isinstance(items[0], Choice)}
     tried: dict[str, dict[float, float]] = {task: {} for task in writing}
     for steps in plan.steps:
         how = replace(plan.sampling, steps=steps, threshold=None, tolerance=None, policy=None)
-        for task, scored in run(name, lm, f"steps-{steps}", writing, how).items():
-            tried[task][steps] = row(task, scored).score
+        for task, scored in run(f"{name}, {steps} steps", lm, f"steps-{steps}", writing, how).items():
+            tried[task][float(steps)] = row(task, scored).score
     pictures = {}
     if plan.steps and writing:
         pictures["Quality against steps"] = lines_picture(tried, "denoising steps", "score (percent)")
@@ -106,7 +106,8 @@ def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, floa
     """The plain cross-entropy of open tokens, by how many are open."""
     if lm.config.recipe == "as_is" and lm.config.shift:
         return {}
-    rows = pack(Dataset.from_dict({"text": list(texts)}), lm.tokenizer, 256, keep_tail=True)
+    length = min(256, lm.denoiser.context or 256)
+    rows = pack(Dataset.from_dict({"text": list(texts)}), lm.tokenizer, length, keep_tail=True)
     assert isinstance(rows, Dataset)
     told = validate(lm.denoiser, rows.select(range(min(SOME, len(rows)))), batch_size=4)
     prefix = "nll_at_"
@@ -114,4 +115,5 @@ def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, floa
 
 
 def _sample(lm: DiffusionLM, prompt: str, plan: Plan) -> str:
-    return coloured(lm.tokenizer, lm.continuing([prompt], 64, plan.sampling))
+    room = min(64, (lm.denoiser.context or 128) // 2)
+    return coloured(lm.tokenizer, lm.continuing([prompt], room, plan.sampling))

@@ -109,7 +109,7 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
             yield Scored({"pass": float(runs(item.before + text + item.after + item.check))}, {"wrote": text})
         else:
             told = rouge.score(item.middle, text)
-            yield Scored({name: told[name].fmeasure for name in ("rougeL", "rouge1", "rouge2")}, {"wrote": text})
+            yield Scored({name: float(told[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}, {"wrote": text})
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,173 @@
+"""Whole evaluations of tiny models: kept item by item, gone on with, compared, and put on a page."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from diffusify.cli import app
+from diffusify.evaluation import evaluate as module
+from diffusify.evaluation.evaluate import difference, evaluate, read_scores, row
+from diffusify.evaluation.likelihood import MonteCarlo
+from diffusify.evaluation.opening import open_lm
+from diffusify.evaluation.page import calibration
+from diffusify.evaluation.scoring import Scored
+from diffusify.evaluation.tasks import Choice
+from diffusify.models.recipes import ar
+from diffusify.training.adapt import adapt
+from tests.evaluation.test_tasks import RECORDS, write
+
+TASKS = ("piqa", "lambada", "rocstories")
+
+
+@pytest.fixture(scope="module")
+def model(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("models") / "ar"
+    return str(adapt(causal_base, corpus, out, recipe=ar(), steps=1, length=32, held_out=64, bf16=False))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        write(folder, task, [json.dumps(RECORDS[task])] * 4)
+    return folder
+
+
+def scored(*values: float) -> list[Scored]:
+    return [Scored({"accuracy": float(value)}, {}) for value in values]
+
+
+def test_a_killed_evaluation_goes_on_and_repeats_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_lm(model)
+    items = {"piqa": [Choice("It is", (f" {i}", f" {i + 1} so"), i % 2) for i in range(6)]}
+    whole = evaluate(lm, items, tmp_path / "whole")
+
+    asked: list[int] = []
+    true = module.score
+
+    def dies(lm: Any, todo: Any, *rest: Any) -> Any:
+        asked.append(len(todo))
+        for number, one in enumerate(true(lm, todo, *rest)):
+            if number == 4 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(module, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lm, items, tmp_path / "killed")
+    file = tmp_path / "killed" / "piqa.jsonl"
+    file.write_text(file.read_text()[:-7])  # the last line was cut off, too
+    counts: list[int] = []
+    again = evaluate(lm, items, tmp_path / "killed", told=lambda task, done: counts.append(done))
+    assert asked == [6, 3] and counts == [3, 4, 5, 6]
+    assert again == whole
+    assert (tmp_path / "killed" / "piqa.jsonl").read_text() == (tmp_path / "whole" / "piqa.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds an evaluation with another measure"):
+        evaluate(lm, items, tmp_path / "whole", measure=MonteCarlo(draws=2))
+
+
+def test_a_score_is_a_mean_with_its_error() -> None:
+    told = row("piqa", scored(1, 0, 1, 1))
+    assert (told.score, told.items, told.metric) == (75.0, 4, "accuracy")
+    assert told.se == pytest.approx(25.0)
+    assert row("piqa", scored(1.0)).se == 0.0
+
+
+def test_a_difference_is_paired() -> None:
+    """What both get right or wrong together says nothing, however the items differ."""
+    alike = difference("piqa", scored(*[1, 0] * 20), scored(*[1, 0] * 20))
+    assert (alike.ahead, alike.low, alike.high) == (0.0, 0.0, 0.0)
+    better = difference("piqa", scored(*[1] * 20, *[0] * 20), scored(*[1] * 12, *[0] * 28))
+    assert better.ahead == pytest.approx(20.0)
+    assert 5 < better.low < 12 and 28 < better.high < 37  # +-12.4 by the normal approximation
+    with pytest.raises(ValueError, match="cannot be paired"):
+        difference("piqa", scored(1, 0), scored(1))
+
+
+def test_calibration_is_how_often_a_confidence_is_right() -> None:
+    items = [Choice("", (" a", " b"), 0)] * 10
+    told = [
+        Scored({"accuracy": float(i < 4)}, {"log_prob": [0.0, -1.0 if i < 5 else -9.0], "worth": [1.0, 1.0]})
+        for i in range(10)
+    ]
+    curve = calibration(items, told, bins=2)
+    assert list(curve) == pytest.approx([100 / (1 + 2.718281828**-1), 100 / (1 + 2.718281828**-9)], rel=1e-6)
+    assert list(curve.values()) == [80.0, 0.0]
+
+
+class Page(HTMLParser):
+    """Every tag that is opened is closed, and nothing is asked of anybody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v for k, v in attrs if k.endswith("href") and v and not v.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_command_writes_a_page_and_says_what_it_found(
+    model: str, causal_base: str, corpus: str, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    command = ["eval", model, "--tasks", ",".join(TASKS), "--data", str(data), "--baseline", causal_base]
+    command += ["--out", str(out), "--limit", "3", "--steps", "4", "--sweep", "1,2", "--texts", corpus]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    for word in (*TASKS, "accuracy", "rougeL", "baseline", "95%"):
+        assert word in told.output
+    found = json.loads((out / "results.json").read_text())
+    assert [line["task"] for line in found["rows"]] == list(TASKS)
+    assert all(line["items"] == 3 and 0 <= line["score"] <= 100 for line in found["rows"])
+    bits = found["settings"]["bits_per_byte"]
+    assert bits["model"]["bits_per_byte"] > bits["baseline"]["bits_per_byte"] > 0
+    page = (out / "index.html").read_text()
+    reader = Page()
+    reader.feed(page)
+    assert not reader.open and not reader.links
+    assert page.count("<svg") == 3 and "the later the redder" in page
+    assert len(re.findall(r'title="step \d+"', page)) > 10
+    again = CliRunner().invoke(app, [*command, "--json"])
+    assert json.loads(again.stdout) == found
+    both = CliRunner().invoke(app, ["compare", str(out), str(out), "--json"])
+    assert [one["ahead"] for one in json.loads(both.stdout)] == [0.0, 0.0, 0.0]
+    assert set(read_scores(out / "model")) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "piqqa"], 'task "piqqa" is not known; did you mean "piqa"'),
+        (["--tasks", "siqa"], "holds no siqa.jsonl"),
+        (["--tasks", "piqa", "--likelihood", "left-to-right"], "does not read from left to right"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    model: str, data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    told = CliRunner().invoke(app, ["eval", model, "--data", str(data), "--out", str(tmp_path / "out"), *arguments])
+    assert told.exit_code == 2
+    assert message in " ".join(told.output.split())
+    nothing = CliRunner().invoke(app, ["compare", str(tmp_path), str(tmp_path)])
+    assert nothing.exit_code == 2 and "holds no evaluation" in nothing.output
+
+
+def test_tasks_are_listed() -> None:
+    told = CliRunner().invoke(app, ["eval", "anything", "--tasks", "list"])
+    assert told.exit_code == 0 and "hellaswag" in told.output and "Which ending" in told.output
