@@ -43,13 +43,14 @@ class Report:
 
     def page(self) -> str:
         """One HTML file that asks nothing of anybody."""
-        heads = ["task", "metric", "items", self.model]
+        heads, about = ["task", "metric", "items", "model"], html.escape(self.model)
         cells = [[r.task, r.metric, str(r.items), f"{r.score:.1f} ± {r.se:.1f}"] for r in self.rows]
         if self.baseline:
-            heads += [self.baseline, "difference (95%)"]
+            heads += ["baseline", "difference (95%)"]
+            about += f", beside {html.escape(self.baseline)}"
             for line, theirs, ahead in zip(cells, self.baseline_rows, self.differences, strict=True):
                 line += [f"{theirs.score:.1f} ± {theirs.se:.1f}", difference_text(ahead)]
-        parts = [f"<h1>{html.escape(self.model)}</h1>", _table(heads, cells), f"<p>{NOTE}</p>"]
+        parts = [f"<h1>Evaluation</h1><p>{about}</p>", _table(heads, cells), f"<p>{NOTE}</p>"]
         parts += [f"<h2>{html.escape(name)}</h2><figure>{svg}</figure>" for name, svg in self.pictures.items()]
         parts += [f"<h2>{html.escape(name)}</h2>{text}" for name, text in self.texts.items()]
         parts.append(
@@ -70,7 +71,11 @@ h1, p {{ overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
-th {{ white-space: normal; overflow-wrap: anywhere; vertical-align: bottom; }}
+@media (max-width: 40rem) {{
+  table {{ font-size: .8rem; }}
+  th, td {{ padding: .25rem; white-space: normal; }}
+  th:nth-child(2), td:nth-child(2), th:nth-child(3), td:nth-child(3) {{ display: none; }}
+}}
 figure {{ margin: 0; background: #fff; border-radius: .5rem; }}
 svg {{ max-width: 100%; height: auto; display: block; }}
 .text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; padding: .5rem; }}
