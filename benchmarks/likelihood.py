@@ -2,7 +2,7 @@
 
     python benchmarks/likelihood.py MODEL DATA
 
-MODEL is a folder of the `ar` recipe, DATA a folder with hellaswag.jsonl[.gz]. The plain loop is that of the first papers'
+MODEL is a folder of the `ar` recipe, DATA one with hellaswag.jsonl[.gz]. The plain loop is that of the first papers'
 scripts: a time drawn anew for each row, tokens masked independently, logits at every position. Both are timed on the
 first `--plain` items, ours on all of them, too. Errors are standard errors of a choice's log-probability, in nats.
 """
