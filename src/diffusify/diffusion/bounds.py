@@ -1,13 +1,13 @@
 """What a denoiser says of a text: a bound on its negative log-likelihood, and exact values along an order.
 
-Axes: b texts, n positions, k asked positions, v vocabulary.
+Axes: b texts, n positions, d draws, k asked positions, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
@@ -62,6 +62,24 @@ def mask_counts(
         open = (rank < count[key]).view(b, n) & clean.editable
         share = (count / size)[key].view(b, n)
         yield replace(clean, tokens=torch.where(open, noise, clean.tokens), open=open), share
+
+
+def draws_compared(
+    nll: Float[Tensor, "d b n"],
+    open: Bool[Tensor, "d b n"],
+    share: Float[Tensor, "d b n"],
+    editable: Bool[Tensor, "b n"],
+) -> Float[Tensor, "d b"]:
+    """What each of d draws of `mask_counts` says of the bound of each text, in nats.
+
+    What a draw finds of a token is set against what the other draws found of it (leave-one-out control variates): the
+    mean stays what it is, and it no longer matters much which tokens a draw happened to open.
+    """
+    nll = nll.masked_fill(~open, 0.0)
+    others, times = nll.sum(0) - nll, open.sum(0) - open.long()
+    usual = others.sum(-1, keepdim=True) / times.sum(-1, keepdim=True).clamp_min(1)
+    known = torch.where(times > 0, others / times.clamp_min(1), usual)
+    return (torch.where(open, (nll - known) / share, 0.0) + known * editable).sum(-1)
 
 
 @torch.no_grad()

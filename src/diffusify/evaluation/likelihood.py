@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.bounds import log_probability, mask_counts
+from diffusify.diffusion.bounds import draws_compared, log_probability, mask_counts
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
 from diffusify.text.tokens import TextTokenizer
@@ -63,7 +63,7 @@ class Likelihood:
 class LeftToRight:
     """The exact log-probability by the left-to-right model, or by the left-to-right half of a block model: one pass."""
 
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
 
     def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
         """In order. ValueError for a model without a left-to-right half, and for texts that it cannot see whole."""
@@ -75,7 +75,7 @@ class LeftToRight:
         for wave in _waves(questions):
             texts = [_texts(denoiser, question) for question in wave]
             found: dict[int, Likelihood] = {}
-            for batch in _batches(texts, self.batch_tokens):
+            for batch in _batches(texts, self.batch_tokens, denoiser.device):
                 canvas = _stack([texts[i] for i in batch]).to(denoiser.device)
                 log_prob, greedy = _told(denoiser, canvas)
                 for i in batch:
@@ -100,7 +100,7 @@ def _told(denoiser: Denoiser, canvas: Canvas) -> tuple[list[float], list[bool]]:
 class OneByOne:
     """The exact log-probability of writing the tokens one by one from left to right: a pass for each token."""
 
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
 
     def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
         """In order. ValueError for texts that the model cannot see whole."""
@@ -112,7 +112,7 @@ class OneByOne:
         for wave in _waves(questions):
             texts = [_texts(denoiser, question) for question in wave]
             found: dict[int, Likelihood] = {}
-            for batch in _batches(texts, self.batch_tokens):
+            for batch in _batches(texts, self.batch_tokens, denoiser.device):
                 clean = _stack([texts[i] for i in batch]).to(denoiser.device)
                 told = log_probability(answer, clean, clean.positions, noise=noise).tolist()
                 for i in batch:
@@ -130,11 +130,11 @@ class MonteCarlo:
     on `seed` and the question alone. A block model is measured block by block, each against clean history.
     """
 
-    draws: int = 4
+    draws: int = 2
     least: int = 3
-    most: int = 8
+    most: int = 5
     decided: float = 4.0
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,26 +146,25 @@ class MonteCarlo:
     def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
         """In order. ValueError for texts that the model cannot see whole."""
         for wave in _waves(questions):
-            found: list[list[list[float]]] = [[] for _ in wave]  # of each question, rounds of choices
+            found: list[list[_Draws]] = [[] for _ in wave]  # of each question, its rounds
             for turn in range(self.most):
                 going = [i for i in range(len(wave)) if not self._settled(wave[i], found[i])]
                 for i, one in zip(going, self._round(denoiser, [wave[i] for i in going], turn), strict=True):
                     found[i].append(one)
             for question, rounds in zip(wave, found, strict=True):
-                each = list(zip(*rounds, strict=True))
-                yield Likelihood(
-                    tuple(map(fmean, each)), tuple(map(_se, each)), draws=self._draws(question) * len(rounds)
-                )
+                each = _choices(rounds)
+                draws = self._draws(question) * len(rounds)
+                yield Likelihood(tuple(map(fmean, each)), tuple(map(_se, each)), draws)
 
     def _draws(self, question: Question) -> int:
         """A round's: no more than there are mask counts."""
         return min(self.draws, max(map(len, question.choices)))
 
-    def _settled(self, question: Question, rounds: list[list[float]]) -> bool:
+    def _settled(self, question: Question, rounds: list["_Draws"]) -> bool:
         """Whether more rounds would hardly tell another choice to be the best."""
         if len(rounds) < self.least:
             return False
-        each = list(zip(*rounds, strict=True))
+        each = _choices(rounds)
         best, worth = question.best([fmean(values) for values in each]), question.worth or (1.0,) * len(each)
         for i, values in enumerate(each):
             ahead = [worth[best] * a - worth[i] * b for a, b in zip(each[best], values, strict=True)]
@@ -173,8 +172,7 @@ class MonteCarlo:
                 return False
         return len(each) > 1 or _se(each[0]) == 0.0
 
-    def _round(self, denoiser: Denoiser, questions: list[Question], turn: int) -> list[list[float]]:
-        """One estimate of every choice."""
+    def _round(self, denoiser: Denoiser, questions: list[Question], turn: int) -> list["_Draws"]:
         noise, size = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size
         noisy, clean, share = [], [], []
         for question in questions:
@@ -186,26 +184,49 @@ class MonteCarlo:
             noisy.append(_stack([canvas for canvas, _ in drawn]))
             clean.append(texts.tokens.repeat(len(drawn), 1))
             share.append(torch.cat([part for _, part in drawn]))
-        found: dict[int, list[float]] = {}
-        for batch in _batches(noisy, self.batch_tokens):
-            canvas = _stack([noisy[i] for i in batch]).to(denoiser.device)
-            text, open_share = (_pad([x[i] for i in batch]).to(denoiser.device) for x in (clean, share))
-            told = _masked(denoiser, canvas, text, open_share).split([len(clean[i]) for i in batch])
-            for i, values in zip(batch, told, strict=True):
-                found[i] = values.view(-1, len(questions[i].choices)).mean(0).tolist()
+        found: dict[int, _Draws] = {}
+        for batch in _batches(noisy, self.batch_tokens, denoiser.device):
+            canvas, text = _stack([noisy[i] for i in batch]), _pad([clean[i] for i in batch])
+            nll = _errors(denoiser, canvas.to(denoiser.device), text.to(denoiser.device)).cpu()
+            for i, values in zip(batch, nll.split([len(clean[i]) for i in batch]), strict=True):
+                width, apart = clean[i].shape[1], (-1, len(questions[i].choices))
+                parts = (values[:, :width], noisy[i].open, share[i], noisy[i].editable)
+                found[i] = _Draws(*(part.unflatten(0, apart) for part in parts))
         return [found[i] for i in range(len(questions))]
 
 
+@dataclass(frozen=True)
+class _Draws:
+    """A round's errors (nats) at open positions: d draws of c choices."""
+
+    nll: Float[Tensor, "d c n"]
+    open: Bool[Tensor, "d c n"]
+    share: Float[Tensor, "d c n"]
+    editable: Bool[Tensor, "d c n"]
+
+
+def _choices(rounds: list[_Draws]) -> list[list[float]]:
+    """What every round adds to the estimate of each choice's log-probability: the jackknife's pseudo-values.
+
+    Their mean is the estimate, and their spread its error, though rounds are set against each other.
+    """
+    count = len(rounds)
+    whole = _estimate(rounds)
+    without = torch.stack([_estimate(rounds[:i] + rounds[i + 1 :]) for i in range(count)])
+    return (count * whole - (count - 1) * without).T.tolist()
+
+
+def _estimate(rounds: list[_Draws]) -> Float[Tensor, " c"]:
+    nll, open, share = (torch.cat([getattr(one, name) for one in rounds]) for name in ("nll", "open", "share"))
+    return -draws_compared(nll, open, share, rounds[0].editable[0]).mean(0)
+
+
 @torch.inference_mode()
-def _masked(
-    denoiser: Denoiser, canvas: Canvas, clean: Int[Tensor, "b n"], share: Float[Tensor, "b n"]
-) -> Float[Tensor, " b"]:
-    """What one draw of mask counts says of the log-probability of each row."""
+def _errors(denoiser: Denoiser, canvas: Canvas, clean: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+    """The cross-entropy at every open position, 0 elsewhere."""
     logits = denoiser(canvas, clean if denoiser.diffusion.block_size else None, ask=canvas.open).logits
-    told = -cross_entropy(logits, clean[canvas.open]).double() / share[canvas.open]
-    return torch.zeros(len(clean), dtype=told.dtype, device=told.device).index_add_(
-        0, canvas.open.nonzero()[:, 0], told
-    )
+    told = cross_entropy(logits, clean[canvas.open]).double()
+    return torch.zeros(clean.shape, dtype=told.dtype, device=told.device).masked_scatter(canvas.open, told)
 
 
 Measure = LeftToRight | OneByOne | MonteCarlo
@@ -248,8 +269,12 @@ def _waves(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
     return (questions[start : start + WAVE] for start in range(0, len(questions), WAVE))
 
 
-def _batches(canvases: list[Canvas], most: int) -> Iterator[list[int]]:
-    """Canvases to be run together, the longest first, padded to `most` tokens (one canvas may have more)."""
+def _batches(canvases: list[Canvas], most: int | None, device: torch.device) -> Iterator[list[int]]:
+    """Canvases to be run together, the longest first, padded to `most` tokens (one canvas may have more).
+
+    Unset, that is what suits the device: what a CPU's caches do not hold costs it more than what batches save.
+    """
+    most = most or (512 if device.type == "cpu" else 16384)
     batch: list[int] = []
     rows = 0
     for i in sorted(range(len(canvases)), key=lambda i: -canvases[i].tokens.shape[1]):
