@@ -6,7 +6,7 @@ from math import comb, sqrt
 import torch
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.bounds import bound, log_probability, mask_counts
+from diffusify.diffusion.bounds import bound, draws_compared, log_probability, mask_counts
 
 V, MASK = 3, 3
 
@@ -75,3 +75,32 @@ def test_every_unit_opens_every_count_once_over_as_many_draws() -> None:
         counts.append(canvas.open.view(2, 4).sum(1))
         torch.testing.assert_close(share.view(2, 4)[:, 0], counts[-1] / 4)
     assert torch.stack(counts).sort(0).values.tolist() == [[1, 1], [2, 2], [3, 3], [4, 4]]
+
+
+def test_draws_that_are_compared_keep_the_mean_and_lose_much_of_the_error() -> None:
+    """Where some tokens are much harder than others, as in texts."""
+    rows, rng = 3000, torch.Generator().manual_seed(1)
+    clean = Canvas.clean(torch.tensor([[0, 2, 1, 1, 2]]).repeat(rows, 1))
+    hard = torch.tensor([8.0, 0.1, 5.0, 0.5, 0.1], dtype=torch.float64)
+    truth = float(hard.sum())
+    nll, open, share = [], [], []
+    for canvas, part in mask_counts(clean, clean.document, 4, MASK, rng):
+        noise = torch.rand(clean.tokens.shape, generator=rng, dtype=torch.float64) - 0.5
+        nll.append((hard + noise) * canvas.open)
+        open.append(canvas.open)
+        share.append(part.double())
+    every = torch.stack(nll), torch.stack(open), torch.stack(share)
+    compared = draws_compared(*every, clean.editable).mean(0)
+    plain = (every[0] / every[2]).sum(-1).mean(0)
+    for estimate in (compared, plain):
+        assert abs(float(estimate.mean()) - truth) < 3.5 * float(estimate.std()) / sqrt(rows)
+    assert float(compared.std()) < 0.65 * float(plain.std())
+    one = draws_compared(*(x[:1] for x in every), clean.editable)
+    torch.testing.assert_close(one[0], (every[0] / every[2]).sum(-1)[0])
+
+
+def test_rows_that_are_alike_are_opened_alike() -> None:
+    texts = torch.tensor([[0, 1, 2, 1, 0, 2], [0, 2, 2, 1, 0, 1]])
+    clean = Canvas.clean(texts)
+    for canvas, share in mask_counts(clean, clean.document, 3, MASK, torch.Generator().manual_seed(0), alike=True):
+        assert torch.equal(canvas.open[0], canvas.open[1]) and torch.equal(share[0], share[1])

@@ -70,7 +70,7 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     assert again == whole
     assert (tmp_path / "killed" / "piqa.jsonl").read_text() == (tmp_path / "whole" / "piqa.jsonl").read_text()
     with pytest.raises(ValueError, match="holds an evaluation with another measure"):
-        evaluate(lm, items, tmp_path / "whole", measure=MonteCarlo(draws=2))
+        evaluate(lm, items, tmp_path / "whole", measure=MonteCarlo(draws=3))
 
 
 def test_a_score_is_a_mean_with_its_error() -> None:

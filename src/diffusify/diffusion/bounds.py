@@ -72,8 +72,9 @@ def draws_compared(
 ) -> Float[Tensor, "d b"]:
     """What each of d draws of `mask_counts` says of the bound of each text, in nats.
 
-    What a draw finds of a token is set against what the other draws found of it (leave-one-out control variates): the
-    mean stays what it is, and it no longer matters much which tokens a draw happened to open.
+    What a draw finds of a token is set against what the other draws found of it, or of all tokens where they did not
+    open it (leave-one-out control variates): the mean stays what it is, and it no longer matters much which tokens a
+    draw happened to open.
     """
     nll = nll.masked_fill(~open, 0.0)
     others, times = nll.sum(0) - nll, open.sum(0) - open.long()
