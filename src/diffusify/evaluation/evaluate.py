@@ -45,6 +45,7 @@ def evaluate(
     *,
     measure: Measure | None = None,
     sampling: SamplingConfig | None = None,
+    tries: int = 1,
     told: Callable[[str, int], None] = lambda task, done: None,
 ) -> dict[str, list[Scored]]:
     """Every item's score; `folder` holds a file for each task, and items that stand there already are not repeated.
@@ -52,14 +53,15 @@ def evaluate(
     `told` is called after each item. ValueError if the folder holds another evaluation.
     """
     measure, sampling = measure or best_measure(lm.denoiser), sampling or SamplingConfig()
-    _claim(folder, {"card": to_plain(lm.config), "measure": to_plain(measure), "sampling": to_plain(sampling)})
+    settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
+    _claim(folder, {name: to_plain(value) for name, value in settings.items()})
     results = {}
     for name, items in tasks.items():
         file = folder / f"{name}.jsonl"
         done = _read(file)[: len(items)]
         told(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
-            for scored in score(lm, items[len(done) :], measure, sampling):
+            for scored in score(lm, items[len(done) :], measure, sampling, tries=tries):
                 line = json.dumps(asdict(scored))
                 done.append(Scored(**json.loads(line)))  # as it will be read again
                 lines.write(line + "\n")

@@ -34,6 +34,7 @@ class Plan:
     tasks: Mapping[str, Sequence[Item]]
     measure: Measure | None = None
     sampling: SamplingConfig = SamplingConfig()
+    tries: int = 1
     steps: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ("The",)
@@ -54,11 +55,14 @@ def report(
             told(who, task, done, len(tasks[task]))
 
         measure = best_measure(lm.denoiser) if part == "baseline" else plan.measure
-        return evaluate(lm, tasks, folder / part, measure=measure, sampling=how, told=heard)
+        return evaluate(lm, tasks, folder / part, measure=measure, sampling=how, tries=plan.tries, told=heard)
 
     name, lm = model
+    drawn = SamplingConfig(
+        tolerance=0.0, temperature=plan.sampling.temperature, top_k=plan.sampling.top_k, top_p=plan.sampling.top_p
+    )
     ours = run(name, lm, "model", plan.tasks, plan.sampling)
-    theirs = run(*baseline, "baseline", plan.tasks, SamplingConfig(tolerance=0.0)) if baseline else {}
+    theirs = run(*baseline, "baseline", plan.tasks, drawn) if baseline else {}
     writing = {task: items[:SOME] for task, items in plan.tasks.items() if not isinstance(items[0], Choice)}
     tried: dict[str, dict[float, float]] = {task: {} for task in writing}
     for steps in plan.steps:

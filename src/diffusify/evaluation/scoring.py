@@ -2,13 +2,14 @@
 
 import re
 import string
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from diffusify.evaluation.answers import final_answer
+from diffusify.evaluation.answers import final_answer, majority
 from diffusify.evaluation.likelihood import Measure, Question
 from diffusify.evaluation.sandbox import runs
 from diffusify.evaluation.tasks import Answer, Choice, Hole, Item
@@ -26,14 +27,19 @@ class Scored:
     said: dict[str, Any]
 
 
-def score(lm: DiffusionLM, items: Sequence[Item], measure: Measure, sampling: SamplingConfig) -> Iterator[Scored]:
-    """Each item's, in order; all items are of one kind. ValueError if a text does not fit the model."""
+def score(
+    lm: DiffusionLM, items: Sequence[Item], measure: Measure, sampling: SamplingConfig, *, tries: int = 1
+) -> Iterator[Scored]:
+    """Each item's, in order; all items are of one kind. ValueError if a text does not fit the model.
+
+    With several `tries` an answer is what most of them agree on (self-consistency); `hit` tells whether any is right.
+    """
     choices = [item for item in items if isinstance(item, Choice)]
     if choices:
         yield from _chosen(lm, choices, measure)
     for start in range(0, len(items) - len(choices), BATCH):
         batch = items[start : start + BATCH]
-        yield from _answered(lm, [item for item in batch if isinstance(item, Answer)], sampling)
+        yield from _answered(lm, [item for item in batch if isinstance(item, Answer)], sampling, tries)
         yield from _filled(lm, [item for item in batch if isinstance(item, Hole)], sampling)
 
 
@@ -58,7 +64,7 @@ def _chosen(lm: DiffusionLM, items: list[Choice], measure: Measure) -> Iterator[
         yield Scored({"accuracy": float(best == item.gold)}, said)
 
 
-def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig) -> Iterator[Scored]:
+def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tries: int) -> Iterator[Scored]:
     if not items:
         return
     encode = lm.tokenizer.encode
@@ -67,17 +73,38 @@ def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig) ->
         [lm.tokenizer.start_token_id, *_last(encode(item.prompt), lm.denoiser.context, room + 1)]
         for item, room in zip(items, rooms, strict=True)
     ]
-    for item, made in zip(items, lm.continuing(prompts, rooms, sampling).results(), strict=True):
-        text = (made.completion or "").lstrip("\n")
-        text = text if item.stop is None else text.split(item.stop)[0]
-        yield Scored({"accuracy": float(_right(item, text))}, {"wrote": text, "forwards": made.forwards})
+    made = lm.continuing(
+        [prompt for prompt in prompts for _ in range(tries)],
+        [room for room in rooms for _ in range(tries)],
+        [_seeded(sampling, item.prompt, i) for item in items for i in range(tries)],
+    ).results()
+    for i, item in enumerate(items):
+        mine = made[i * tries : (i + 1) * tries]
+        texts = [_stopped(one.completion or "", item.stop) for one in mine]
+        answers = [final_answer(text) if item.match == "number" else normal(text) for text in texts]
+        agreed = majority(answers)
+        scores = {"accuracy": float(agreed is not None and _right(item, agreed))}
+        if tries > 1:
+            scores["hit"] = float(any(answer is not None and _right(item, answer) for answer in answers))
+        yield Scored(scores, {"wrote": texts[0] if tries == 1 else texts, "forwards": mine[0].forwards})
 
 
-def _right(item: Answer, text: str) -> bool:
+def _seeded(sampling: SamplingConfig, prompt: str, tried: int = 0) -> SamplingConfig:
+    """What is drawn depends on the seed and the prompt, not on what is evaluated beside it or before."""
+    return replace(sampling, seed=sampling.seed + zlib.crc32(prompt.encode()) + tried)
+
+
+def _stopped(text: str, stop: str | None) -> str:
+    text = text.lstrip("\n")
+    return text if stop is None else text.split(stop)[0]
+
+
+def _right(item: Answer, answer: str) -> bool:
+    """Whether an answer, plain or the number that it comes to, is a gold's."""
     if item.match == "number":
-        return final_answer(text) in {final_answer(gold) for gold in item.golds}
-    plain, golds = normal(text), [normal(gold) for gold in item.golds]
-    return any(gold in plain for gold in golds if gold) if item.match == "contains" else plain in golds
+        return answer in {final_answer(gold) for gold in item.golds}
+    golds = [normal(gold) for gold in item.golds]
+    return any(gold in answer for gold in golds if gold) if item.match == "contains" else answer in golds
 
 
 def normal(text: str) -> str:
@@ -92,17 +119,18 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
         return
     encode, context = lm.tokenizer.encode, lm.denoiser.context
     rooms = [len(encode(item.middle, continues=True)) for item in items]
+    each = [_seeded(sampling, item.before) for item in items]
     if lm.config.sees_right_context:
         texts = [
             f"{_plain(item.before)}[[{room}]]{_plain(item.after)}" for item, room in zip(items, rooms, strict=True)
         ]
-        made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, sampling).results()]
+        made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, each).results()]
     else:
         prompts = [
             [lm.tokenizer.start_token_id, *_last(encode(item.before), context, room + 1)]
             for item, room in zip(items, rooms, strict=True)
         ]
-        made = [result.completion or "" for result in lm.continuing(prompts, rooms, sampling).results()]
+        made = [result.completion or "" for result in lm.continuing(prompts, rooms, each).results()]
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     for item, text in zip(items, made, strict=True):
         if item.check is not None:

@@ -6,7 +6,7 @@ others do.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Record = dict[str, Any]
@@ -53,6 +53,33 @@ class Hole:
 
 
 Item = Choice | Answer | Hole
+
+
+def few_shot(items: list[Item], shots: int) -> list[Item]:
+    """The items behind the first `shots`, each behind those, solved, with a blank line between them.
+
+    ValueError where there are too few, or where there is a hole to fill, which has no room for examples.
+    """
+    if not shots:
+        return items
+    if shots < 0 or len(items) <= shots:
+        raise ValueError(f"shots={shots} must be at least 0 and leave some of {len(items)} items to ask")
+    solved = "".join(_solved(item) + "\n\n" for item in items[:shots])
+    return [
+        replace(item, context=solved + item.context)
+        if isinstance(item, Choice)
+        else replace(item, prompt=solved + item.prompt)
+        for item in items[shots:]
+        if not isinstance(item, Hole)
+    ]
+
+
+def _solved(item: Item) -> str:
+    if isinstance(item, Choice):
+        return item.context + item.choices[item.gold]
+    if isinstance(item, Answer):
+        return f"{item.prompt} {item.golds[0].lstrip()}"
+    raise ValueError("holes are filled without examples; leave shots=0")
 
 
 def hellaswag(record: Record, protocol: Protocol) -> Item:
