@@ -127,7 +127,7 @@ def test_the_command_writes_a_page_and_says_what_it_found(
 ) -> None:
     out = tmp_path / "report"
     command = ["eval", model, "--tasks", ",".join(TASKS), "--data", str(data), "--baseline", causal_base]
-    command += ["--out", str(out), "--limit", "3", "--steps", "4", "--sweep", "1,2", "--texts", corpus]
+    command += ["--out", str(out), "--limit", "3", "--steps", "4", "--sweep", "1,2", "--texts", corpus, "--free", "3"]
     told = CliRunner().invoke(app, command)
     assert told.exit_code == 0, told.output
     for word in (*TASKS, "accuracy", "rougeL", "baseline", "95%"):
@@ -137,7 +137,10 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     assert all(line["items"] == 3 and 0 <= line["score"] <= 100 for line in found["rows"])
     bits = found["settings"]["bits_per_byte"]
     assert bits["model"]["bits_per_byte"] > bits["baseline"]["bits_per_byte"] > 0
+    free = found["settings"]["from_nothing"]
+    assert all(free[who]["perplexity"] > 1 and 0 < free[who]["distinct_2"] <= 1 for who in ("model", "baseline"))
     page = (out / "index.html").read_text()
+    assert "Texts from nothing" in page and "Bits per byte" in page
     reader = Page()
     reader.feed(page)
     assert not reader.open and not reader.links
@@ -155,6 +158,9 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     [
         (["--tasks", "piqqa"], 'task "piqqa" is not known; did you mean "piqa"'),
         (["--tasks", "siqa"], "holds no siqa.jsonl"),
+        (["--tasks", "piqa", "--free", "2"], "free=2 texts need a --baseline"),
+        (["--tasks", "piqa", "--tries", "3"], "tries=3 would all be the same"),
+        (["--tasks", "piqa", "--shots", "9"], "shots=9 must"),
         (["--tasks", "piqa", "--likelihood", "left-to-right"], "does not read from left to right"),
     ],
 )

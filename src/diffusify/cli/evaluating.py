@@ -40,6 +40,7 @@ def eval_(
     texts: Annotated[
         str | None, typer.Option(help="Texts to measure in bits per byte and by noise level, as builtin:pydoc.")
     ] = None,
+    free: Annotated[int, typer.Option(help="Write so many texts from nothing, for the baseline to judge.")] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all weights.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -62,6 +63,8 @@ def eval_(
                 print(f"{task.name:18} {task.about}")
             return
         names = [task.name for task in TASKS] if tasks == "all" else tasks.split(",")
+        if free and not baseline:
+            raise ValueError(f"free={free} texts need a --baseline to judge them")
         if tries > 1 and not temperature:
             raise ValueError(f"tries={tries} would all be the same; draw with --temperature 0.7")
         whole = None if limit is None else limit + shots
@@ -80,6 +83,7 @@ def eval_(
             sampling=replace(settings, **{name: value for name, value in chosen.items() if value is not None}),
             tries=tries,
             steps=budgets,
+            free=free,
             texts=tuple(dict(row)["text"] for row in load_texts(texts)) if texts else (),
         )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,8 +1,6 @@
 """How fast a model writes, and how well: every way to decode side by side, and `transformers.generate` beside them."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -13,10 +11,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel
 
-from diffusify.diffusion.objectives import cross_entropy
 from diffusify.diffusion.policies import Stable, Unmask
 from diffusify.diffusion.quotas import EntropyBudget, Factor
 from diffusify.diffusion.ranks import Entropy
+from diffusify.evaluation.metrics import distinct, entropy, perplexity
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import Preset, SamplingConfig
 from diffusify.text.prompts import continuation_canvas
@@ -100,9 +98,9 @@ def bench(
                 speedup=None if name == AR else round(median(a / b for a, b in zip(rates, beside, strict=True)), 2),
                 tokens_per_forward=round(tokens / max(1, sum(forwards[name])), 2),
                 agreement=None if name == AR else round(mean(map(_agreement, texts[plain], written)), 3),
-                perplexity=round(_perplexity(lm, base, prompts, written), 2),
-                distinct_2=round(_distinct(written), 3),
-                entropy=round(mean(map(_entropy, written)), 2),
+                perplexity=round(perplexity(lm.tokenizer, base, prompts, written), 2),
+                distinct_2=round(distinct(written, 2), 3),
+                entropy=round(mean(map(entropy, written)), 2),
             )
         )
     return rows
@@ -146,18 +144,6 @@ def greedy_ar(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int)
     return made[0, given.shape[1] :].tolist()
 
 
-@torch.no_grad()
-def _perplexity(lm: DiffusionLM, base: PreTrainedModel, prompts: list[str], written: list[list[int]]) -> float:
-    """Of what was written, behind its prompts, as the base continues text."""
-    nll = []
-    for prompt, ids in zip(prompts, written, strict=True):
-        head = [lm.tokenizer.start_token_id, *lm.tokenizer.encode(prompt)]
-        tokens = torch.tensor([head + ids], device=base.device)
-        logits = base(input_ids=tokens).logits[0, len(head) - 1 : -1]
-        nll.append(cross_entropy(logits, tokens[0, len(head) :]))
-    return float(torch.cat(nll).mean().exp())
-
-
 def cut_prompts(
     lm: DiffusionLM, texts: Iterable[str], count: int, *, lengths: tuple[int, ...] = (32, 64, 128, 256)
 ) -> list[str]:
@@ -178,19 +164,3 @@ def cut_prompts(
 def _agreement(one: list[int], other: list[int]) -> float:
     longest = max(len(one), len(other), 1)
     return sum(a == b for a, b in zip(one, other, strict=False)) / longest
-
-
-def _pairs(ids: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(ids, ids[1:], strict=False)
-
-
-def _distinct(written: list[list[int]]) -> float:
-    """The share of pairs of neighbours that are different ones."""
-    pairs = [pair for ids in written for pair in _pairs(ids)]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def _entropy(ids: list[int]) -> float:
-    """Of the tokens of a text, in nats: low where a text repeats itself."""
-    counts = Counter(ids)
-    return -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values()) if ids else 0.0

@@ -50,7 +50,17 @@ class Report:
             about += f", beside {html.escape(self.baseline)}"
             for line, theirs, ahead in zip(cells, self.baseline_rows, self.differences, strict=True):
                 line += [f"{theirs.score:.1f} ± {theirs.se:.1f}", difference_text(ahead)]
-        parts = [f"<h1>Evaluation</h1><p>{about}</p>", _table(heads, cells), f"<p>{NOTE}</p>"]
+        parts = [
+            f"<h1>Evaluation</h1><p>{about}</p>",
+            f'<div class="first">{_table(heads, cells)}</div>',
+            f"<p>{NOTE}</p>",
+        ]
+        for key, title in (("bits_per_byte", "Bits per byte"), ("from_nothing", "Texts from nothing")):
+            if key in self.settings:
+                told = self.settings[key]
+                names = list(next(iter(told.values())))
+                lines = [[who, *(str(values[name]) for name in names)] for who, values in told.items()]
+                parts += [f"<h2>{title}</h2>", _table(["", *(name.replace("_", " ") for name in names)], lines)]
         parts += [f"<h2>{html.escape(name)}</h2><figure>{svg}</figure>" for name, svg in self.pictures.items()]
         parts += [f"<h2>{html.escape(name)}</h2>{text}" for name, text in self.texts.items()]
         parts.append(
@@ -74,7 +84,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 @media (max-width: 40rem) {{
   table {{ font-size: .8rem; }}
   th, td {{ padding: .25rem; white-space: normal; }}
-  th:nth-child(2), td:nth-child(2), th:nth-child(3), td:nth-child(3) {{ display: none; }}
+  .first th:nth-child(2), .first td:nth-child(2), .first th:nth-child(3), .first td:nth-child(3) {{ display: none; }}
 }}
 figure {{ margin: 0; background: #fff; border-radius: .5rem; }}
 svg {{ max-width: 100%; height: auto; display: block; }}

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 
 from diffusify.config import to_plain
+from diffusify.diffusion.attention import Causal
 from diffusify.evaluation.evaluate import difference, evaluate, row
 from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, OneByOne, best_measure, bits_per_byte
+from diffusify.evaluation.metrics import distinct, entropy, perplexity
 from diffusify.evaluation.page import Report, calibration, coloured, lines_picture
 from diffusify.evaluation.tasks import Choice, Item
 from diffusify.sampling.generation import DiffusionLM
@@ -28,7 +31,7 @@ class Plan:
     """What to evaluate, and how: the same for all models.
 
     `steps` are budgets at which writing tasks are tried, too, on some of their items. `texts` are measured in bits per
-    byte, and by noise level.
+    byte, and by noise level. So many texts are written from nothing, `free`, and judged by the baseline.
     """
 
     tasks: Mapping[str, Sequence[Item]]
@@ -37,6 +40,7 @@ class Plan:
     tries: int = 1
     steps: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
+    free: int = 0
     prompts: tuple[str, ...] = ("The",)
 
 
@@ -83,6 +87,11 @@ def report(
         levels = _levels(lm, plan.texts)
         if levels:
             pictures["Cross-entropy by noise level"] = lines_picture(levels, "share of open tokens", "nats per token")
+    if plan.free and baseline:
+        settings["from_nothing"] = {
+            "model": _free(plan, lm, baseline[1]),
+            "baseline": _free(plan, baseline[1], baseline[1]),
+        }
     return Report(
         model=name,
         baseline=baseline[0] if baseline else None,
@@ -104,6 +113,21 @@ def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None)
         other = baseline[1]
         found["baseline"] = bits_per_byte(other.denoiser, texts, other.tokenizer, best_measure(other.denoiser))
     return {who: {"bits_per_byte": round(mean, 4), "se": round(se, 4)} for who, (mean, se) in found.items()}
+
+
+def _free(plan: Plan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
+    """Texts from nothing, drawn (at temperature 1 if unset): how likely the judge finds them, and how varied they are."""
+    how = SamplingConfig(steps=plan.sampling.steps, temperature=plan.sampling.temperature or 1.0, seed=1)
+    if isinstance(lm.config.attention, Causal):
+        how = replace(how, steps=None, tolerance=0.0)
+    room = min(64, (lm.denoiser.context or 128) // 2)
+    canvas = lm.continuing([""] * plan.free, room, how)
+    canvas.results()
+    made = canvas.canvas
+    written = [made.tokens[i, made.editable[i] & ~made.open[i]].tolist() for i in range(plan.free)]
+    likely = perplexity(judge.tokenizer, judge.denoiser.network, [""] * plan.free, written)
+    told = {"perplexity": likely, "distinct_1": distinct(written, 1), "distinct_2": distinct(written, 2)}
+    return {name: round(value, 4) for name, value in (told | {"entropy": fmean(map(entropy, written))}).items()}
 
 
 def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, float]]:
