@@ -116,7 +116,7 @@ def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None)
 
 
 def _free(plan: Plan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
-    """Texts from nothing, drawn (at temperature 1 if unset): how likely the judge finds them, and how varied they are."""
+    """Texts from nothing, drawn (temperature 1 if unset): how likely the judge finds them, and how varied they are."""
     how = SamplingConfig(steps=plan.sampling.steps, temperature=plan.sampling.temperature or 1.0, seed=1)
     if isinstance(lm.config.attention, Causal):
         how = replace(how, steps=None, tolerance=0.0)
