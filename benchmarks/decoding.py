@@ -4,8 +4,8 @@
 
 FOLDERs are adaptations of one base by the `block` recipe, of different lengths, such as
 `python -m diffusify.demo --minutes 10 --out runs/10`. Batch 1, bfloat16, prompts of 32 to 256 tokens, 128 new tokens;
-`transformers.generate` with its key-value cache in the same rounds. Then lossless texts against greedy ones, token for
-token, in float32 and in bfloat16. Draws `docs/decoding.png`.
+`transformers.generate` with its key-value cache in the same rounds. Then the last one's lossless texts against greedy
+ones, token for token, in float32 and in bfloat16. Draws `docs/decoding.png`.
 """
 
 import argparse
@@ -59,17 +59,19 @@ def main() -> None:
         point = [entry for entry in run["log"] if "eval_bound" in entry][-1]
         del lm, base
         made = {
+            "folder": folder.name,
             "training_tokens": point["step"] * run["tokens_per_step"],
             "bound": round(point["eval_bound"], 3),
             "ar_loss": round(point["eval_ar_nll"], 3),
-            "equal_texts_float32": equal_texts(folder, texts, chosen.equal, torch.float32),
-            "equal_texts_bfloat16": equal_texts(folder, texts, chosen.equal, torch.bfloat16),
-            "equal_texts_of": chosen.equal,
             "ways": [asdict(row) for row in rows],
         }
         print(json.dumps(made, indent=2), flush=True)
         result["models"].append(made)
     picture(result["models"])
+    result["equal_texts"] = {"of": chosen.equal} | {
+        str(dtype).removeprefix("torch."): equal_texts(chosen.folders[-1], texts, chosen.equal, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     print("wrote", save("decoding", "python benchmarks/decoding.py FOLDERS", 0, result))
 
 

@@ -101,7 +101,7 @@ class Speculative:
         everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, luck))
         row = torch.arange(len(logits), device=logits.device)
-        told = logits.log_softmax(-1)[row[:, None], tree.parent, tree.token]
+        told = logits[row[:, None], tree.parent, tree.token] - logits.logsumexp(-1).gather(1, tree.parent)
         right = tree.token == choice.gather(1, tree.parent)
         if self.tolerance:
             right |= told >= sure.gather(1, tree.parent) - self.tolerance
