@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusify.config import to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
+from diffusify.evaluation.opening import suited
 from diffusify.evaluation.scoring import Scored, score
 from diffusify.evaluation.tasks import Item
 from diffusify.sampling.generation import DiffusionLM
@@ -44,7 +45,7 @@ def evaluate(
     folder: Path,
     *,
     measure: Measure | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig = SamplingConfig(),
     tries: int = 1,
     told: Callable[[str, int], None] = lambda task, done: None,
 ) -> dict[str, list[Scored]]:
@@ -52,7 +53,7 @@ def evaluate(
 
     `told` is called after each item. ValueError if the folder holds another evaluation.
     """
-    measure, sampling = measure or best_measure(lm.denoiser), sampling or SamplingConfig()
+    measure, sampling = measure or best_measure(lm.denoiser), suited(sampling, lm)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
     _claim(folder, {name: to_plain(value) for name, value in settings.items()})
     results = {}

@@ -17,10 +17,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from diffusify.config import from_plain
-from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, Question
-from diffusify.evaluation.opening import open_lm
+from diffusify.evaluation.opening import open_lm, suited
 from diffusify.sampling.settings import SamplingConfig
 
 Scored = tuple[tuple[str, str], list[int], list[int]]  # as text, then context and continuation as token ids
@@ -53,12 +52,9 @@ class DiffusifyLM(TemplateLM):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
         self.lm = open_lm(pretrained, dtype=getattr(torch, dtype), device=device or "cpu")
-        card = self.lm.config
-        if isinstance(card.attention, Causal):
-            sampling = {"tolerance": 0.0} | sampling  # what it would write anyhow, with a cache
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
         self._settings({})
-        exact = card.keeps_left_to_right and not bound
+        exact = self.lm.config.keeps_left_to_right and not bound
         rounds = max(2, draws // 8)
         self.measure: Measure = (
             LeftToRight() if exact else MonteCarlo(draws=8, least=rounds, most=rounds, decided=0.0, seed=seed)
@@ -97,7 +93,7 @@ class DiffusifyLM(TemplateLM):
 
     def _settings(self, task: dict[str, Any]) -> SamplingConfig:
         """How to write, with what a task says about it. ValueError for what is not known or out of bounds."""
-        return from_plain(self.sampling | task, SamplingConfig, "model_args")
+        return suited(from_plain(self.sampling | task, SamplingConfig, "model_args"), self.lm)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens

@@ -1,10 +1,14 @@
 """Models to be evaluated: adapted ones, and the bases they came from."""
 
+from dataclasses import replace
+
 import torch
 
+from diffusify.diffusion.attention import Causal
 from diffusify.models.loading import load_base, local_path
 from diffusify.models.recipes import as_is
 from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.settings import SamplingConfig
 from diffusify.training.adapt import make_denoiser
 
 
@@ -21,3 +25,10 @@ def open_lm(source: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     base = load_base(source, dtype=dtype)
     denoiser, tokenizer = make_denoiser(base, as_is(masked=base.masked))
     return DiffusionLM(denoiser.to(device).eval(), tokenizer)
+
+
+def suited(settings: SamplingConfig, lm: DiffusionLM) -> SamplingConfig:
+    """Settings that are meant for a diffusion model, for this one: a base writes token by token."""
+    if not isinstance(lm.config.attention, Causal):
+        return settings
+    return replace(settings, steps=None, threshold=None, policy=None, window=None, tolerance=0.0)

@@ -9,10 +9,10 @@ from typing import Any
 from datasets import Dataset
 
 from diffusify.config import to_plain
-from diffusify.diffusion.attention import Causal
 from diffusify.evaluation.evaluate import difference, evaluate, row
 from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, OneByOne, best_measure, bits_per_byte
 from diffusify.evaluation.metrics import distinct, entropy, perplexity
+from diffusify.evaluation.opening import suited
 from diffusify.evaluation.page import Report, calibration, coloured, lines_picture
 from diffusify.evaluation.tasks import Choice, Item
 from diffusify.sampling.generation import DiffusionLM
@@ -62,36 +62,22 @@ def report(
         return evaluate(lm, tasks, folder / part, measure=measure, sampling=how, tries=plan.tries, told=heard)
 
     name, lm = model
-    drawn = SamplingConfig(
-        tolerance=0.0, temperature=plan.sampling.temperature, top_k=plan.sampling.top_k, top_p=plan.sampling.top_p
-    )
     ours = run(name, lm, "model", plan.tasks, plan.sampling)
-    theirs = run(*baseline, "baseline", plan.tasks, drawn) if baseline else {}
+    theirs = run(*baseline, "baseline", plan.tasks, plan.sampling) if baseline else {}
     writing = {task: items[:SOME] for task, items in plan.tasks.items() if not isinstance(items[0], Choice)}
     tried: dict[str, dict[float, float]] = {task: {} for task in writing}
     for steps in plan.steps:
         how = replace(plan.sampling, steps=steps, threshold=None, tolerance=None, policy=None)
         for task, scored in run(f"{name}, {steps} steps", lm, f"steps-{steps}", writing, how).items():
             tried[task][float(steps)] = row(task, scored).score
-    pictures = {}
-    if plan.steps and writing:
-        pictures["Quality against steps"] = lines_picture(tried, "denoising steps", "score (percent)")
     sure = {task: calibration(plan.tasks[task], scored) for task, scored in ours.items() if task not in writing}
-    if sure:
-        line = {"as sure as right": {0.0: 0.0, 100.0: 100.0}}
-        pictures["Calibration of choices"] = lines_picture(line | sure, "confidence (percent)", "right (percent)")
     settings: dict[str, Any] = {"card": to_plain(lm.config), "sampling": to_plain(plan.sampling)}
     settings["measure"] = to_plain(plan.measure or best_measure(lm.denoiser))
     if plan.texts:
         settings["bits_per_byte"] = _bits(plan, lm, baseline)
-        levels = _levels(lm, plan.texts)
-        if levels:
-            pictures["Cross-entropy by noise level"] = lines_picture(levels, "share of open tokens", "nats per token")
     if plan.free and baseline:
-        settings["from_nothing"] = {
-            "model": _free(plan, lm, baseline[1]),
-            "baseline": _free(plan, baseline[1], baseline[1]),
-        }
+        both = {"model": lm, "baseline": baseline[1]}
+        settings["from_nothing"] = {who: _free(plan, one, baseline[1]) for who, one in both.items()}
     return Report(
         model=name,
         baseline=baseline[0] if baseline else None,
@@ -99,9 +85,23 @@ def report(
         baseline_rows=[row(task, scored) for task, scored in theirs.items()],
         differences=[difference(task, ours[task], scored) for task, scored in theirs.items()],
         settings=settings,
-        pictures=pictures,
+        pictures=_pictures(tried if plan.steps else {}, sure, _levels(lm, plan.texts) if plan.texts else {}),
         texts={f"“{prompt}…”, the later the redder": _sample(lm, prompt, plan) for prompt in plan.prompts},
     )
+
+
+def _pictures(
+    tried: dict[str, dict[float, float]], sure: dict[str, dict[float, float]], levels: dict[str, dict[float, float]]
+) -> dict[str, str]:
+    found = {}
+    if tried:
+        found["Quality against steps"] = lines_picture(tried, "denoising steps", "score (percent)")
+    if sure:
+        line = {"as sure as right": {0.0: 0.0, 100.0: 100.0}}
+        found["Calibration of choices"] = lines_picture(line | sure, "confidence (percent)", "right (percent)")
+    if levels:
+        found["Cross-entropy by noise level"] = lines_picture(levels, "share of open tokens", "nats per token")
+    return found
 
 
 def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None) -> dict[str, Any]:
@@ -117,13 +117,10 @@ def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None)
 
 def _free(plan: Plan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
     """Texts from nothing, drawn (temperature 1 if unset): how likely the judge finds them, and how varied they are."""
-    how = SamplingConfig(steps=plan.sampling.steps, temperature=plan.sampling.temperature or 1.0, seed=1)
-    if isinstance(lm.config.attention, Causal):
-        how = replace(how, steps=None, tolerance=0.0)
-    room = min(64, (lm.denoiser.context or 128) // 2)
-    canvas = lm.continuing([""] * plan.free, room, how)
-    canvas.results()
-    made = canvas.canvas
+    how = suited(replace(plan.sampling, temperature=plan.sampling.temperature or 1.0), lm)
+    writing = lm.continuing([""] * plan.free, min(64, (lm.denoiser.context or 128) // 2), how)
+    writing.results()
+    made = writing.canvas
     written = [made.tokens[i, made.editable[i] & ~made.open[i]].tolist() for i in range(plan.free)]
     likely = perplexity(judge.tokenizer, judge.denoiser.network, [""] * plan.free, written)
     told = {"perplexity": likely, "distinct_1": distinct(written, 1), "distinct_2": distinct(written, 2)}
@@ -144,4 +141,4 @@ def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, floa
 
 def _sample(lm: DiffusionLM, prompt: str, plan: Plan) -> str:
     room = min(64, (lm.denoiser.context or 128) // 2)
-    return coloured(lm.tokenizer, lm.continuing([prompt], room, plan.sampling))
+    return coloured(lm.tokenizer, lm.continuing([prompt], room, suited(plan.sampling, lm)))
