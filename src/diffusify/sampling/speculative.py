@@ -39,8 +39,8 @@ class Speculative:
         pick: Pick = Greedy(),
         tolerance: float = 0.0,
         *,
-        candidates: int = 6,
-        masks: int = 8,
+        candidates: int = 4,
+        masks: int = 6,
         banned: tuple[int, ...] = (),
         end_token_id: int | None = None,
     ) -> None:
