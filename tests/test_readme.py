@@ -19,6 +19,9 @@ def test_the_numbers_are_those_of_the_results() -> None:
     bound, ar = demo["bound_nats_per_token"], demo["ar_loss_nats_per_token"]
     assert f"falls from {bound[0]} to {bound[-1]} nats per token" in words
     assert f"own loss falls from {ar[0]} to {ar[-1]}" in words
+    five = next(model for model in result("decoding")["models"] if model["folder"] == "5")
+    lossless = next(row for row in five["ways"] if row["way"] == "quality")
+    assert f"at {lossless['speedup']} times its rate" in words
     assert f"runs at {step['speedup']['median']} times" in words
     assert f"with {step['ours']['peak_gib']} instead of {step['plain']['peak_gib']} GiB" in words
 
@@ -60,6 +63,28 @@ def test_the_concepts_table_is_that_of_the_results() -> None:
     for name, told in rows.items():
         assert f"| {name} | {told['bleu']} | {told['rouge_l']} | {told['concepts_there']} |" in README
     assert "0.16M tokens for each" in README and round(made["tokens"] / 1e6, 2) == 0.16
+
+
+def test_the_decoding_table_is_that_of_the_results() -> None:
+    decoding = result("decoding")
+    for model in decoding["models"]:
+        ways = {row["way"]: row for row in model["ways"]}
+        cells = [f"{model['training_tokens']:,}"]
+        cells += [f"{ways[n]['speedup']} ({ways[n]['tokens_per_forward']})" for n in ("quality", "balanced", "fast")]
+        cells += [str(ways[n]["perplexity"]) for n in ("left to right", "quality", "balanced", "fast")]
+        assert f"| {' | '.join(cells)} |" in README
+    equal = decoding["equal_texts"]
+    told = f"of {equal['of']} texts of 64 tokens {equal['float32']} are those of greedy left-to-right decoding"
+    assert told in " ".join(README.split()) and f"and {equal['bfloat16']} in bfloat16" in " ".join(README.split())
+
+
+def test_the_caches_numbers_are_those_of_the_results() -> None:
+    caches, words = result("caches"), " ".join(README.split())
+    times, agree = caches["times_plain"], caches["agreement"]
+    assert f"without a cache at {times['no cache']} times" in words
+    assert f"in windows of 32 at {times['no cache, window']} times" in words
+    assert f"prefix cache at {times['prefix cache']} and with a dual cache at {times['dual cache']} times" in words
+    assert f"{100 * agree['prefix cache']:.1f} and {100 * agree['dual cache']:.1f} percent" in words
 
 
 def test_the_finetuning_table_is_that_of_the_results() -> None:

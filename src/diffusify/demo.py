@@ -62,6 +62,7 @@ def samples(folder: Path) -> tuple[str, dict[str, dict[str, float]]]:
     ways: dict[str, Callable[[str], Generation]] = {
         "AR, base": lambda prompt: ar_text(base.network, model, prompt),
         "AR, adapted": lambda prompt: ar_text(model.denoiser.network, model, prompt),
+        "lossless": lambda prompt: model.generate(prompt, max_new_tokens=ROOM, tolerance=0.0),
         "diffusion, threshold 0.9": lambda prompt: model.generate(prompt, max_new_tokens=ROOM),
         "diffusion, two tokens a step": lambda prompt: model.generate(prompt, max_new_tokens=ROOM, steps=ROOM // 2),
     }
