@@ -87,6 +87,12 @@ def test_the_caches_numbers_are_those_of_the_results() -> None:
     assert f"{100 * agree['prefix cache']:.1f} and {100 * agree['dual cache']:.1f} percent" in words
 
 
+def test_the_bound_s_rate_is_that_of_the_results() -> None:
+    told = result("likelihood")
+    assert f"that is {told['times_the_plain_rate']} times the rate of a plain loop" in " ".join(README.split())
+    assert told["standard_error"]["ours"] < told["standard_error"]["plain"]
+
+
 def test_the_finetuning_table_is_that_of_the_results() -> None:
     reasoning = result("reasoning")
     for arm, name in (("AR", "AR"), ("block(4)", "block(4), threshold 0.9")):
