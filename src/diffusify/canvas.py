@@ -65,6 +65,11 @@ class Canvas:
         return self.document > 0
 
     @property
+    def written(self) -> Bool[Tensor, "b n"]:
+        """What was open and is decided."""
+        return self.editable & ~self.open
+
+    @property
     def positions(self) -> Int[Tensor, "b n"]:
         """Each token's place in its own document, from 0."""
         at = torch.arange(self.document.shape[1], device=self.document.device)

@@ -65,9 +65,8 @@ def sees_right_context(attention: AttentionPattern) -> bool:
 
 
 def keeps_left_to_right(attention: AttentionPattern, shift: int) -> bool:
-    """Whether finished text is read as by a left-to-right model, so that one pass tells its answers everywhere."""
-    token_causal = isinstance(attention, Causal) or (isinstance(attention, BlockCausal) and attention.clean == "token")
-    return shift == 1 and token_causal
+    """Whether the clean text beside the noisy one is read as by the left-to-right base; a pass tells its answers."""
+    return shift == 1 and isinstance(attention, BlockCausal) and attention.clean == "token"
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,11 @@ class DiffusionConfig:
     @property
     def keeps_left_to_right(self) -> bool:
         return keeps_left_to_right(self.attention, self.shift)
+
+    @property
+    def reads_left_to_right(self) -> bool:
+        """Whether finished text is read as by a left-to-right model: a base as it is, or one that kept that half."""
+        return self.keeps_left_to_right or (self.shift == 1 and isinstance(self.attention, Causal))
 
     def save(self, folder: Path | str) -> None:
         text = json.dumps(to_plain(self), indent=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusify.evaluation.records import chosen_tasks, items, read_jsonl
+from diffusify.evaluation.records import chosen_tasks, items
 from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
 
 STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
@@ -91,10 +91,10 @@ def test_bad_files_are_refused_with_their_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no records of piqa"):
         items(task, data=tmp_path)
     write(tmp_path, "piqa", [json.dumps(RECORDS["piqa"]), "", "{broken"])
-    with pytest.raises(ValueError, match=r"piqa.jsonl, line 3 is no JSON"):
-        read_jsonl(tmp_path / "piqa.jsonl")
+    with pytest.raises(ValueError, match=r"piqa.jsonl line 3 is not JSON"):
+        items(task, data=tmp_path)
     write(tmp_path, "piqa", ["[1]"])
-    with pytest.raises(ValueError, match="line 1 is no JSON object"):
+    with pytest.raises(ValueError, match="line 1 is no record but"):
         items(task, data=tmp_path)
     write(tmp_path, "piqa", [json.dumps(RECORDS["piqa"]), '{"goal": "x"}'])
     with pytest.raises(ValueError, match=r"piqa.jsonl, record 2 is none of piqa: KeyError\('sol1'\)"):

@@ -1,12 +1,14 @@
 """Recipes are the rows of the design's table, and refuse what does not fit together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
-from diffusify.models.recipes import Recipe, ar, block, mlm, of_card
+from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_card
 from tests.families import tiny_denoiser
 
 
@@ -42,6 +44,8 @@ def test_an_ar_loss_without_a_causal_clean_half_is_refused() -> None:
         Recipe("x", 1, Bidirectional(), PerText(), Objective(ar_weight=0.5))
     with pytest.raises(ValueError, match=r"distill=0.5 need shift=1"):
         block(4, masked=True, distill=0.5)
+    with pytest.raises(ValueError, match="token-causal clean half"):  # its answers would be read from noisy text
+        replace(as_is(), objective=Objective(ar_weight=0.5))
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -44,7 +44,7 @@ def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
     """What is worth a look for this kind of model: one token per forward, the presets, and what lies between them."""
     found = {"one token a forward": SamplingConfig(policy=Unmask())}
     found |= {name: SamplingConfig.preset(name, lm.config) for name in get_args(Preset)}
-    if lm.config.keeps_left_to_right:
+    if lm.config.reads_left_to_right:
         found |= {f"tolerance {nats}": SamplingConfig(tolerance=nats) for nats in (0.3, 1.2, 3.0)}
     elif lm.config.sees_right_context:
         found["balanced, no cache"] = replace(found["balanced"], cache="none")
@@ -68,7 +68,7 @@ def bench(
 
     Left-to-right decoding is that of the model's own weights where they can, else of `base`.
     """
-    own = lm.denoiser.network if lm.config.keeps_left_to_right else base
+    own = lm.denoiser.network if lm.config.reads_left_to_right else base
     texts: dict[str, list[list[int]]] = {AR: []} | {name: [] for name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in texts}
     forwards: dict[str, list[int]] = {name: [] for name in texts}
@@ -124,8 +124,7 @@ def diffused(lm: DiffusionLM, prompt: str, room: int, settings: SamplingConfig) 
     """What a model continues a prompt with, as token ids, and in how many forwards."""
     writing = lm.continuing([prompt], room, settings)
     writing.results()
-    canvas = writing.canvas
-    return canvas.tokens[canvas.editable & ~canvas.open].tolist(), writing.forwards
+    return writing.canvas.tokens[writing.canvas.written].tolist(), writing.forwards
 
 
 def greedy_ar(lm: DiffusionLM, network: PreTrainedModel, prompt: str, room: int) -> list[int]:

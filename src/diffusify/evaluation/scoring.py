@@ -70,7 +70,7 @@ def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tr
     encode = lm.tokenizer.encode
     rooms = [max(len(encode(gold, continues=True)) for gold in item.golds) + item.room for item in items]
     prompts = [
-        [lm.tokenizer.start_token_id, *_last(encode(item.prompt), lm.denoiser.context, room + 1)]
+        [lm.tokenizer.start_token_id, *last(encode(item.prompt), lm.denoiser.context, room + 1)]
         for item, room in zip(items, rooms, strict=True)
     ]
     made = lm.continuing(
@@ -127,7 +127,7 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
         made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, each).results()]
     else:
         prompts = [
-            [lm.tokenizer.start_token_id, *_last(encode(item.before), context, room + 1)]
+            [lm.tokenizer.start_token_id, *last(encode(item.before), context, room + 1)]
             for item, room in zip(items, rooms, strict=True)
         ]
         made = [result.completion or "" for result in lm.continuing(prompts, rooms, each).results()]
@@ -145,6 +145,6 @@ def _plain(text: str) -> str:
     return text.replace("[[", r"\[[")
 
 
-def _last(ids: list[int], context: int | None, room: int) -> list[int]:
+def last(ids: list[int], context: int | None, room: int) -> list[int]:
     """As many of the last tokens as leave so much room."""
     return ids if context is None or len(ids) + room <= context else ids[len(ids) + room - context :]

@@ -134,7 +134,7 @@ class Writing:
 
     def _counted(self) -> Bool[Tensor, "b n"]:
         """What was written, up to the end token."""
-        written = self.canvas.editable & ~self.canvas.open
+        written = self.canvas.written
         if self._end is None:
             return written
         ended = (written & (self.canvas.tokens == self._end)).long().cumsum(1) > 0
@@ -218,7 +218,7 @@ class DiffusionLM:
         dialogue = self.dialogue
 
         def tell(canvas: Canvas) -> dict[str, Any]:
-            answer = dialogue.read(canvas.tokens[canvas.editable & ~canvas.open].tolist())
+            answer = dialogue.read(canvas.tokens[canvas.written].tolist())
             return {"text": answer, "completion": answer}
 
         prompts = [dialogue.prompt(messages) for messages in chats]

@@ -81,7 +81,7 @@ class SamplingConfig:
 
         Where the model keeps its left-to-right half, `quality` is that half's own text.
         """
-        if card.keeps_left_to_right:
+        if card.reads_left_to_right:
             return cls(tolerance={"quality": 0.0, "balanced": 0.7, "fast": 2.0}[name])
         if name == "quality":
             return cls(policy=Unmask())

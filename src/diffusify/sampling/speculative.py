@@ -45,7 +45,7 @@ class Speculative:
         end_token_id: int | None = None,
     ) -> None:
         pattern = denoiser.diffusion.attention
-        if not denoiser.diffusion.keeps_left_to_right:
+        if not denoiser.diffusion.reads_left_to_right:
             raise ValueError(
                 "speculative decoding needs a model that keeps its left-to-right half (the block recipe on an AR "
                 f"base); this one has {pattern} and shift {denoiser.diffusion.shift}"
