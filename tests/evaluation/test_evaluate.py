@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from diffusify.cli import app
@@ -71,6 +72,12 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     assert (tmp_path / "killed" / "piqa.jsonl").read_text() == (tmp_path / "whole" / "piqa.jsonl").read_text()
     with pytest.raises(ValueError, match="holds an evaluation with another measure"):
         evaluate(lm, items, tmp_path / "whole", measure=MonteCarlo(draws=3))
+    with pytest.raises(ValueError, match="holds the scores of other items"):
+        evaluate(lm, {"piqa": items["piqa"][::-1]}, tmp_path / "whole")
+    with torch.no_grad():
+        next(lm.denoiser.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match="holds an evaluation with another weights"):
+        evaluate(lm, items, tmp_path / "whole")
 
 
 def test_a_score_is_a_mean_with_its_error() -> None:
@@ -89,6 +96,8 @@ def test_a_difference_is_paired() -> None:
     assert 5 < better.low < 12 and 28 < better.high < 37  # +-12.4 by the normal approximation
     with pytest.raises(ValueError, match="cannot be paired"):
         difference("piqa", scored(1, 0), scored(1))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        difference("piqa", scored(1), [Scored({"accuracy": 1.0}, {}, item=7)])
 
 
 def test_calibration_is_how_often_a_confidence_is_right() -> None:

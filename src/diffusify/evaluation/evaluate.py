@@ -2,8 +2,9 @@
 
 import json
 import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -55,21 +56,29 @@ def evaluate(
     """
     measure, sampling = measure or best_measure(lm.denoiser), suited(sampling, lm)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
-    _claim(folder, {name: to_plain(value) for name, value in settings.items()})
+    _claim(folder, {name: to_plain(value) for name, value in settings.items()} | {"weights": _weights(lm)})
     results = {}
     for name, items in tasks.items():
         file = folder / f"{name}.jsonl"
-        done = _read(file)[: len(items)]
+        done, marks = _read(file)[: len(items)], [zlib.crc32(repr(item).encode()) for item in items]
+        if [one.item for one in done] != marks[: len(done)]:
+            raise ValueError(f"{file} holds the scores of other items; give another folder, or delete it")
         told(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
             for scored in score(lm, items[len(done) :], measure, sampling, tries=tries):
-                line = json.dumps(asdict(scored))
+                line = json.dumps(asdict(replace(scored, item=marks[len(done)])))
                 done.append(Scored(**json.loads(line)))  # as it will be read again
                 lines.write(line + "\n")
                 lines.flush()
                 told(name, len(done))
         results[name] = done
     return results
+
+
+def _weights(lm: DiffusionLM) -> int:
+    """A checksum of the first numbers of every tensor: another training, other weights."""
+    parts = (weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in lm.denoiser.parameters())
+    return zlib.crc32(b"".join(parts))
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -112,7 +121,7 @@ def difference(
     task: str, ours: Sequence[Scored], theirs: Sequence[Scored], metric: str | None = None, *, draws: int = 2000
 ) -> Difference:
     """By the paired bootstrap: items are drawn again with both models' scores, from a fixed seed."""
-    if len(ours) != len(theirs):
+    if [one.item for one in ours] != [one.item for one in theirs]:
         raise ValueError(f"{task}: {len(ours)} items cannot be paired with {len(theirs)}; evaluate both on the same")
     metric = metric or next(iter(ours[0].scores))
     ahead = [100 * (a.scores[metric] - b.scores[metric]) for a, b in zip(ours, theirs, strict=True)]

@@ -21,10 +21,14 @@ BATCH = 16  # texts that are written together
 
 @dataclass(frozen=True)
 class Scored:
-    """How one item went: `scores` from 0 to 1, the one that counts first, and what the model `said`."""
+    """How one item went: `scores` from 0 to 1, the one that counts first, and what the model `said`.
+
+    `item` tells items apart where scores are kept: a checksum.
+    """
 
     scores: dict[str, float]
     said: dict[str, Any]
+    item: int = 0
 
 
 def score(
