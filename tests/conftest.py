@@ -6,9 +6,21 @@ import os
 # Read when the libraries are imported, so set before.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import jaxtyping._storage
 import torch
+from greenlet import getcurrent
 from jaxtyping import install_import_hook
 
+
+class PerGreenlet:
+    """The shapes of the calls that are under way. jaxtyping has them per thread, but the server's loops take turns."""
+
+    @property
+    def memo_stack(self) -> list:
+        return getcurrent().__dict__.setdefault("jaxtyping_shapes", [])
+
+
+jaxtyping._storage._shape_storage = PerGreenlet()  # pyright: ignore[reportAttributeAccessIssue]
 torch.set_num_threads(1)
 install_import_hook("diffusify", "beartype.beartype")
 

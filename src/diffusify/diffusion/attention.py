@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from diffusify.canvas import Canvas
 
@@ -60,6 +61,33 @@ class Scene:
         """The rule as an additive bias, which `sdpa` and `eager` both obey (`eager` adds a boolean one as 0/1)."""
         seen = self.visible(window)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class Crowd(Scene):
+    """Scenes that are shown to the network together, each as if it were alone; short rows are padded on the right."""
+
+    parts: tuple[Scene, ...] = ()
+
+    @classmethod
+    def of(cls, parts: tuple[Scene, ...], width: int | None = None) -> "Crowd":
+        """Whole scenes, or parts of some of which none looks at more than `width` columns."""
+        m = max(part.tokens.shape[1] for part in parts)
+        tokens, positions = (
+            torch.cat([functional.pad(values, (0, m - values.shape[1])) for values in column])
+            for column in zip(*((part.tokens, part.positions) for part in parts), strict=True)
+        )
+        unmasked = width is None and all(part.unmasked and part.tokens.shape[1] == m for part in parts)
+        there = None if width is None else tokens.new_zeros(1, width)
+        return cls(
+            tokens, positions, tokens, tokens, _everything, ragged=True, unmasked=unmasked, there=there, parts=parts
+        )
+
+    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
+        m = self.tokens.shape[1]
+        w = m if self.there is None else self.there.shape[1]
+        seen = [part.visible(window).expand(len(part.tokens), -1, -1) for part in self.parts]
+        return torch.cat([functional.pad(rows, (0, w - rows.shape[2], 0, m - rows.shape[1])) for rows in seen])
 
 
 def _alone(canvas: Canvas, shift: int, rule: Rule, *, ragged: bool = False, unmasked: bool = False) -> Scene:

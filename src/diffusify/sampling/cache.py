@@ -26,7 +26,7 @@ class Columns(Cache):
 
     def __init__(self, denoiser: Denoiser, n: int) -> None:
         layers = denoiser.config.get_text_config().num_hidden_layers
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        super().__init__(layers=[ColumnLayer(self) for _ in range(layers)])
         self.n = n
         self.columns = torch.empty(0, 0, dtype=torch.long)
         self.width = 0
@@ -35,7 +35,9 @@ class Columns(Cache):
         self.columns, self.width = columns, width
 
 
-class _Layer(CacheLayerMixin):
+class ColumnLayer(CacheLayerMixin):
+    """Keys and values of one layer."""
+
     def __init__(self, store: Columns) -> None:
         super().__init__()
         self.store = store
