@@ -1,8 +1,8 @@
-"""Answers are read by GSM8K's rule, and tries are counted as the papers count them."""
+"""Answers are read by their benchmarks' rules, and tries are counted as the papers count them."""
 
 import pytest
 
-from diffusify.evaluation.answers import final_answer, hit, majority
+from diffusify.evaluation.answers import final_answer, hit, last_number, letter, majority
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,40 @@ from diffusify.evaluation.answers import final_answer, hit, majority
 )
 def test_the_final_answer_stands_behind_the_last_mark(text: str, answer: str | None) -> None:
     assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 18", "18.0"),
+        ("18.00 apples", "18.0"),
+        ("2 + 3 = 5.", "5.0"),
+        ("about 1,234,567", "1234567.0"),
+        ("it fell to -.5", "-0.5"),
+        ("5-3", "3.0"),
+        ("five", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_is_read_alike_however_it_is_written(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (" A", "A"),
+        ("(D)", "D"),
+        (" (D)14.3", "D"),
+        ("B. 4", "B"),
+        ("Dogs", None),
+        ("the C", None),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_a_letter_is_what_an_answer_begins_with(text: str, chosen: str | None) -> None:
+    assert letter(text) == chosen
 
 
 def test_tries_vote() -> None:

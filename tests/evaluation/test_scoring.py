@@ -79,6 +79,12 @@ def test_a_question_s_tokens_are_those_of_the_text(lm: DiffusionLM) -> None:
         (" mat on", Answer("It is", ("mat",), room=4, stop="\n"), 0),
         (" 1+1=2\n#### 2\n", Answer("Sum?", ("so\n#### 2",), "number", room=30), 1),
         (" 1+1=2\n#### 3\n", Answer("Sum?", ("so\n#### 2",), "number", room=30), 0),
+        (" 5 and 1,8 is 18\n9", Answer("Sum?", ("18",), "last number", room=20, stop="\n"), 1),
+        (" 18.00\n", Answer("Sum?", ("18",), "last number", room=10, stop="\n"), 1),
+        (" 18, or 5\n", Answer("Sum?", ("18",), "last number", room=10, stop="\n"), 0),
+        (" (A)2\n", Answer("Which?", ("A",), "letter", room=3, stop="\n"), 1),
+        (" (B)2\n", Answer("Which?", ("A",), "letter", room=3, stop="\n"), 0),
+        (" the", Answer("Which?", ("A",), "letter", room=3, stop="\n"), 0),
     ],
 )
 def test_an_answer_is_right_by_its_own_rule(

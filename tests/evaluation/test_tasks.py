@@ -27,6 +27,8 @@ RECORDS = {
     "lambada": {"text": "he said that it was so\n"},
     "triviaqa": {"question": "Who?", "answer": "Bob", "aliases": ["robert"]},
     "gsm8k": {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+    "mawps": {"input": "Al had 3 and got 4.5. How many?", "target": 7.5},
+    "sat_math": {"passage": "", "question": "What is $x$?", "options": ["(A)2", "(B)$-1$"], "label": "A"},
     "humaneval_infill": {"prompt": "def f():\n", "canonical_solution": "    x = 1\n", "suffix": "    return x\n",
                          "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"},
 }  # fmt: skip
@@ -42,13 +44,18 @@ EXPECTED = {
     "lambada": Answer("he said that it was", (" so",)),
     "triviaqa": Answer("Question: Who?\nAnswer:", ("Bob", "robert"), room=10, stop="\n"),
     "gsm8k": Answer("Question: 1+1?\nAnswer:", ("1+1=2\n#### 2",), "number", room=64, stop="\nQuestion:"),
+    "mawps": Answer("Question: Al had 3 and got 4.5. How many?\nAnswer:", ("7.5",), "last number", room=10,
+                    stop="\n"),
+    "sat_math": Answer("Question: What is $x$?\nAnswer Choices: (A)2 (B)$-1$\nAnswer:", ("A",), "letter", room=3,
+                       stop="\n"),
     "humaneval_infill": Hole("def f():\n", "    x = 1\n", "    return x\n",
                              "def check(f):\n    assert f() == 1\n\ncheck(f)\n"),
 }  # fmt: skip
 
 
 def write(folder: Path, task: str, lines: list[str], *, packed: bool = False) -> None:
-    stem = {"rocstories": "storycloze", "humaneval_infill": "humaneval-infill-single-line"}.get(task, task)
+    named = {"rocstories": "storycloze", "sat_math": "sat-math", "humaneval_infill": "humaneval-infill-single-line"}
+    stem = named.get(task, task)
     text = "".join(line + "\n" for line in lines)
     if packed:
         (folder / f"{stem}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -75,6 +82,12 @@ def test_the_paper_compares_means_per_token_and_takes_what_contains_an_answer(tm
         assert isinstance(item, Choice) and item.by == "token"
     item = chosen_tasks(["triviaqa"])[0].read(RECORDS["triviaqa"], "paper")
     assert isinstance(item, Answer) and item.match == "contains"
+
+
+def test_whole_numbers_are_shown_whole() -> None:
+    (task,) = chosen_tasks(["mawps"])
+    golds = [task.read({"input": "How many?", "target": value}, "standard") for value in (18.0, 18, "18.0", 1e6)]
+    assert [item.golds for item in golds if isinstance(item, Answer)] == [("18",), ("18",), ("18",), ("1000000",)]
 
 
 def test_the_hub_s_own_layout_of_answers_is_read() -> None:

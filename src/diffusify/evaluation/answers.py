@@ -1,5 +1,6 @@
 """What a written solution answers, and how several tries become one answer."""
 
+import re
 from collections import Counter
 
 
@@ -12,6 +13,18 @@ def final_answer(text: str) -> str | None:
     lines = rest.strip().splitlines()
     answer = lines[0].replace(",", "").strip() if lines else ""
     return answer if mark and answer else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, commas left out, equal numbers alike, as math-evaluation-harness reads answers."""
+    found = re.findall(r"(?:(?<![\d.])-)?\d*\.?\d+", text.replace(",", ""))
+    return str(float(found[-1])) if found else None
+
+
+def letter(text: str) -> str | None:
+    """The capital letter that an answer begins with: D of "D" and of "(D) 14", none of "Dogs"."""
+    found = re.match(r"\W*([A-Z])\b", text)
+    return found[1] if found else None
 
 
 def majority(answers: list[str | None]) -> str | None:

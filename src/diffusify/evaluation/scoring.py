@@ -9,7 +9,7 @@ from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from diffusify.evaluation.answers import final_answer, majority
+from diffusify.evaluation.answers import final_answer, last_number, letter, majority
 from diffusify.evaluation.likelihood import Measure, Question
 from diffusify.evaluation.sandbox import runs
 from diffusify.evaluation.tasks import Answer, Choice, Hole, Item
@@ -85,7 +85,7 @@ def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tr
     for i, item in enumerate(items):
         mine = made[i * tries : (i + 1) * tries]
         texts = [_stopped(one.completion or "", item.stop) for one in mine]
-        answers = [final_answer(text) if item.match == "number" else normal(text) for text in texts]
+        answers = [_read(item, text) for text in texts]
         agreed = majority(answers)
         scores = {"accuracy": float(agreed is not None and _right(item, agreed))}
         if tries > 1:
@@ -103,11 +103,15 @@ def _stopped(text: str, stop: str | None) -> str:
     return text if stop is None else text.split(stop)[0]
 
 
+def _read(item: Answer, text: str) -> str | None:
+    """What a text answers, in the form that is compared; None if nothing."""
+    ways = {"number": final_answer, "last number": last_number, "letter": letter}
+    return ways.get(item.match, normal)(text)
+
+
 def _right(item: Answer, answer: str) -> bool:
-    """Whether an answer, plain or the number that it comes to, is a gold's."""
-    if item.match == "number":
-        return answer in {final_answer(gold) for gold in item.golds}
-    golds = [normal(gold) for gold in item.golds]
+    """Whether an answer, as it was read, is a gold's."""
+    golds = [_read(item, gold) for gold in item.golds]
     return any(gold in answer for gold in golds if gold) if item.match == "contains" else answer in golds
 
 

@@ -27,13 +27,14 @@ class Choice:
 class Answer:
     """A text to be continued, with room for as many tokens as the longest of the golds has and `room` more.
 
-    What is written, up to `stop`, is right if it `equals` a gold, `contains` one, or gives the same `number` as one
-    behind its last `####`. Letters' case, articles and punctuation do not count.
+    What is written, up to `stop`, is right if it `equals` a gold or `contains` one (case, articles and punctuation do
+    not count), gives the same `number` behind its last `####`, ends in the same number (`last number`), or begins with
+    the same `letter`.
     """
 
     prompt: str
     golds: tuple[str, ...]
-    match: Literal["equals", "contains", "number"] = "equals"
+    match: Literal["equals", "contains", "number", "last number", "letter"] = "equals"
     room: int = 0
     stop: str | None = None
 
@@ -160,6 +161,26 @@ def gsm8k(record: Record, protocol: Protocol) -> Item:
     )
 
 
+def mawps(record: Record, protocol: Protocol) -> Item:
+    """Sums in a sentence or two; the answer is the last number of the first line.
+
+    Records are math-evaluation-harness's, which DiffuLLaMA's paper uses: a text `input` and a number `target`. The
+    paper shows four solved ones.
+    """
+    gold = f"{float(record['target']):.12g}"
+    return Answer(f"Question: {record['input']}\nAnswer:", (gold,), "last number", room=10, stop="\n")
+
+
+def sat_math(record: Record, protocol: Protocol) -> Item:
+    """Questions of the SAT with four answers to choose from, by letter.
+
+    Records are AGIEval's: `question`, `options` ("(A)2", ...) and the right letter, `label`. It has 220, of which all
+    the numbers in DiffuLLaMA's paper are shares. The paper shows four solved ones.
+    """
+    asked = f"Question: {record['question']}\nAnswer Choices: {' '.join(record['options'])}\nAnswer:"
+    return Answer(asked, (record["label"],), "letter", room=3, stop="\n")
+
+
 def humaneval_infill(record: Record, protocol: Protocol) -> Item:
     """One line of a program; the program's own tests tell whether it will do."""
     check = f"{record['test']}\ncheck({record['entry_point']})\n"
@@ -217,5 +238,7 @@ TASKS = (
     Task(lambada, ("EleutherAI/lambada_openai", "default", "test")),
     Task(triviaqa, ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"), "trivia_qa/rc.wikipedia.nocontext"),
     Task(gsm8k, ("openai/gsm8k", "main", "test")),
+    Task(mawps),
+    Task(sat_math, file="sat-math"),
     Task(humaneval_infill, file="humaneval-infill-single-line"),
 )
