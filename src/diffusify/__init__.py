@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from diffusify.models.importers import import_denoiser
     from diffusify.models.lora import Lora
     from diffusify.models.recipes import Recipe, ar, block, mlm
-    from diffusify.sampling.generation import DiffusionLM, Generation, load
+    from diffusify.sampling.generation import DiffusionLM, load
     from diffusify.sampling.settings import SamplingConfig
+    from diffusify.sampling.writing import Generation
     from diffusify.text.examples import Template
+    from diffusify.text.grammar import schema_regex
     from diffusify.training.adapt import adapt
     from diffusify.training.trainer import DiffusionTrainer
     from diffusify.training.tune import tune
@@ -34,6 +36,7 @@ __all__ = [
     "import_denoiser",
     "load",
     "mlm",
+    "schema_regex",
     "tune",
 ]
 
@@ -41,9 +44,11 @@ _ROOMS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
     "diffusify.models.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
-    "diffusify.sampling.generation": {"DiffusionLM", "Generation", "load"},
+    "diffusify.sampling.generation": {"DiffusionLM", "load"},
     "diffusify.sampling.settings": {"SamplingConfig"},
+    "diffusify.sampling.writing": {"Generation"},
     "diffusify.text.examples": {"Template"},
+    "diffusify.text.grammar": {"schema_regex"},
     "diffusify.training.adapt": {"adapt"},
     "diffusify.training.tune": {"tune"},
     "diffusify.training.trainer": {"DiffusionTrainer"},

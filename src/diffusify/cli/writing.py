@@ -31,6 +31,7 @@ TopP = Annotated[float | None, typer.Option(help="Draw from the fewest tokens th
 Window = Annotated[int | None, typer.Option(help="Write so many tokens at a time from left to right (ar, mlm).")]
 Guidance = Annotated[float | None, typer.Option(help="Above 0: fit the prompt more (classifier-free; twice the work).")]
 Penalty = Annotated[float | None, typer.Option(help="Above 1: repeat less.")]
+Form = Annotated[str | None, typer.Option(help="A regular expression that what is written matches as a whole.")]
 Cache = Annotated[
     Literal["exact", "prefix", "dual", "none"] | None,
     typer.Option(help="exact (usual): finished blocks; prefix, dual: approximate, with --window (ar); none."),
@@ -65,6 +66,7 @@ def generate(
     top_p: TopP = None,
     repetition_penalty: Penalty = None,
     guidance: Guidance = None,
+    regex: Form = None,
     window: Window = None,
     cache: Cache = None,
     seed: Seed = None,
@@ -104,6 +106,7 @@ def infill(
     top_p: TopP = None,
     repetition_penalty: Penalty = None,
     guidance: Guidance = None,
+    regex: Form = None,
     window: Window = None,
     cache: Cache = None,
     seed: Seed = None,
@@ -134,6 +137,7 @@ def chat(
     top_p: TopP = None,
     repetition_penalty: Penalty = None,
     guidance: Guidance = None,
+    regex: Form = None,
     window: Window = None,
     cache: Cache = None,
     seed: Seed = None,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from diffusify.evaluation.evaluate import Difference, Row
 from diffusify.evaluation.scoring import Scored
 from diffusify.evaluation.tasks import Choice, Item
-from diffusify.sampling.generation import Writing
+from diffusify.sampling.writing import Writing
 from diffusify.text.tokens import TextTokenizer
 
 

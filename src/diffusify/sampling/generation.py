@@ -1,28 +1,22 @@
 """A diffusion model as its users hold it: strings in, strings out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from time import perf_counter
 from typing import Any, overload
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.constraints import Automaton
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.saving import load_denoiser
-from diffusify.sampling.blind import Blind
-from diffusify.sampling.cache import BlockCache, WindowCache
-from diffusify.sampling.guidance import Guided
-from diffusify.sampling.sampler import Denoises, Frame, denoise
 from diffusify.sampling.settings import SamplingConfig
-from diffusify.sampling.speculative import Speculative
+from diffusify.sampling.writing import Generation, Writing
 from diffusify.text.dialogue import Dialogue
+from diffusify.text.grammar import automaton
 from diffusify.text.prompts import continuation_canvas, hole_choices, infill_canvas, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 
@@ -30,122 +24,12 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}
 Settings = SamplingConfig | Sequence[SamplingConfig]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A written text and what it took: tokens written, network forwards, seconds (of the whole batch)."""
-
-    text: str
-    tokens: int
-    forwards: int
-    seconds: float
-    seed: int
-    completion: str | None = None  # without the prompt
-    spans: tuple[str, ...] | None = None  # what was written into each hole, when there were holes
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.tokens / max(1, self.forwards)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(1e-9, self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self) | {
-            "tokens_per_forward": round(self.tokens_per_forward, 3),
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens_per_second, 3),
-        }
-        return {key: value for key, value in plain.items() if value is not None}
-
-
-class Writing:
-    """Texts on their way: iterate to see every step of the batch, then ask for the results.
-
-    Of every `beam` neighbouring rows, candidates for one text, the surest is a result.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        canvas: Canvas,
-        settings: list[SamplingConfig],
-        tell: Callable[[Canvas], dict[str, Any]],
-        *,
-        end: int | None = None,
-        banned: tuple[int, ...] = (),
-        beam: int = 1,
-    ) -> None:
-        self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
-        self._settings = [each for each in settings for _ in range(beam)]
-        self._end, self._banned, self._tell, self._beam = end, banned, tell, beam
-        self._frames = self._run(denoiser)
-        self._score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
-
-    def __iter__(self) -> Iterator[Frame]:
-        return self._frames
-
-    def _run(self, denoiser: Denoiser) -> Iterator[Frame]:
-        begun = perf_counter()
-        for frame in self._steps(denoiser):
-            self.canvas, self.forwards, self._score = frame.canvas, frame.forwards, frame.score
-            self.seconds = perf_counter() - begun
-            yield frame
-
-    def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
-        card, settings = denoiser.diffusion, self._settings[0]  # what is used of it, all rows share
-        noise, size = card.mask_token_id, card.block_size
-        luck = Luck.seeded([each.seed for each in self._settings], denoiser.device)
-        samplers = [each.sampler(card.policy, banned=self._banned, end=self._end) for each in self._settings]
-        if settings.tolerance is not None:
-            speculative = Speculative(
-                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end
-            )
-            return speculative(self.canvas, noise=noise, luck=luck)
-
-        def model() -> Denoises:
-            if getattr(samplers[0].policy, "blind", False):
-                return Blind(denoiser)
-            if settings.cache in ("prefix", "dual"):
-                return WindowCache(denoiser, settings.cache)
-            exact = settings.cache == "exact" and size is not None and denoiser.remembers
-            return BlockCache(denoiser) if exact else denoiser.answers
-
-        chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
-        n = self.canvas.tokens.shape[1]
-        widths = torch.tensor([[size or each.window or n] for each in self._settings], device=denoiser.device)
-        return denoise(chosen, self.canvas, samplers, self.canvas.positions // widths, noise=noise, luck=luck)
-
-    def results(self) -> list[Generation]:
-        """The finished texts; steps that nobody looked at yet are taken first."""
-        for _ in self._frames:
-            pass
-        counted = self._counted()
-        tokens = counted.sum(1)
-        sure = (self._score * counted).sum(1) / tokens.clamp_min(1)
-        best = sure.view(-1, self._beam).argmax(1) + torch.arange(0, len(sure), self._beam, device=sure.device)
-        took = {"forwards": self.forwards, "seconds": self.seconds}
-        return [
-            Generation(
-                tokens=int(tokens[row]), seed=self._settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
-            )
-            for row in best.tolist()
-        ]
-
-    def _counted(self) -> Bool[Tensor, "b n"]:
-        """What was written, up to the end token."""
-        written = self.canvas.written
-        if self._end is None:
-            return written
-        ended = (written & (self.canvas.tokens == self._end)).long().cumsum(1) > 0
-        return written & ~ended
-
-
 class DiffusionLM:
     """A denoiser and its tokenizer."""
 
     def __init__(self, denoiser: Denoiser, tokenizer: TextTokenizer) -> None:
         self.denoiser, self.tokenizer = denoiser, tokenizer
+        self.form = lru_cache(16)(self._form)
 
     @classmethod
     def from_pretrained(
@@ -238,7 +122,15 @@ class DiffusionLM:
         ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
         each, choices = _one_each(settings, len(texts), self.config), hole_choices(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context, choices=choices)
-        return Writing(self.denoiser, canvas, each, tell, banned=tuple(sorted(ends)), beam=choices)
+        banned, forms = tuple(sorted(ends)), self._forms(each)
+        return Writing(self.denoiser, canvas, each, tell, banned=banned, beam=choices, forms=forms)
+
+    def _form(self, regex: str) -> Automaton:
+        """The automaton of the texts that match a regular expression. ValueError for one that cannot be followed."""
+        return automaton(self.tokenizer, regex)
+
+    def _forms(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
+        return {each.regex: self.form(each.regex) for each in settings if each.regex is not None}
 
     @cached_property
     def dialogue(self) -> Dialogue:
@@ -261,7 +153,7 @@ class DiffusionLM:
         canvas = continuation_canvas(
             self.tokenizer, prompts, 64 if room is None else room, context=self.denoiser.context
         )
-        return Writing(self.denoiser, canvas, each, tell, end=end, beam=beam)
+        return Writing(self.denoiser, canvas, each, tell, end=end, beam=beam, forms=self._forms(each))
 
     @torch.inference_mode()
     def _lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
+from diffusify.diffusion.constraints import Constraint
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.moments import Moment
@@ -32,11 +33,15 @@ LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Frame:
-    """The canvas after a step, the score each written token had (log-probability), and the forwards so far."""
+    """The canvas after a step, the score each written token had (log-probability), and the forwards so far.
+
+    Of each row, the first `settled` positions will not change any more.
+    """
 
     canvas: Canvas
     score: Float[Tensor, "b n"]
     forwards: int
+    settled: Int[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Sampler:
     end_token_id: int | None = None
     repetition_penalty: float = 1.0
     logits_processor: LogitsProcessor | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -78,9 +84,10 @@ class Sampler:
 
     def shaped(self, logits: LazyLogits, canvas: Canvas, asked: Bool[Tensor, "b n"]) -> LazyLogits:
         """The model's logits, as the settings change them."""
-        if self.repetition_penalty == 1 and not self.banned and self.logits_processor is None:
+        if self.repetition_penalty == 1 and not self.banned and self.logits_processor is None and not self.constraint:
             return logits
         places = asked.nonzero()
+        allowed = self.constraint.allowed(canvas, asked) if self.constraint else None
         banned = torch.tensor(self.banned, dtype=torch.long, device=asked.device)
         there = canvas.real & ~canvas.open
 
@@ -97,7 +104,7 @@ class Sampler:
                 where = torch.zeros_like(asked)
                 where[row, position] = True
                 part = self.logits_processor(part, canvas, where)
-            return part
+            return part if allowed is None else part.masked_fill(~allowed(index, part.shape[-1]), -torch.inf)
 
         return logits.then(change)
 
@@ -127,6 +134,7 @@ def denoise(
         torch.tensor([getattr(sampler.policy, name, False) for sampler in samplers], device=device)
         for name in ("revises", "rereads")
     )
+    erases = revises | rereads
     ends = torch.tensor([-1 if s.end_token_id is None else s.end_token_id for s in samplers], device=device)
     stated = torch.tensor([s.steps or 0 for s in samplers], device=device)
     room = canvas.open.sum(1)
@@ -162,11 +170,14 @@ def denoise(
             now = group.look(logits, canvas[rows], score[rows], asked, here[rows], step[rows], steps[rows])
             decided = group.sampler.policy(now)
             picked = now.picked(decided.write)
+            constraint = group.sampler.constraint
+            write = constraint.agreed(now.canvas, decided.write, picked) if constraint else decided.write
             guess.tokens[rows], guess.score[rows] = picked.tokens, picked.score
-            move.write[rows], move.erase[rows] = decided.write, decided.erase
+            move.write[rows], move.erase[rows] = write, decided.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
         canvas = canvas.play(move, guess, noise)
-        yield Frame(canvas, score, forwards)
+        unsettled = canvas.open | (canvas.editable & erases[:, None] & (window >= front[:, None]))
+        yield Frame(canvas, score, forwards, settled=(unsettled.long().cumsum(1) == 0).sum(1))
 
 
 class _Group:

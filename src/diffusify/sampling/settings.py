@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusify.config import DiffusionConfig, from_plain, to_plain
+from diffusify.diffusion.constraints import Constraint
 from diffusify.diffusion.picking import Draw, Greedy, Pick
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.quotas import Threshold
@@ -14,7 +15,7 @@ from diffusify.sampling.sampler import LogitsProcessor, Sampler
 Preset = Literal["quality", "balanced", "fast"]
 
 # What speculative decoding has no use for.
-_STEPWISE = ("steps", "threshold", "policy", "window", "guidance", "repetition_penalty", "logits_processor")
+_STEPWISE = ("steps", "threshold", "policy", "window", "guidance", "repetition_penalty", "logits_processor", "regex")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SamplingConfig:
       hold `top_p` of the probability. `repetition_penalty` above 1 makes tokens that the text has already less likely.
       `suppress_tokens` are ids that are never written. `logits_processor(logits, canvas, asked)` has the last word on
       the logits; it cannot be saved.
+    - `regex`: a regular expression that each text that is written matches as a whole; for JSON see `schema_regex`.
     - `length_beam`: so many lengths are tried, and the surest text is kept, where the model tells lengths and none is
       given. `window`: a model that sees both ways writes so many tokens at a time, from left to right.
     - `guidance` above 0: what fits the prompt more than it fits none (classifier-free; twice the work).
@@ -51,6 +53,7 @@ class SamplingConfig:
     cache: Literal["exact", "prefix", "dual", "none"] = "exact"
     seed: int = 0
     logits_processor: LogitsProcessor | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -110,7 +113,14 @@ class SamplingConfig:
     def pick(self) -> Pick:
         return Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
 
-    def sampler(self, default: Policy, *, banned: tuple[int, ...] = (), end: int | None = None) -> Sampler:
+    def sampler(
+        self,
+        default: Policy,
+        *,
+        banned: tuple[int, ...] = (),
+        end: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> Sampler:
         """The loop with these settings. ValueError for one that is out of bounds."""
         policy = (self.policy or default) if self.threshold is None else Unmask(quota=Threshold(float(self.threshold)))
         return Sampler(
@@ -121,4 +131,5 @@ class SamplingConfig:
             end_token_id=end,
             repetition_penalty=float(self.repetition_penalty),
             logits_processor=self.logits_processor,
+            constraint=constraint,
         )

@@ -89,7 +89,7 @@ class Speculative:
             slot = torch.where(owner == stand[:, None], turn, self.size - 1)[..., None].expand_as(drafts)
             ahead = drafts.new_full((b, self.size, drafts.shape[2]), -torch.inf).scatter(1, slot, drafts)[:, :-1]
             tree = Tree.likeliest(ahead, self.candidates)
-            yield Frame(canvas, score, forwards)
+            yield Frame(canvas, score, forwards, settled=known)
 
     def _verdict(
         self, logits: Float[Tensor, "b p v"], tree: Tree, luck: Luck

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from transformers import Cache
 
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.cache import ColumnLayer, Columns

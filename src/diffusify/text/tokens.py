@@ -54,7 +54,7 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of some ids, special tokens left out; `continues`: with the space it may have at its start."""
-        plain = [int(i) for i in ids if int(i) not in self._special]
+        plain = [int(i) for i in ids if int(i) not in self.special]
         if not continues:
             return str(self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         head = self._encode([_MARKERS[0]])[0]
@@ -91,7 +91,7 @@ class TextTokenizer:
         return [i for n, piece in enumerate(pieces) for i in self.encode(piece, continues=n > 0)]
 
     @cached_property
-    def _special(self) -> frozenset[int]:
+    def special(self) -> frozenset[int]:
         """The ids that are no text."""
         added = self.tokenizer.added_tokens_decoder
         return frozenset({*self.tokenizer.all_special_ids, self.mask_token_id, *(i for i in added if added[i].special)})
@@ -99,7 +99,7 @@ class TextTokenizer:
     @cached_property
     def _foreign(self) -> frozenset[int]:
         """The ids that no text may have. An unknown word is text still."""
-        return frozenset(i for i in self._special if i != self.tokenizer.unk_token_id)
+        return frozenset(i for i in self.special if i != self.tokenizer.unk_token_id)
 
     @cached_property
     def _leads_with_space(self) -> bool:

@@ -1,0 +1,105 @@
+"""Texts of a given form, against every text that there is."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from diffusify.canvas import Canvas, Guess
+from diffusify.diffusion.constraints import Automaton, Constraint
+
+LETTERS, END, ROOM = 3, 3, 5  # tokens 0, 1, 2, and the end token where there is one
+STATES = 4
+
+transitions = st.dictionaries(
+    st.integers(0, STATES - 1), st.dictionaries(st.integers(0, LETTERS - 1), st.integers(0, STATES - 1)), min_size=1
+)
+automata = st.builds(
+    lambda ways, final: Automaton(ways, 0, final), transitions, st.sets(st.integers(0, STATES - 1), min_size=1)
+)
+cells = st.lists(st.none() | st.integers(0, LETTERS), min_size=1, max_size=ROOM)
+
+
+def allows(automaton: Automaton, text: tuple[int, ...], ends: bool) -> bool:
+    """By walking: up to the end token if it may end early."""
+    state: int | None = automaton.start
+    for token in text:
+        if token == END:
+            return ends and state in automaton.final
+        state = automaton.transitions.get(state, {}).get(token)
+        if state is None:
+            return False
+    return state in automaton.final
+
+
+def texts(automaton: Automaton, given: list[int | None], ends: bool) -> list[tuple[int, ...]]:
+    """All that agree with what is written."""
+    every = product(*[[cell] if cell is not None else range(LETTERS + ends) for cell in given])
+    return [text for text in every if allows(automaton, text, ends)]
+
+
+def canvas_of(given: list[int | None]) -> Canvas:
+    """Between a prompt and a closing token, which are not to be written."""
+    canvas = Canvas.room([[7, *given, 7]], noise=9, pad=0)
+    editable = canvas.editable.clone()
+    editable[:, 1:-1] = True
+    return Canvas(canvas.tokens, canvas.open, editable, canvas.document)
+
+
+@given(automata, cells, st.booleans())
+def test_a_token_is_allowed_if_some_whole_text_has_it(
+    automaton: Automaton, given: list[int | None], ends: bool
+) -> None:
+    constraint, canvas = Constraint(automaton, END if ends else None), canvas_of(given)
+    possible = texts(automaton, given, ends)
+    if not possible:
+        with pytest.raises(ValueError, match="room for"):
+            constraint.check(canvas)
+        return
+    constraint.check(canvas)
+    assume(canvas.open.any())
+    masks = constraint.allowed(canvas, canvas.open)(torch.arange(int(canvas.open.sum())), LETTERS + 1)
+    open = [i for i, cell in enumerate(given) if cell is None]
+    for i, mask in zip(open, masks, strict=True):
+        assert {t for t in range(LETTERS + ends) if mask[t]} == {text[i] for text in possible}
+
+
+@given(automata, cells, st.booleans(), st.data())
+def test_what_is_written_together_goes_together(
+    automaton: Automaton, given: list[int | None], ends: bool, data: st.DataObject
+) -> None:
+    """Whatever is guessed where and written in whatever order: the end is reached, with an allowed text."""
+    constraint, canvas = Constraint(automaton, END if ends else None), canvas_of(given)
+    assume(texts(automaton, given, ends))
+    while canvas.open.any():
+        open = canvas.open.nonzero()[:, 1].tolist()
+        masks = constraint.allowed(canvas, canvas.open)(torch.arange(len(open)), LETTERS + 1)
+        tokens, score = canvas.tokens.clone(), torch.full(canvas.tokens.shape, -torch.inf)
+        for at, mask in zip(open, masks, strict=True):
+            tokens[0, at] = data.draw(st.sampled_from(mask.nonzero().flatten().tolist()))
+            score[0, at] = data.draw(st.floats(-9, 0, width=32))
+        write = torch.zeros_like(canvas.open)
+        write[0, data.draw(st.lists(st.sampled_from(open), min_size=1))] = True
+        kept = constraint.agreed(canvas, write, Guess(tokens, score))
+        assert kept.any() and not (kept & ~write).any()
+        canvas = Canvas(torch.where(kept, tokens, canvas.tokens), canvas.open & ~kept, canvas.editable, canvas.document)
+        written = [None if o else t for t, o in zip(canvas.tokens[0].tolist(), canvas.open[0].tolist(), strict=True)]
+        assert texts(automaton, written[1:-1], ends)
+    assert allows(automaton, tuple(canvas.tokens[0, 1:-1].tolist()), ends)
+
+
+@given(automata)
+def test_the_shortest_text(automaton: Automaton) -> None:
+    lengths = [n for n in range(STATES + 1) if any(allows(automaton, t, False) for t in product(range(3), repeat=n))]
+    assert automaton.shortest == (min(lengths) if lengths else None)
+
+
+def test_the_surest_come_first() -> None:
+    """Of two tokens that exclude each other, the less sure one stays open."""
+    same = Automaton({0: {0: 1, 1: 2}, 1: {0: 3}, 2: {1: 3}}, 0, {3})
+    canvas = canvas_of([None, None])
+    guess = Guess(torch.tensor([[7, 0, 1, 7]]), torch.tensor([[0.0, -2.0, -1.0, 0.0]]))
+    kept = Constraint(same).agreed(canvas, canvas.open, guess)
+    assert kept.tolist() == [[False, False, True, False]]
