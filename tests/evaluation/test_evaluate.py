@@ -85,6 +85,7 @@ def test_a_score_is_a_mean_with_its_error() -> None:
     assert (told.score, told.items, told.metric) == (75.0, 4, "accuracy")
     assert told.se == pytest.approx(25.0)
     assert row("piqa", scored(1.0)).se == 0.0
+    assert row("piqa", [Scored({"accuracy": 1.0}, {"cut": cut}) for cut in (0, 3, 9)]).cut == 2
 
 
 def test_a_difference_is_paired() -> None:

@@ -9,15 +9,17 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.evaluation.likelihood import LeftToRight, Likelihood, MonteCarlo, Question
-from diffusify.evaluation.scoring import normal, question, score
+from diffusify.evaluation.scoring import beside, normal, question, score
 from diffusify.evaluation.tasks import Answer, Choice, Hole
 from diffusify.models.recipes import as_is
 from diffusify.sampling.generation import DiffusionLM, Writing
 from diffusify.sampling.settings import SamplingConfig
+from diffusify.text.prompts import infill_canvas
 from tests.families import tiny_denoiser
 from tests.text import makers
 
 RESULTS = Writing.results
+CONTEXT = 64  # of the tiny models
 
 
 @pytest.fixture
@@ -109,12 +111,91 @@ def test_a_hole_is_filled_with_a_view_of_both_sides(lm: DiffusionLM, monkeypatch
     assert told[0].scores == {"rougeL": 1.0, "rouge1": 1.0, "rouge2": 1.0} and told[1].scores == {"pass": 0.0}
 
 
+def seen(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM) -> list[Canvas]:
+    """From now on every canvas that the model is given to write on is kept here, as it was given."""
+    kept: list[Canvas] = []
+    true = Writing._run
+
+    def run(self: Writing, denoiser: Any) -> Any:
+        kept.append(self.canvas)
+        return true(self, denoiser)
+
+    monkeypatch.setattr(Writing, "_run", run)
+    return kept
+
+
+def test_a_hole_that_fits_is_what_its_text_with_the_hole_would_be(
+    lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvases = seen(monkeypatch, lm)
+    (told,) = score(lm, [Hole("The dog", " sat on", " the mat. It is so!")], MonteCarlo(), SamplingConfig())
+    size = len(lm.tokenizer.encode(" sat on", continues=True))
+    text = infill_canvas(lm.tokenizer, [f"The dog[[{size}]] the mat. It is so!"], context=CONTEXT)
+    assert torch.equal(canvases[0].tokens, text.tokens) and torch.equal(canvases[0].open, text.open)
+    assert told.said["cut"] == 0 and told.said["wrote"]
+
+
+@pytest.mark.parametrize(("ahead", "behind"), [(300, 300), (300, 2), (2, 300)])
+def test_a_hole_in_too_long_a_text_keeps_what_is_nearest(
+    lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch, ahead: int, behind: int
+) -> None:
+    canvases = seen(monkeypatch, lm)
+    item = Hole("xyz" * ahead, " The mat.", "uvw" * behind)
+    (told,) = score(lm, [item], MonteCarlo(), SamplingConfig())
+    before, after = lm.tokenizer.encode(item.before), lm.tokenizer.encode(item.after, continues=True)
+    (tokens,), (open,) = canvases[0].tokens.tolist(), canvases[0].open.tolist()
+    first, last = open.index(True), CONTEXT - open[::-1].index(True)
+    assert len(tokens) == CONTEXT and tokens[0] == lm.tokenizer.start_token_id
+    assert last - first == len(lm.tokenizer.encode(item.middle, continues=True))
+    assert tokens[1:first] == before[-(first - 1) :]
+    assert tokens[last:] == [*after[: CONTEXT - 1 - last], lm.tokenizer.end_token_id]
+    sizes = first - 1, CONTEXT - 1 - last
+    assert told.said["cut"] == len(before) + len(after) - sum(sizes) > 0
+    if ahead == behind:
+        assert abs(sizes[0] - sizes[1]) <= 1
+    else:
+        assert min(sizes) == min(len(before), len(after))  # the short side is whole
+
+
+def test_a_text_that_is_cut_inside_a_letter_still_fits(lm: DiffusionLM) -> None:
+    assert len(lm.tokenizer.encode("€" * 3)) == 9
+    for middle in (" so", " so!", " so!!", " so!!!"):
+        (told,) = score(lm, [Hole("€" * 99, middle, "€" * 99)], MonteCarlo(), SamplingConfig())
+        assert 2 * 3 * 99 > told.said["cut"] >= 2 * 3 * 99 - CONTEXT
+
+
+def test_both_sides_of_a_hole_share_what_is_left() -> None:
+    before, after = [*range(10)], [*range(10, 14)]
+    assert beside(before, after, 20) == (before, after)
+    assert beside(before, after, 6) == ([7, 8, 9], [10, 11, 12])
+    assert beside(before, after, 11) == ([3, 4, 5, 6, 7, 8, 9], after)
+    assert beside(after, before, 11) == (after, [0, 1, 2, 3, 4, 5, 6])
+    assert beside(before, [], 3) == ([7, 8, 9], []) and beside(before, after, 0) == ([], [])
+
+
+def test_what_is_too_long_is_scored_all_the_same(lm: DiffusionLM) -> None:
+    long = "It is so! " * 60
+    block = DiffusionLM(tiny_denoiser("llama", BlockCausal(4), 1, vocab_size=320), lm.tokenizer)
+    for model, measure in ((lm, MonteCarlo()), (block, LeftToRight())):
+        tokens = len(model.tokenizer.encode(long))
+        (choice,) = score(model, [Choice(long, (" sat", " on"), 0)], measure, SamplingConfig())
+        (answer,) = score(model, [Answer(long, (" sat",))], measure, SamplingConfig())
+        wide = Answer("It", (" the mat" * 60,)), Hole("It", " the mat" * 60, " so")
+        (answered,), (filled,) = (list(score(model, [item], measure, SamplingConfig())) for item in wide)
+        sat = len(model.tokenizer.encode(" sat", continues=True))
+        assert choice.said["cut"] >= answer.said["cut"] == 1 + tokens + sat - CONTEXT
+        assert answered.said["wrote"] and answered.said["cut"] == len(model.tokenizer.encode("It"))
+        assert filled.said["wrote"] and filled.said["cut"] > 0
+    with pytest.raises(ValueError, match="does not fit the 64 that the model can see; leave it out"):
+        list(score(lm, [Choice("It", (long, " on"), 0)], MonteCarlo(), SamplingConfig()))
+
+
 def test_a_model_that_cannot_look_ahead_writes_from_what_is_before(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = DiffusionLM(tiny_denoiser("llama", BlockCausal(4), 1, vocab_size=320), makers.byte_level())
     says(monkeypatch, lm, " The cat sat on the mat.")
     long = "It is so! " * 60
     (told,) = score(lm, [Hole(long, " The cat sat on the mat.", " It is.")], MonteCarlo(), SamplingConfig())
-    assert told.scores["rougeL"] == 1.0
+    assert told.scores["rougeL"] == 1.0 and told.said["cut"] > 0
 
 
 def test_answers_are_compared_as_others_compare_them() -> None:

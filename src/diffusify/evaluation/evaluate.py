@@ -20,13 +20,17 @@ from diffusify.sampling.settings import SamplingConfig
 
 @dataclass(frozen=True)
 class Row:
-    """A model's score on a task (its first score's mean, percent), with its standard error."""
+    """A model's score on a task (its first score's mean, percent), with its standard error.
+
+    `cut` of the items were too long for the model and lost what is farthest from the part in question.
+    """
 
     task: str
     metric: str
     score: float
     se: float
     items: int
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def row(task: str, scored: Sequence[Scored], metric: str | None = None) -> Row:
     metric = metric or next(iter(scored[0].scores))
     values = [100 * one.scores[metric] for one in scored]
     se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Row(task, metric, fmean(values), se, len(values))
+    return Row(task, metric, fmean(values), se, len(values), sum(one.said.get("cut", 0) > 0 for one in scored))
 
 
 def difference(

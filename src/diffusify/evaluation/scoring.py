@@ -2,6 +2,7 @@
 
 import re
 import string
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +35,11 @@ class Scored:
 def score(
     lm: DiffusionLM, items: Sequence[Item], measure: Measure, sampling: SamplingConfig, *, tries: int = 1
 ) -> Iterator[Scored]:
-    """Each item's, in order; all items are of one kind. ValueError if a text does not fit the model.
+    """Each item's, in order; all items are of one kind.
 
     With several `tries` an answer is what most of them agree on (self-consistency); `hit` tells whether any is right.
+    Where an item is too long for the model, what is farthest from the part in question is cut off, and `said` tells how
+    many tokens were: `cut`. ValueError if a choice does not fit even alone.
     """
     choices = [item for item in items if isinstance(item, Choice)]
     if choices:
@@ -65,20 +68,20 @@ def _chosen(lm: DiffusionLM, items: list[Choice], measure: Measure) -> Iterator[
     for item, asked, told in zip(items, questions, measure(lm.denoiser, questions), strict=True):
         best = asked.best(told.log_prob)
         said = {"chose": best, "log_prob": told.log_prob, "se": told.se, "draws": told.draws, "worth": asked.worth}
-        yield Scored({"accuracy": float(best == item.gold)}, said)
+        cut = max(0, len(asked.context) + max(map(len, asked.choices)) - _context(lm))
+        yield Scored({"accuracy": float(best == item.gold)}, said | {"cut": cut})
 
 
 def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tries: int) -> Iterator[Scored]:
     if not items:
         return
-    encode = lm.tokenizer.encode
-    rooms = [max(len(encode(gold, continues=True)) for gold in item.golds) + item.room for item in items]
-    prompts = [
-        [lm.tokenizer.start_token_id, *last(encode(item.prompt), lm.denoiser.context, room + 1)]
-        for item, room in zip(items, rooms, strict=True)
-    ]
+    encode, context = lm.tokenizer.encode, _context(lm)
+    sizes = [max(len(encode(gold, continues=True)) for gold in item.golds) + item.room for item in items]
+    rooms = [min(size, context - 1) for size in sizes]
+    prompts = [encode(item.prompt) for item in items]
+    seen = [last(prompt, context, room + 1) for prompt, room in zip(prompts, rooms, strict=True)]
     made = lm.continuing(
-        [prompt for prompt in prompts for _ in range(tries)],
+        [[lm.tokenizer.start_token_id, *prompt] for prompt in seen for _ in range(tries)],
         [room for room in rooms for _ in range(tries)],
         [_seeded(sampling, item.prompt, i) for item in items for i in range(tries)],
     ).results()
@@ -90,7 +93,8 @@ def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tr
         scores = {"accuracy": float(agreed is not None and _right(item, agreed))}
         if tries > 1:
             scores["hit"] = float(any(answer is not None and _right(item, answer) for answer in answers))
-        yield Scored(scores, {"wrote": texts[0] if tries == 1 else texts, "forwards": mine[0].forwards})
+        said = {"wrote": texts[0] if tries == 1 else texts, "forwards": mine[0].forwards}
+        yield Scored(scores, said | {"cut": len(prompts[i]) - len(seen[i])})
 
 
 def _seeded(sampling: SamplingConfig, prompt: str, tried: int = 0) -> SamplingConfig:
@@ -125,27 +129,40 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
     """What is written into holes; a model that cannot see behind them writes on from what stands before."""
     if not items:
         return
-    encode, context = lm.tokenizer.encode, lm.denoiser.context
-    rooms = [len(encode(item.middle, continues=True)) for item in items]
+    encode, ahead = lm.tokenizer.encode, lm.config.sees_right_context
+    fits = _context(lm) - (2 if ahead else 1)  # between start and end token, or behind the start token
+    rooms = [min(len(encode(item.middle, continues=True)), fits) for item in items]
     each = [_seeded(sampling, item.before) for item in items]
-    if lm.config.sees_right_context:
-        texts = [
-            f"{_plain(item.before)}[[{room}]]{_plain(item.after)}" for item, room in zip(items, rooms, strict=True)
-        ]
+    if ahead:
+        near = [_near(lm, item, fits - room) for item, room in zip(items, rooms, strict=True)]
+        texts = [f"{_plain(a)}[[{room}]]{_plain(b)}" for (a, b, _), room in zip(near, rooms, strict=True)]
         made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, each).results()]
+        cuts = [cut for _, _, cut in near]
     else:
-        prompts = [
-            [lm.tokenizer.start_token_id, *last(encode(item.before), context, room + 1)]
-            for item, room in zip(items, rooms, strict=True)
-        ]
+        whole = [encode(item.before) for item in items]
+        seen = [last(ids, fits, room) for ids, room in zip(whole, rooms, strict=True)]
+        prompts = [[lm.tokenizer.start_token_id, *ids] for ids in seen]
         made = [result.completion or "" for result in lm.continuing(prompts, rooms, each).results()]
+        cuts = [len(a) - len(b) for a, b in zip(whole, seen, strict=True)]
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    for item, text in zip(items, made, strict=True):
+    for item, text, cut in zip(items, made, cuts, strict=True):
         if item.check is not None:
-            yield Scored({"pass": float(runs(item.before + text + item.after + item.check))}, {"wrote": text})
+            scores = {"pass": float(runs(item.before + text + item.after + item.check))}
         else:
             told = rouge.score(item.middle, text)
-            yield Scored({name: float(told[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}, {"wrote": text})
+            scores = {name: float(told[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
+        yield Scored(scores, {"wrote": text, "cut": cut})
+
+
+def _near(lm: DiffusionLM, item: Hole, room: int) -> tuple[str, str, int]:
+    """What stands on both sides of a hole, as far as there is room for it, and how many tokens are cut off."""
+    encode, decode = lm.tokenizer.encode, lm.tokenizer.decode
+    whole = encode(item.before), encode(item.after, continues=True)
+    before, after, keep = item.before, item.after, room
+    while (took := len(encode(before)) + len(encode(after, continues=True))) > room:  # half a letter takes more tokens
+        left, right = beside(*whole, keep)
+        before, after, keep = decode(left, continues=True), decode(right, continues=True), keep - 1
+    return before, after, sum(map(len, whole)) - took
 
 
 def _plain(text: str) -> str:
@@ -153,6 +170,18 @@ def _plain(text: str) -> str:
     return text.replace("[[", r"\[[")
 
 
-def last(ids: list[int], context: int | None, room: int) -> list[int]:
+def _context(lm: DiffusionLM) -> int:
+    """How many tokens the model can see; without end where it does not say."""
+    return lm.denoiser.context or sys.maxsize
+
+
+def beside(before: list[int], after: list[int], room: int) -> tuple[list[int], list[int]]:
+    """The `room` tokens nearest to a hole: as many from each side, or more from one where the other has fewer."""
+    right = min(len(after), max(room // 2, room - len(before)))
+    left = min(len(before), room - right)
+    return before[len(before) - left :], after[:right]
+
+
+def last(ids: list[int], context: int, room: int) -> list[int]:
     """As many of the last tokens as leave so much room."""
-    return ids if context is None or len(ids) + room <= context else ids[len(ids) + room - context :]
+    return ids[max(0, len(ids) + room - context) :]
