@@ -111,8 +111,8 @@ def test_a_hole_is_filled_with_a_view_of_both_sides(lm: DiffusionLM, monkeypatch
     assert told[0].scores == {"rougeL": 1.0, "rouge1": 1.0, "rouge2": 1.0} and told[1].scores == {"pass": 0.0}
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM) -> list[Canvas]:
-    """From now on every canvas that the model is given to write on is kept here, as it was given."""
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Canvas]:
+    """From now on every canvas that a model is to write on is kept here, as it was given."""
     kept: list[Canvas] = []
     true = Writing._run
 
@@ -127,7 +127,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM) -> list[Canvas]:
 def test_a_hole_that_fits_is_what_its_text_with_the_hole_would_be(
     lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    canvases = seen(monkeypatch, lm)
+    canvases = seen(monkeypatch)
     (told,) = score(lm, [Hole("The dog", " sat on", " the mat. It is so!")], MonteCarlo(), SamplingConfig())
     size = len(lm.tokenizer.encode(" sat on", continues=True))
     text = infill_canvas(lm.tokenizer, [f"The dog[[{size}]] the mat. It is so!"], context=CONTEXT)
@@ -139,7 +139,7 @@ def test_a_hole_that_fits_is_what_its_text_with_the_hole_would_be(
 def test_a_hole_in_too_long_a_text_keeps_what_is_nearest(
     lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch, ahead: int, behind: int
 ) -> None:
-    canvases = seen(monkeypatch, lm)
+    canvases = seen(monkeypatch)
     item = Hole("xyz" * ahead, " The mat.", "uvw" * behind)
     (told,) = score(lm, [item], MonteCarlo(), SamplingConfig())
     before, after = lm.tokenizer.encode(item.before), lm.tokenizer.encode(item.after, continues=True)

