@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from diffusify.cli import app
 from diffusify.evaluation import evaluate as module
-from diffusify.evaluation.evaluate import difference, evaluate, read_scores, row
+from diffusify.evaluation.evaluate import Difference, Row, difference, evaluate, read_scores, row
 from diffusify.evaluation.likelihood import MonteCarlo
 from diffusify.evaluation.opening import open_lm
-from diffusify.evaluation.page import calibration
+from diffusify.evaluation.page import calibration, scores_table
 from diffusify.evaluation.scoring import Scored
 from diffusify.evaluation.tasks import Choice
 from diffusify.models.recipes import ar
@@ -112,6 +112,18 @@ def test_calibration_is_how_often_a_confidence_is_right() -> None:
     assert list(curve.values()) == [80.0, 0.0]
 
 
+def test_the_table_has_errors_of_both_and_counts_what_was_cut() -> None:
+    ours = [Row("piqa", "accuracy", 61.26, 1.5, 200), Row("lambada", "accuracy", 30.0, 2.0, 50, cut=3)]
+    assert scores_table(ours) == (
+        ["task", "metric", "items", "model"],
+        [["piqa", "accuracy", "200", "61.3 ± 1.5"], ["lambada", "accuracy", "50 (3 cut)", "30.0 ± 2.0"]],
+    )
+    other, ahead = Row("piqa", "accuracy", 60.0, 1.0, 200), Difference("piqa", "accuracy", 1.26, -0.5, 3.0)
+    heads, (line,) = scores_table(ours[:1], [other], [ahead], ("a", "b"))
+    assert heads[3:] == ["a", "b", "difference (95%)"]
+    assert line[3:] == ["61.3 ± 1.5", "60.0 ± 1.0", "+1.3 (-0.5 to +3.0)"]
+
+
 class Page(HTMLParser):
     """Every tag that is opened is closed, and nothing is asked of anybody."""
 
@@ -138,10 +150,9 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     out = tmp_path / "report"
     command = ["eval", model, "--tasks", ",".join(TASKS), "--data", str(data), "--baseline", causal_base]
     command += ["--out", str(out), "--limit", "3", "--steps", "4", "--sweep", "1,2", "--texts", corpus, "--free", "3"]
-    told = CliRunner().invoke(app, command)
+    wide = {"COLUMNS": "200"}
+    told = CliRunner().invoke(app, command, env=wide)
     assert told.exit_code == 0, told.output
-    for word in (*TASKS, "accuracy", "rougeL", "baseline", "95%"):
-        assert word in told.output
     found = json.loads((out / "results.json").read_text())
     assert [line["task"] for line in found["rows"]] == list(TASKS)
     assert all(line["items"] == 3 and 0 <= line["score"] <= 100 for line in found["rows"])
@@ -151,6 +162,11 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     assert all(free[who]["perplexity"] > 1 and 0 < free[who]["distinct_2"] <= 1 for who in ("model", "baseline"))
     page = (out / "index.html").read_text()
     assert "Texts from nothing" in page and "Bits per byte" in page
+    table = page[: page.index("</table>")]
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr>")[1:]]
+    assert [line[0] for line in lines] == ["task", *TASKS] and {len(line) for line in lines} == {6}
+    for line in lines:
+        assert " ".join(line) in " ".join(told.output.split())
     reader = Page()
     reader.feed(page)
     assert not reader.open and not reader.links
@@ -160,6 +176,9 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     assert json.loads(again.stdout) == found
     both = CliRunner().invoke(app, ["compare", str(out), str(out), "--json"])
     assert [one["ahead"] for one in json.loads(both.stdout)] == [0.0, 0.0, 0.0]
+    both = CliRunner().invoke(app, ["compare", str(out), str(out)], env=wide)
+    for task, metric, items, score, *_ in lines[1:]:
+        assert f"{task} {metric} {items} {score} {score} +0.0 (+0.0 to +0.0)" in " ".join(both.output.split())
     assert set(read_scores(out / "model")) == set(TASKS)
 
 

@@ -51,7 +51,7 @@ def eval_(
         import torch
 
         from diffusify.evaluation.opening import open_lm
-        from diffusify.evaluation.page import difference_text
+        from diffusify.evaluation.page import scores_table
         from diffusify.evaluation.records import chosen_tasks, items
         from diffusify.evaluation.report import MEASURES, Plan, report
         from diffusify.evaluation.tasks import TASKS, few_shot
@@ -101,15 +101,7 @@ def eval_(
         if as_json:
             print(results.read_text(encoding="utf-8"))
             return
-        table = Table(box=None, pad_edge=False)
-        for title in ("task", "metric", "items", "model", *(["baseline", "difference (95%)"] if base else [])):
-            table.add_column(title, justify="left" if title in ("task", "metric") else "right")
-        for i, line in enumerate(found.rows):
-            cells = [line.task, line.metric, str(line.items), f"{line.score:.1f} ± {line.se:.1f}"]
-            if base:
-                cells += [f"{found.baseline_rows[i].score:.1f}", difference_text(found.differences[i])]
-            table.add_row(*cells)
-        Console().print(table)
+        _show(*scores_table(found.rows, found.baseline_rows, found.differences))
         say.print(f"saved {results} and {page}", soft_wrap=True)
         suggest(f"open {page}", f"diffusify compare {out} OTHER_REPORT")
 
@@ -119,12 +111,12 @@ def compare(
     other: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
     as_json: AsJson = False,
 ) -> None:
-    """Two reports, item by item: how much the first model is ahead of the second."""
+    """Two reports, item by item: both models' scores, and how much the first is ahead of the second."""
     with clear_errors():
         from dataclasses import asdict
 
-        from diffusify.evaluation.evaluate import difference, read_scores
-        from diffusify.evaluation.page import difference_text
+        from diffusify.evaluation.evaluate import difference, read_scores, row
+        from diffusify.evaluation.page import scores_table
 
         ours, theirs = read_scores(report / "model"), read_scores(other / "model")
         both = [task for task in ours if task in theirs]
@@ -134,9 +126,14 @@ def compare(
         if as_json:
             print(json.dumps([asdict(one) for one in found]))
             return
-        table = Table(box=None, pad_edge=False)
-        for title in ("task", "metric", "ahead by (95%)"):
-            table.add_column(title, justify="left")
-        for one in found:
-            table.add_row(one.task, one.metric, difference_text(one))
-        Console().print(table)
+        rows, others = ([row(task, scores[task]) for task in both] for scores in (ours, theirs))
+        _show(*scores_table(rows, others, found, ("report", "other")))
+
+
+def _show(heads: list[str], lines: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < 2 else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)

@@ -43,16 +43,10 @@ class Report:
 
     def page(self) -> str:
         """One HTML file that asks nothing of anybody."""
-        heads, about = ["task", "metric", "items", "model"], html.escape(self.model)
-        cells = [[r.task, r.metric, str(r.items), f"{r.score:.1f} ± {r.se:.1f}"] for r in self.rows]
-        if self.baseline:
-            heads += ["baseline", "difference (95%)"]
-            about += f", beside {html.escape(self.baseline)}"
-            for line, theirs, ahead in zip(cells, self.baseline_rows, self.differences, strict=True):
-                line += [f"{theirs.score:.1f} ± {theirs.se:.1f}", difference_text(ahead)]
+        about = " beside ".join(html.escape(name) for name in (self.model, self.baseline) if name)
         parts = [
             f"<h1>Evaluation</h1><p>{about}</p>",
-            f'<div class="first">{_table(heads, cells)}</div>',
+            f'<div class="first">{_table(*scores_table(self.rows, self.baseline_rows, self.differences))}</div>',
             f"<p>{NOTE}</p>",
         ]
         for key, title in (("bits_per_byte", "Bits per byte"), ("from_nothing", "Texts from nothing")):
@@ -69,7 +63,10 @@ class Report:
         return PAGE.format(title=html.escape(self.model), body="\n".join(parts) + "</details>")
 
 
-NOTE = "Percent, with standard errors over items; differences are paired by item, with bootstrap intervals."
+NOTE = (
+    "Percent, with standard errors over items; differences are paired by item, with bootstrap intervals. "
+    "Items that were too long for the model are cut far from the part in question."
+)
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -97,8 +94,24 @@ pre {{ overflow-x: auto; }}
 """
 
 
-def difference_text(ahead: Difference) -> str:
-    return f"{ahead.ahead:+.1f} ({ahead.low:+.1f} to {ahead.high:+.1f})"
+def scores_table(
+    rows: Sequence[Row],
+    others: Sequence[Row] = (),
+    differences: Sequence[Difference] = (),
+    names: tuple[str, str] = ("model", "baseline"),
+) -> tuple[list[str], list[list[str]]]:
+    """Scores as text: a table's heads and its lines. With `others` theirs stand beside them, and who is ahead."""
+
+    def score(one: Row) -> str:
+        return f"{one.score:.1f} ± {one.se:.1f}"
+
+    heads = ["task", "metric", "items", names[0]]
+    lines = [[r.task, r.metric, f"{r.items} ({r.cut} cut)" if r.cut else str(r.items), score(r)] for r in rows]
+    if others:
+        heads += [names[1], "difference (95%)"]
+        for line, other, by in zip(lines, others, differences, strict=True):
+            line += [score(other), f"{by.ahead:+.1f} ({by.low:+.1f} to {by.high:+.1f})"]
+    return heads, lines
 
 
 def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
