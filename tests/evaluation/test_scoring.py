@@ -186,7 +186,7 @@ def test_what_is_too_long_is_scored_all_the_same(lm: DiffusionLM) -> None:
         assert choice.said["cut"] >= answer.said["cut"] == 1 + tokens + sat - CONTEXT
         assert answered.said["wrote"] and answered.said["cut"] == len(model.tokenizer.encode("It"))
         assert filled.said["wrote"] and filled.said["cut"] > 0
-    with pytest.raises(ValueError, match="exceeds the context of 64; leave it out"):
+    with pytest.raises(ValueError, match="does not fit the context of 64; leave it out"):
         list(score(lm, [Choice("It", (long, " on"), 0)], MonteCarlo(), SamplingConfig()))
 
 

@@ -245,7 +245,9 @@ def _texts(denoiser: Denoiser, question: Question) -> Canvas:
         head = question.context
         if context is not None and len(head) + len(choice) > context:
             if len(choice) >= context:
-                raise ValueError(f"a choice of {len(choice)} tokens exceeds the context of {context}; leave it out")
+                raise ValueError(
+                    f"a choice of {len(choice)} tokens does not fit the context of {context}; leave it out"
+                )
             spare = context - len(choice) - 1
             head = head[:1] + head[len(head) - spare :]
         rows.append(
