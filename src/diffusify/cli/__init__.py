@@ -2,7 +2,7 @@
 
 import typer
 
-from diffusify.cli import evaluating, making, measuring, writing
+from diffusify.cli import evaluating, making, measuring, serving, writing
 
 app = typer.Typer(
     help="Turn a pretrained language model into a diffusion language model, and write with it.",
@@ -16,6 +16,7 @@ COMMANDS = (
     writing.generate,
     writing.infill,
     writing.chat,
+    serving.serve,
     measuring.bench,
     evaluating.compare,
     writing.show,

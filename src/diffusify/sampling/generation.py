@@ -17,7 +17,7 @@ from diffusify.sampling.settings import SamplingConfig
 from diffusify.sampling.writing import Generation, Writing
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.grammar import automaton
-from diffusify.text.prompts import continuation_canvas, hole_choices, infill_canvas, read, read_spans
+from diffusify.text.prompts import Holed, continuation_canvas, hole_choices, infill_canvas, read, read_spans
 from diffusify.text.tokens import TextTokenizer
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
@@ -108,7 +108,7 @@ class DiffusionLM:
         prompts = [dialogue.prompt(messages) for messages in chats]
         return self._continue(prompts, room, settings, dialogue.end_token_id, tell)
 
-    def infilling(self, texts: list[str], settings: Settings) -> Writing:
+    def infilling(self, texts: Sequence[Holed], settings: Settings) -> Writing:
         """The writing of infills. ValueError if the model writes from left to right and cannot see what follows."""
         if not self.config.sees_right_context:
             raise ValueError(

@@ -1,12 +1,15 @@
 """How a model is to write, in the words that users and servers know."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffusify.canvas import Move
 from diffusify.config import DiffusionConfig, from_plain, to_plain
 from diffusify.diffusion.constraints import Constraint
+from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Draw, Greedy, Pick
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.quotas import Threshold
@@ -23,7 +26,8 @@ class SamplingConfig:
     """How a model writes. Unset values are the model's own, as its card has them.
 
     - `steps`: denoising steps in all. `threshold`: every token with a higher probability is written at once (and, where
-      `steps` are given too, never fewer than they ask for). `policy`: any other rule in place of the card's.
+      `steps` are given too, never fewer than they ask for). `policy`: any other rule in place of the card's, as one of
+      your own.
     - `tolerance`: the model drafts, and its own left-to-right half keeps what it finds at most so many nats less likely
       than its own choice. 0 is lossless: what left-to-right decoding would write, in fewer forwards (`Speculative`).
     - `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest or the fewest that
@@ -40,7 +44,7 @@ class SamplingConfig:
 
     steps: int | None = None
     threshold: float | None = None
-    policy: Policy | None = None
+    policy: Policy | Callable[[Moment], Move] | None = None
     tolerance: float | None = None
     temperature: float = 0.0
     top_k: int | None = None
@@ -96,9 +100,11 @@ class SamplingConfig:
         return cls(threshold=threshold, window=32, cache="prefix" if name == "balanced" else "dual")
 
     def save(self, file: Path | str) -> None:
-        """Write the settings as JSON. ValueError for a `logits_processor`, which is code."""
-        if self.logits_processor is not None:
-            raise ValueError(f"logits_processor={self.logits_processor} is code, which settings cannot keep")
+        """Write the settings as JSON. ValueError for a `logits_processor` or a policy of one's own, which is code."""
+        own = None if isinstance(self.policy, Policy | None) else self.policy
+        for name, code in (("logits_processor", self.logits_processor), ("policy", own)):
+            if code is not None:
+                raise ValueError(f"{name}={code} is code, which settings cannot keep")
         Path(file).write_text(json.dumps(to_plain(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -70,12 +70,12 @@ class Writing:
     ) -> None:
         """`forms` are the automata of the settings' regular expressions. ValueError where there is no room for one."""
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
-        self._settings = [each for each in settings for _ in range(beam)]
-        self._end, self._banned, self._tell, self._beam = end, banned, tell, beam
+        self.settings = [each for each in settings for _ in range(beam)]
+        self._end, self._banned, self._tell, self.beam = end, banned, tell, beam
         self._frames = self._run(denoiser)
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
         constraints = {regex: Constraint(form, end) for regex, form in (forms or {}).items()}
-        self._constraints = [constraints.get(each.regex or "") for each in self._settings]
+        self._constraints = [constraints.get(each.regex or "") for each in self.settings]
         for row, constraint in enumerate(self._constraints):
             if constraint is not None:
                 constraint.check(self.canvas[row : row + 1])
@@ -91,12 +91,12 @@ class Writing:
             yield frame
 
     def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
-        card, settings = denoiser.diffusion, self._settings[0]  # what is used of it, all rows share
+        card, settings = denoiser.diffusion, self.settings[0]  # what is used of it, all rows share
         noise, size = card.mask_token_id, card.block_size
-        luck = Luck.seeded([each.seed for each in self._settings], denoiser.device)
+        luck = Luck.seeded([each.seed for each in self.settings], denoiser.device)
         samplers = [
             each.sampler(card.policy, banned=self._banned, end=self._end, constraint=constraint)
-            for each, constraint in zip(self._settings, self._constraints, strict=True)
+            for each, constraint in zip(self.settings, self._constraints, strict=True)
         ]
         if settings.tolerance is not None:
             speculative = Speculative(
@@ -114,7 +114,7 @@ class Writing:
 
         chosen = Guided(model(), model(), settings.guidance, noise) if settings.guidance else model()
         n = self.canvas.tokens.shape[1]
-        widths = torch.tensor([[size or each.window or n] for each in self._settings], device=denoiser.device)
+        widths = torch.tensor([[size or each.window or n] for each in self.settings], device=denoiser.device)
         return denoise(chosen, self.canvas, samplers, self.canvas.positions // widths, noise=noise, luck=luck)
 
     def results(self) -> list[Generation]:
@@ -125,7 +125,7 @@ class Writing:
         took = {"forwards": self.forwards, "seconds": self.seconds}
         return [
             Generation(
-                tokens=tokens[row], seed=self._settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
+                tokens=tokens[row], seed=self.settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
             )
             for row in self.best
         ]
@@ -135,7 +135,7 @@ class Writing:
         """The rows that are results."""
         counted = self._counted()
         sure = (self.score * counted).sum(1) / counted.sum(1).clamp_min(1)
-        best = sure.view(-1, self._beam).argmax(1) + torch.arange(0, len(sure), self._beam, device=sure.device)
+        best = sure.view(-1, self.beam).argmax(1) + torch.arange(0, len(sure), self.beam, device=sure.device)
         return best.tolist()
 
     def _counted(self) -> Bool[Tensor, "b n"]:

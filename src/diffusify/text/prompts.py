@@ -12,14 +12,18 @@ from diffusify.text.tokens import TextTokenizer
 _HOLE = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<size>.*?)(?:\]\]|\Z)", re.DOTALL)
 _SIZE = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*(?:-\s*0*([1-9][0-9]{0,5})\s*)?")
 
+# A text with holes in it; or already cut at them: texts or token ids, and the sizes that a hole may have (tokens).
+Holed = str | Sequence[str | range | list[int]]
 
-def parse_holes(text: str) -> list[str | range]:
+
+def parse_holes(text: str) -> list[str | range | list[int]]:
     r"""A text cut at its holes, each the sizes that it may have (tokens).
 
     `[[8]]` is a hole of eight tokens, `[[3-12]]` of three to twelve, `\[[` are two plain brackets. ValueError for a
     hole without a whole number from 1 to 999999, or two in order.
     """
-    pieces, plain, at = [], "", 0
+    pieces: list[str | range | list[int]] = []
+    plain, at = "", 0
     for found in _HOLE.finditer(text):
         plain += text[at : found.start()]
         at = found.end()
@@ -78,14 +82,14 @@ def few_shot(shots: list[dict[str, Any]], question: dict[str, Any], template: Te
     return "\n\n".join([*solved, template.fill_prompt(question)])
 
 
-def hole_choices(texts: list[str]) -> int:
+def hole_choices(texts: Sequence[Holed]) -> int:
     """In how many sizes the holes of these texts are worth trying: 8 at most, 1 if all sizes are given."""
-    sizes = [len(piece) for text in texts for piece in parse_holes(text) if isinstance(piece, range)]
+    sizes = [len(piece) for text in texts for piece in _cut(text) if isinstance(piece, range)]
     return min(8, max(sizes, default=1))
 
 
 def infill_canvas(
-    tokenizer: TextTokenizer, texts: list[str], *, context: int | None, close: bool = True, choices: int = 1
+    tokenizer: TextTokenizer, texts: Sequence[Holed], *, context: int | None, close: bool = True, choices: int = 1
 ) -> Canvas:
     """Texts with their holes (see `parse_holes`) open, between start and, if `close`, end token.
 
@@ -100,11 +104,15 @@ def infill_canvas(
     return _room(tokenizer, rows)
 
 
-def _pieces(tokenizer: TextTokenizer, text: str, close: bool) -> list[list[int] | range]:
+def _cut(text: Holed) -> Sequence[str | range | list[int]]:
+    return parse_holes(text) if isinstance(text, str) else text
+
+
+def _pieces(tokenizer: TextTokenizer, text: Holed, close: bool) -> list[list[int] | range]:
     """The token ids of a text, and the sizes of the holes between them."""
-    parsed = parse_holes(text)
+    parsed = _cut(text)
     if not any(isinstance(piece, range) for piece in parsed):
-        raise ValueError(f"{text[:40]!r} has no hole; write [[8]] where 8 tokens are to be filled in")
+        raise ValueError(f"{_begin(text)} has no hole; write [[8]] where 8 tokens are to be filled in")
     pieces: list[list[int] | range] = [[tokenizer.start_token_id]]
     for n, piece in enumerate(parsed):
         if isinstance(piece, str):
@@ -114,7 +122,7 @@ def _pieces(tokenizer: TextTokenizer, text: str, close: bool) -> list[list[int] 
     return [*pieces, [tokenizer.end_token_id]] if close else pieces
 
 
-def _infill_row(text: str, pieces: list[list[int] | range], share: float, context: int | None) -> list[int | None]:
+def _infill_row(text: Holed, pieces: list[list[int] | range], share: float, context: int | None) -> list[int | None]:
     """Holes of one size each, by its share of the way from the smallest to the largest."""
     row: list[int | None] = []
     for piece in pieces:
@@ -188,8 +196,12 @@ def _room(tokenizer: TextTokenizer, rows: list[list[int | None]]) -> Canvas:
     return Canvas.room(rows, noise=tokenizer.mask_token_id, pad=tokenizer.pad_token_id)
 
 
-def _too_long(text: str, tokens: int, context: int) -> str:
+def _begin(text: Holed) -> str:
+    return repr(text[:40]) if isinstance(text, str) else "the text"
+
+
+def _too_long(text: Holed, tokens: int, context: int) -> str:
     return (
-        f"{text[:40]!r} with its holes needs {tokens} tokens or more, but the model can see {context}; "
+        f"{_begin(text)} with its holes needs {tokens} tokens or more, but the model can see {context}; "
         "shorten the text or its holes"
     )

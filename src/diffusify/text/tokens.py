@@ -91,6 +91,11 @@ class TextTokenizer:
         return [i for n, piece in enumerate(pieces) for i in self.encode(piece, continues=n > 0)]
 
     @cached_property
+    def longest(self) -> int:
+        """How many letters a token has at most."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
     def special(self) -> frozenset[int]:
         """The ids that are no text."""
         added = self.tokenizer.added_tokens_decoder

@@ -1,0 +1,151 @@
+"""The server's address book: what answers where, and what is turned away at the door."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.serving import canvases, completions, scores
+from diffusify.serving.bodies import unknown
+from diffusify.serving.door import Door
+from diffusify.serving.engine import Busy, Engine
+from diffusify.serving.errors import Gone, Problem, UnknownModel, problem
+from diffusify.serving.metrics import Metrics
+from diffusify.serving.requests import Service, service
+
+PLAYGROUND = Path(__file__).parent / "playground"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on.
+
+    `tokens`: positions of all texts that are written at once, of each model. `waiting`: requests that may wait.
+    `seconds`: how long a request may take. `body`: bytes that it may have. `patience`: seconds for it to arrive.
+    """
+
+    tokens: int = 16384
+    waiting: int = 256
+    seconds: float = 600.0
+    body: int = 1_000_000
+    patience: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
+
+
+def create_app(
+    models: Mapping[str, DiffusionLM],
+    limits: Limits = Limits(),
+    *,
+    keys: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+    log_prompts: bool = False,
+) -> FastAPI:
+    """The server as an ASGI application. ValueError when there is no model.
+
+    With `keys`, who comes without one is turned away; `origins` are the web pages elsewhere that may ask (CORS).
+    """
+    if not models:
+        raise ValueError("there is no model to serve; give one at least")
+    metrics = Metrics()
+    engine = Engine(models, tokens=limits.tokens, waiting=limits.waiting, metrics=metrics)
+    serving = Service(engine, metrics, limits.seconds)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.stop()
+
+    app = FastAPI(title="diffusify", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = serving
+    app.add_middleware(Door, serving=serving, limits=limits, keys=keys, log_prompts=log_prompts)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    for router in (completions.router, canvases.router, scores.router):
+        app.include_router(router)
+    _about(app, serving)
+    _errors(app)
+    app.mount("/playground", StaticFiles(directory=PLAYGROUND))
+    return app
+
+
+def _about(app: FastAPI, serving: Service) -> None:
+    """What is served, and how it is doing."""
+
+    @app.get("/v1/models", summary="The models that are served, and what each can do")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_card(name, desk.lm) for name, desk in serving.engine.desks.items()]}
+
+    @app.get("/v1/models/{name}", summary="One model")
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        return _card(name, await service(request).model(name))
+
+    @app.get("/health", summary="Whether the server lives")
+    async def health() -> JSONResponse:
+        return JSONResponse({"alive": serving.engine.alive}, 200 if serving.engine.alive else 503)
+
+    @app.get("/ready", summary="Whether the server takes requests")
+    async def ready() -> JSONResponse:
+        able = serving.ready and serving.engine.alive
+        return JSONResponse({"ready": able}, 200 if able else 503)
+
+    @app.get("/metrics", summary="For Prometheus")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(serving.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> FileResponse:
+        return FileResponse(PLAYGROUND / "index.html")
+
+
+def _card(name: str, lm: DiffusionLM) -> dict[str, Any]:
+    card = lm.config
+    told = {
+        "recipe": card.recipe,
+        "attention": str(card.attention),
+        "block_size": card.block_size,
+        "shift": card.shift,
+        "infills": card.sees_right_context,
+        "chats": bool(lm.tokenizer.tokenizer.chat_template),
+        "lossless": card.reads_left_to_right,
+        "context": lm.denoiser.context,
+    }
+    return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": told}
+
+
+def _errors(app: FastAPI) -> None:
+    """Errors in OpenAI's form."""
+
+    def answer(told: Problem) -> Response:
+        return JSONResponse(told.body, told.status, told.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = unknown(where) if first["type"] == "extra_forbidden" else f"{where or 'body'}: {first['msg']}"
+        return answer(Problem(400, what, param=where or None))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return answer(Problem(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return answer(problem(error))
+
+    for kind in (ValueError, TimeoutError, Busy, Gone, UnknownModel):
+        app.add_exception_handler(kind, failed)

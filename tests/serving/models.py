@@ -1,0 +1,50 @@
+"""Tiny random models of the two kinds, and real servers that serve them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from diffusify.config import DiffusionConfig
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.serving.app import create_app
+from diffusify.serving.server import Server
+from tests.families import tiny_network
+from tests.text import makers
+
+
+def tiny_lm(*, infills: bool, context: int = 320) -> DiffusionLM:
+    """A random Llama, adapted by nobody."""
+    tokenizer = makers.byte_level()
+    network = tiny_network("llama", vocab_size=len(tokenizer.tokenizer), max_position_embeddings=context)
+    attention, recipe = (Bidirectional(), "ar") if infills else (BlockCausal(4), "block")
+    card = DiffusionConfig(tokenizer.mask_token_id, 1, attention, "LlamaForCausalLM", recipe=recipe)
+    return DiffusionLM(Denoiser(network, card).eval(), tokenizer)
+
+
+def tiny_models() -> dict[str, DiffusionLM]:
+    return {"infiller": tiny_lm(infills=True), "left-to-right": tiny_lm(infills=False)}
+
+
+@contextmanager
+def running(app: FastAPI, **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread of this process."""
+    server = Server(app, port=0, **settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[str]:
+    with running(create_app(tiny_models(), **settings)) as address:
+        yield address
