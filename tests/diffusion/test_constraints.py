@@ -1,5 +1,6 @@
 """Texts of a given form, against every text that there is."""
 
+from array import array
 from itertools import product
 
 import pytest
@@ -17,9 +18,17 @@ transitions = st.dictionaries(
     st.integers(0, STATES - 1), st.dictionaries(st.integers(0, LETTERS - 1), st.integers(0, STATES - 1)), min_size=1
 )
 automata = st.builds(
-    lambda ways, final: Automaton(ways, 0, final), transitions, st.sets(st.integers(0, STATES - 1), min_size=1)
+    lambda ways, final: make(ways, final), transitions, st.sets(st.integers(0, STATES - 1), min_size=1)
 )
 cells = st.lists(st.none() | st.integers(0, LETTERS), min_size=1, max_size=ROOM)
+
+
+def make(ways: dict[int, dict[int, int]], final: set[int]) -> Automaton:
+    """From `ways[state][token]`, the next state."""
+    edges = {state: sorted(each.items()) for state, each in ways.items()}
+    return Automaton(
+        {s: (array("i", [t for t, _ in e]), array("q", [q for _, q in e])) for s, e in edges.items()}, 0, final
+    )
 
 
 def allows(automaton: Automaton, text: tuple[int, ...], ends: bool) -> bool:
@@ -28,7 +37,7 @@ def allows(automaton: Automaton, text: tuple[int, ...], ends: bool) -> bool:
     for token in text:
         if token == END:
             return ends and state in automaton.final
-        state = automaton.transitions.get(state, {}).get(token)
+        state = automaton.target(state, token)
         if state is None:
             return False
     return state in automaton.final
@@ -98,7 +107,7 @@ def test_the_shortest_text(automaton: Automaton) -> None:
 
 def test_the_surest_come_first() -> None:
     """Of two tokens that exclude each other, the less sure one stays open."""
-    same = Automaton({0: {0: 1, 1: 2}, 1: {0: 3}, 2: {1: 3}}, 0, {3})
+    same = make({0: {0: 1, 1: 2}, 1: {0: 3}, 2: {1: 3}}, {3})
     canvas = canvas_of([None, None])
     guess = Guess(torch.tensor([[7, 0, 1, 7]]), torch.tensor([[0.0, -2.0, -1.0, 0.0]]))
     kept = Constraint(same).agreed(canvas, canvas.open, guess)

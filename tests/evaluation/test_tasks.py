@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from diffusify.evaluation.records import chosen_tasks, items
+from diffusify.evaluation.records import chosen_tasks, items, tasks_in
 from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
 
 STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
@@ -180,3 +180,11 @@ def test_shots_are_shown_and_not_asked() -> None:
         few_shot([*asked], 3)
     with pytest.raises(ValueError, match="without examples"):
         few_shot([Hole("a", "b", "c")] * 3, 1)
+
+
+def test_a_folder_tells_which_tasks_it_has(tmp_path: Path) -> None:
+    for name in ("storycloze.jsonl", "piqa.jsonl.gz", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert {task.name for task in tasks_in(tmp_path)} == {"storycloze", "rocstories", "piqa"}
+    with pytest.raises(ValueError, match="holds no task's file"):
+        tasks_in(tmp_path / "nowhere")

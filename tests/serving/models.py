@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import Queue
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,18 +34,19 @@ def tiny_models() -> dict[str, DiffusionLM]:
 @contextmanager
 def running(app: FastAPI, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread of this process."""
-    server = Server(app, port=0, **settings)
+    address: Queue[str] = Queue()
+    server = Server(app, port=0, announce=address.put, **settings)
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield address.get(timeout=60)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[str]:
-    with running(create_app(tiny_models(), **settings)) as address:
+def serving(first: str = "infiller", **settings: Any) -> Iterator[str]:
+    models = tiny_models()
+    with running(create_app({first: models.pop(first), **models}, **settings)) as address:
         yield address

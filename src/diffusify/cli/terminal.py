@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ def picture(lm: "DiffusionLM", frame: "Frame", *, prompt: bool = True) -> Text:
     return text
 
 
-def converse(lm: "DiffusionLM", settings: "SamplingConfig", room: int | None, system: str | None) -> None:
+def converse(answer: "Callable[[list[Message]], str]", system: str | None) -> None:
     """Questions from standard input, answers on standard output, until the input ends."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -93,10 +93,15 @@ def converse(lm: "DiffusionLM", settings: "SamplingConfig", room: int | None, sy
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        writing = lm.answering([messages], room, settings)
-        if say.is_terminal:
-            look(lm, writing, prompt=False)
-        answer = writing.results()[0]
-        print(answer.text, flush=True)
-        say.print(f"{answer.tokens} tokens, {answer.forwards} forwards, {answer.seconds:.1f} s", style="dim")
-        messages.append({"role": "assistant", "content": answer.text})
+        messages.append({"role": "assistant", "content": answer(messages)})
+
+
+def answer_live(lm: "DiffusionLM", messages: "list[Message]", room: int | None, settings: "SamplingConfig") -> str:
+    """The next answer of a chat, printed, and shown filling in before that."""
+    writing = lm.answering([messages], room, settings)
+    if say.is_terminal:
+        look(lm, writing, prompt=False)
+    answer = writing.results()[0]
+    print(answer.text, flush=True)
+    say.print(f"{answer.tokens} tokens, {answer.forwards} forwards, {answer.seconds:.1f} s", style="dim")
+    return answer.text

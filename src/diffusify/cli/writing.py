@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusify.cli.options import read_value
-from diffusify.cli.terminal import clear_errors, converse, write
+from diffusify.cli.remote import WISHES, Remote
+from diffusify.cli.terminal import answer_live, clear_errors, converse, write
 
 if TYPE_CHECKING:
     from diffusify.sampling.generation import DiffusionLM
@@ -124,7 +125,9 @@ def infill(
 
 
 def chat(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="A model's folder; with --url, its name there.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where `diffusify serve` listens, as http://127.0.0.1:8000.")] = None,
+    key: Annotated[str | None, typer.Option(help="The server's key.", envvar="DIFFUSIFY_KEY")] = None,
     system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
     max_new_tokens: Room = None,
     preset: Ready = None,
@@ -144,10 +147,21 @@ def chat(
     lossless: Exact = False,
     tolerance: Near = None,
 ) -> None:
-    """Talk with a model, its answers filling in live."""
+    """Talk with a model, its answers filling in live; or with one that is served."""
     with clear_errors():
-        chosen = sampling(model, locals())
-        converse(open_model(model), chosen, max_new_tokens, system)
+        options = locals()
+        if url is not None:
+            there = Remote(url, key)
+            wishes = {name: options[name] for name in WISHES if options[name] is not None}
+            wishes |= {"tolerance": 0.0} if lossless else {}
+            wishes |= {"max_tokens": max_new_tokens} if max_new_tokens else {}
+            name = model or there.models()[0]
+            converse(lambda messages: there.answer(messages, model=name, **wishes), system)
+            return
+        if model is None:
+            raise ValueError("no model: give a folder, or --url of a server")
+        chosen, lm = sampling(model, options), open_model(model)
+        converse(lambda messages: answer_live(lm, messages, max_new_tokens, chosen), system)
 
 
 def show(model: Model, as_json: AsJson = False) -> None:

@@ -3,6 +3,8 @@
 Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
 """
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +19,26 @@ from diffusify.canvas import Canvas, Guess
 _ENDED = -1  # the state behind an end token: what follows is void
 States = frozenset[int]
 Cells = list[int | None]  # token ids; None is still open
+_NONE = (array("i"), array("q"))
 
 
 class Automaton:
-    """Which sequences of tokens are allowed: a deterministic automaton, `transitions[state][token]` the next state."""
+    """Which sequences of tokens are allowed: a deterministic automaton.
 
-    def __init__(self, transitions: Mapping[int, Mapping[int, int]], start: int, final: set[int]) -> None:
-        self.transitions, self.start, self.final = transitions, start, frozenset(final)
-        self.targets = {state: frozenset(ways.values()) for state, ways in transitions.items()}
+    `edges` of each state are the tokens that it allows, in order, and the states that they lead to.
+    """
+
+    def __init__(self, edges: Mapping[int, tuple[array, array]], start: int, final: set[int]) -> None:
+        self.edges, self.start, self.final = edges, start, frozenset(final)
+        self.targets = {state: frozenset(targets) for state, (_, targets) in edges.items()}
         self._exactly, self._within = [self.final], [self.final]
-        self._tokens = lru_cache(4096)(self._sorted)
+        self._between = lru_cache(4096)(self._sorted)
+
+    def target(self, state: int, token: int) -> int | None:
+        """Where a token leads."""
+        tokens, targets = self.edges.get(state, _NONE)
+        at = bisect_left(tokens, token)
+        return targets[at] if at < len(tokens) and tokens[at] == token else None
 
     def exactly(self, tokens: int) -> States:
         """The states from which so many tokens can make an allowed text."""
@@ -43,24 +55,21 @@ class Automaton:
     @property
     def shortest(self) -> int | None:
         """How many tokens an allowed text has at least; None if none is allowed."""
-        all_states = self.within(len(self.transitions) + 1)
+        all_states = self.within(len(self.edges) + 1)
         if self.start not in all_states:
             return None
         return next(tokens for tokens, states in enumerate(self._within) if self.start in states)
 
     def tokens(self, state: int, target: int) -> Int[Tensor, " t"]:
         """What leads from a state to another."""
-        return self._tokens(state).get(target, torch.empty(0, dtype=torch.long))
+        return self._between(state)[target]
 
     def _before(self, states: States) -> States:
         return frozenset(state for state, targets in self.targets.items() if not targets.isdisjoint(states))
 
     def _sorted(self, state: int) -> dict[int, Tensor]:
-        ways = self.transitions.get(state, {})
-        if not ways:
-            return {}
-        tokens, targets = (torch.tensor(list(side)) for side in (ways.keys(), ways.values()))
-        return {int(target): tokens[targets == target] for target in targets.unique()}
+        tokens, targets = (torch.tensor(side) for side in self.edges[state])
+        return {target: tokens[targets == target] for target in self.targets[state]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +153,7 @@ class Constraint:
             return self.automaton.targets.get(state, frozenset()) | ({_ENDED} if may_end else set())
         if cell == self.end_token_id:
             return frozenset({_ENDED}) if may_end else frozenset()
-        target = self.automaton.transitions.get(state, {}).get(cell)
+        target = self.automaton.target(state, cell)
         return frozenset() if target is None else frozenset({target})
 
     def _fill(self, mask: Bool[Tensor, " v"], before: States, behind: States) -> None:

@@ -42,12 +42,24 @@ def items(
     return found
 
 
-def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
+def tasks_in(folder: Path | str) -> list[Task]:
+    """The tasks that a folder has files of. ValueError if there are none."""
+    found = [task for task in TASKS if _file(task, Path(folder))]
+    if not found:
+        raise ValueError(f"{folder} holds no task's file, as {TASKS[0].name}.jsonl or {TASKS[0].name}.jsonl.gz")
+    return found
+
+
+def _file(task: Task, folder: Path) -> Path | None:
     stem = task.file or task.name
-    for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
-        if path.is_file():
-            return str(path), list(read_records(path))
-    raise ValueError(f"{folder} holds no {stem}.jsonl or {stem}.jsonl.gz, which {task.name} needs")
+    return next((path for end in ("", ".gz") if (path := folder / f"{stem}.jsonl{end}").is_file()), None)
+
+
+def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
+    path, stem = _file(task, folder), task.file or task.name
+    if path is None:
+        raise ValueError(f"{folder} holds no {stem}.jsonl or {stem}.jsonl.gz, which {task.name} needs")
+    return str(path), list(read_records(path))
 
 
 def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:

@@ -137,6 +137,7 @@ def row_tokens(writing: Writing, row: int, tokenizer: TextTokenizer, *, closed: 
     real, editable, score = canvas.real[row].tolist(), canvas.editable[row].tolist(), writing.score[row].tolist()
     cells = [i for i in range(sum(real)) if not open[i]]
     cells = cells[int(ids[0] == tokenizer.start_token_id) : len(cells) - closed]
+    end = next((n for n, i in enumerate(cells) if editable[i] and ids[i] == tokenizer.end_token_id), len(cells))
     return [
         {
             "id": ids[i],
@@ -144,7 +145,7 @@ def row_tokens(writing: Writing, row: int, tokenizer: TextTokenizer, *, closed: 
             "kind": "written" if editable[i] else "given",
             "confidence": round(math.exp(score[i]), 4) if editable[i] else None,
         }
-        for i in cells
+        for i in cells[:end]
     ]
 
 

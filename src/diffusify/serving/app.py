@@ -1,6 +1,6 @@
 """The server's address book: what answers where, and what is turned away at the door."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from diffusify.config import DiffusionConfig
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.serving import canvases, completions, scores
 from diffusify.serving.bodies import unknown
@@ -20,7 +21,8 @@ from diffusify.serving.door import Door
 from diffusify.serving.engine import Busy, Engine
 from diffusify.serving.errors import Gone, Problem, UnknownModel, problem
 from diffusify.serving.metrics import Metrics
-from diffusify.serving.requests import Service, service
+from diffusify.serving.requests import Service
+from diffusify.serving.shelf import Shelf
 
 PLAYGROUND = Path(__file__).parent / "playground"
 
@@ -52,16 +54,20 @@ def create_app(
     keys: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     log_prompts: bool = False,
+    folder: Path | None = None,
+    keep: int = 4,
+    opener: Callable[[str], DiffusionLM] = DiffusionLM.from_pretrained,
 ) -> FastAPI:
     """The server as an ASGI application. ValueError when there is no model.
 
-    With `keys`, who comes without one is turned away; `origins` are the web pages elsewhere that may ask (CORS).
+    Models in `folder` are opened by `opener` when somebody asks for them, `keep` of them at once at most. With `keys`,
+    who comes without one is turned away; `origins` are the web pages elsewhere that may ask (CORS).
     """
-    if not models:
-        raise ValueError("there is no model to serve; give one at least")
+    if not models and folder is None:
+        raise ValueError("there is no model to serve; give one at least, or a folder of them")
     metrics = Metrics()
     engine = Engine(models, tokens=limits.tokens, waiting=limits.waiting, metrics=metrics)
-    serving = Service(engine, metrics, limits.seconds)
+    serving = Service(engine, Shelf(engine, folder, keep, opener), metrics, limits.seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,11 +93,13 @@ def _about(app: FastAPI, serving: Service) -> None:
 
     @app.get("/v1/models", summary="The models that are served, and what each can do")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(name, desk.lm) for name, desk in serving.engine.desks.items()]}
+        here = [_open_card(name, desk.lm) for name, desk in serving.engine.desks.items()]
+        return {"object": "list", "data": here + [_card(name, card) for name, card in serving.shelf.closed.items()]}
 
     @app.get("/v1/models/{name}", summary="One model")
-    async def model(name: str, request: Request) -> dict[str, Any]:
-        return _card(name, await service(request).model(name))
+    async def model(name: str) -> dict[str, Any]:
+        closed = serving.shelf.closed
+        return _card(name, closed[name]) if name in closed else _open_card(name, await serving.shelf.get(name))
 
     @app.get("/health", summary="Whether the server lives")
     async def health() -> JSONResponse:
@@ -111,19 +119,20 @@ def _about(app: FastAPI, serving: Service) -> None:
         return FileResponse(PLAYGROUND / "index.html")
 
 
-def _card(name: str, lm: DiffusionLM) -> dict[str, Any]:
-    card = lm.config
+def _card(name: str, card: DiffusionConfig, **more: Any) -> dict[str, Any]:
     told = {
         "recipe": card.recipe,
         "attention": str(card.attention),
         "block_size": card.block_size,
         "shift": card.shift,
         "infills": card.sees_right_context,
-        "chats": bool(lm.tokenizer.tokenizer.chat_template),
         "lossless": card.reads_left_to_right,
-        "context": lm.denoiser.context,
     }
-    return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": told}
+    return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": told | more}
+
+
+def _open_card(name: str, lm: DiffusionLM) -> dict[str, Any]:
+    return _card(name, lm.config, chats=bool(lm.tokenizer.tokenizer.chat_template), context=lm.denoiser.context)
 
 
 def _errors(app: FastAPI) -> None:

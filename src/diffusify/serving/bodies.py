@@ -4,16 +4,28 @@ import secrets
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from diffusify.config import from_plain, nearest
 from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.policies import Policy
+from diffusify.models.loading import embedding_rows
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import Preset, SamplingConfig
 from diffusify.serving.probabilities import Penalties, Watched
 from diffusify.text.grammar import schema_regex
 
+
+def _letters(text: str) -> str:
+    """JSON can spell halves of letters, which no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a letter at {error.start}; send text that is UTF-8") from error
+    return text
+
+
+Words = Annotated[str, AfterValidator(_letters)]
 TEXTS = 128  # at most in one request
 _PLAIN = (
     *("steps", "threshold", "tolerance", "window", "guidance"),
@@ -56,7 +68,7 @@ class Wishes(Body):
     cache: Literal["exact", "prefix", "dual", "none"] | None = None
     length_beam: Annotated[int, Field(ge=1, le=16)] | None = None
     preset: Preset | None = Field(None, description="Settings that suit the model; other fields change them.")
-    regex: Annotated[str, Field(min_length=1, max_length=10_000)] | None = Field(
+    regex: Annotated[Words, Field(min_length=1, max_length=10_000)] | None = Field(
         None, description="What is written matches it as a whole."
     )
     user: str | None = Field(None, description="Without effect.")
@@ -134,6 +146,13 @@ class OpenAI(Wishes):
         found = Penalties(bias, self.presence_penalty, self.frequency_penalty)
         return None if found == Penalties() else found
 
+    def settings(self, lm: DiffusionLM) -> SamplingConfig:
+        rows = embedding_rows(lm.denoiser.network)
+        for token, _ in (self.penalties() or Penalties()).bias:
+            if token >= rows:
+                raise ValueError(f"logit_bias: token {token} is beyond the {rows} that the model knows")
+        return super().settings(lm)
+
     def watched(self, settings: SamplingConfig, lm: DiffusionLM) -> SamplingConfig:
         """The settings, with the likeliest tokens taken down, where they are to be told."""
         if not self.top:
@@ -156,12 +175,12 @@ class CompletionBody(OpenAI):
     """OpenAI's POST /v1/completions. With a `suffix`, what is written leads up to it."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=TEXTS)]
+        Words
+        | Annotated[list[Words], Field(min_length=1, max_length=TEXTS)]
         | Ids
         | Annotated[list[Ids], Field(min_length=1, max_length=TEXTS)]
     ) = ""
-    suffix: str | None = None
+    suffix: Words | None = None
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -206,7 +225,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str | list[dict[str, Any]]
+    content: Words | list[dict[str, Any]]
 
     @property
     def text(self) -> str:
@@ -214,7 +233,7 @@ class Message(BaseModel):
             return self.content
         if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in self.content):
             raise ValueError("messages are text; leave out parts of another type")
-        return "".join(part["text"] for part in self.content)
+        return _letters("".join(part["text"] for part in self.content))
 
 
 class ChatBody(OpenAI):
@@ -252,11 +271,11 @@ class ChatBody(OpenAI):
 class FimBody(Wishes):
     """What editors send to POST /v1/fim/completions: the text before the cursor, and behind it."""
 
-    prompt: str
-    suffix: str | None = None
+    prompt: Words
+    suffix: Words | None = None
     max_tokens: Count | None = 16
     min_tokens: int | None = Field(None, description="Without effect.")
-    stop: str | list[str] | None = None
+    stop: Words | list[Words] | None = None
     stream: bool = False
     random_seed: Seed | None = None
 
@@ -264,7 +283,7 @@ class FimBody(Wishes):
 class InfillBody(Wishes):
     """A text with holes, `[[8]]` or `[[3-12]]`, or its tokens, null where they are to be written."""
 
-    text: str | None = None
+    text: Words | None = None
     tokens: Annotated[list[Id | None], Field(min_length=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
     stream: bool = False
@@ -282,7 +301,7 @@ class InfillBody(Wishes):
 class TokenizeBody(Body):
     """A text, which may have holes."""
 
-    text: str
+    text: Words
 
 
 class AlternativesBody(Body):
@@ -296,8 +315,8 @@ class AlternativesBody(Body):
 class ScoreBody(Body):
     """How likely is a text, or what follows a prompt?"""
 
-    text: str = Field(min_length=1)
-    prompt: str = ""
+    text: Annotated[Words, Field(min_length=1)]
+    prompt: Words = ""
     measure: Literal["best", "exact", "bound"] = "best"
     draws: Annotated[int, Field(ge=1, le=64)] = 8
     seed: Seed = 0

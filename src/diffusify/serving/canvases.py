@@ -24,7 +24,7 @@ router = APIRouter()
 @router.post("/v1/infill", summary="Fill the holes of a text, anywhere in it")
 async def infill(body: InfillBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [body.tokens], body.text)
     await serving.compile(lm, body.form)
     closed = lm.config.sees_right_context
@@ -37,7 +37,8 @@ async def infill(body: InfillBody, request: Request) -> Response:
             return lm.infilling([_pieces(body.tokens)], settings)
         return lm.continuing([_beginning(lm, body.tokens)], body.tokens.count(None), settings)
 
-    answer = Answer(serving.submit(body.model, prepare, request), lambda ids: "", frozenset())
+    ends = frozenset[int]() if closed else frozenset({lm.tokenizer.end_token_id})
+    answer = Answer(serving.submit(body.model, prepare, request), lambda ids: "", ends)
     head = {"id": f"infill-{uuid.uuid4().hex}", "object": "infill", "created": int(time.time()), "model": body.model}
     if body.stream:
         return await streamed(request, answer, _parts(answer, body, head, lm))
@@ -92,7 +93,7 @@ def _beginning(lm: DiffusionLM, tokens: list[int | None]) -> list[int]:
 @router.post("/v1/tokenize", summary="The tokens of a text, null where it has holes")
 async def tokenize(body: TokenizeBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [], body.text)
     events, shown = Events(lm.tokenizer, closed=False), []
     pieces = parse_holes(body.text)
@@ -135,7 +136,7 @@ class Look:
 @router.post("/v1/alternatives", summary="What could stand at a position, by everything that the model sees around it")
 async def alternatives(body: AlternativesBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [body.tokens])
     serving.check_room(lm, len(body.tokens) + 2)
     job = serving.submit(body.model, lambda lm: Look(lm, body), request, follow=False)

@@ -57,7 +57,7 @@ class Asked:
 @router.post("/v1/completions", summary="Continue a prompt, or fill the gap between it and a suffix")
 async def complete(body: CompletionBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
     tokenizer = lm.tokenizer
     serving.check_length(lm, prompts, body.suffix)
@@ -80,7 +80,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
 @router.post("/v1/chat/completions", summary="Answer a chat")
 async def chat(body: ChatBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     messages: list[dict[str, Any]] = list(body.chat)
     serving.check_length(lm, [message["content"] for message in messages])
     told = lm.denoiser.length_head is not None
@@ -100,7 +100,7 @@ async def fill_in_the_middle(body: FimBody, request: Request) -> Response:
         wishes["seed"] = body.random_seed
     inner = CompletionBody.model_validate(wishes)
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [body.prompt], body.suffix)
     room = body.max_tokens or 16
     if body.suffix:

@@ -168,7 +168,7 @@ class Engine:
         self, models: Mapping[str, DiffusionLM], *, tokens: int = 16384, waiting: int = 256, metrics: Metrics
     ) -> None:
         self.desks = {name: Desk(name, lm, tokens) for name, lm in models.items()}
-        self.most, self.metrics = waiting, metrics
+        self.tokens, self.most, self.metrics = tokens, waiting, metrics
         self._arrivals: deque[Job] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -192,6 +192,14 @@ class Engine:
         self._wake.set()
         self._thread.join()
 
+    def add(self, name: str, lm: DiffusionLM) -> None:
+        """Serve one model more."""
+        self.desks = {**self.desks, name: Desk(name, lm, self.tokens)}
+
+    def remove(self, name: str) -> None:
+        """Serve a model no more; nobody must be using it."""
+        self.desks = {other: desk for other, desk in self.desks.items() if other != name}
+
     def submit(self, job: Job) -> Job:
         """Put a job in line. Busy if the line is too long."""
         if self.waiting >= self.most:
@@ -207,7 +215,10 @@ class Engine:
                 self._wake.clear()
                 while self._arrivals:
                     job = self._arrivals.popleft()
-                    self.desks[job.model].receive(job)
+                    if job.model in self.desks:
+                        self.desks[job.model].receive(job)
+                    else:
+                        job.end(ValueError(f'model "{job.model}" has just been closed; ask again'))
                 for desk in self.desks.values():
                     self._turn(desk)
                 if not any(desk.working or desk.waiting for desk in self.desks.values()) and not self._arrivals:

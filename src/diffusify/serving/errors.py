@@ -1,5 +1,6 @@
 """What went wrong, as OpenAI's clients expect to be told."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,5 +42,6 @@ def problem(error: BaseException) -> Problem:
     if isinstance(error, TimeoutError):
         return Problem(408, str(error), "timeout_error")
     if isinstance(error, ValueError):
-        return Problem(400, str(error))
+        named = re.match(r"(\w+)(=|: )", str(error))  # as errors begin that are about one setting
+        return Problem(400, str(error), param=named[1] if named else None)
     return Problem(500, "the server made a mistake; its log has the details", "server_error")

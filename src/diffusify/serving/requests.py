@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from diffusify.config import nearest
 from diffusify.models.loading import embedding_rows
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.serving.answers import Answer, event
 from diffusify.serving.engine import Engine, Job, Work
-from diffusify.serving.errors import Gone, UnknownModel, problem
+from diffusify.serving.errors import Gone, problem
 from diffusify.serving.follow import Follow, Text
 from diffusify.serving.metrics import Metrics
+from diffusify.serving.shelf import Shelf
 
 
 @dataclass
@@ -23,16 +23,13 @@ class Service:
     """What the endpoints stand on."""
 
     engine: Engine
+    shelf: Shelf
     metrics: Metrics
     seconds: float  # that a request may take
     ready: bool = True
 
-    async def model(self, name: str) -> DiffusionLM:
-        """The model of that name. UnknownModel if there is none."""
-        desks = self.engine.desks
-        if name not in desks:
-            raise UnknownModel(f'model "{name}" is not served{nearest(name, desks)}')
-        return desks[name].lm
+    def __post_init__(self) -> None:
+        self._compiling = asyncio.Lock()
 
     def check_length(
         self, lm: DiffusionLM, texts: Sequence[str | Sequence[int | None] | None], *more: str | None
@@ -53,9 +50,10 @@ class Service:
             raise ValueError(f"{tokens} tokens are more than the {lm.denoiser.context} that the model can see")
 
     async def compile(self, lm: DiffusionLM, regex: str | None) -> None:
-        """Make a form's automaton beside the event loop and the engine."""
+        """Make a form's automaton beside the event loop and the engine, one at a time."""
         if regex is not None:
-            await asyncio.to_thread(lm.form, regex)
+            async with self._compiling:
+                await asyncio.to_thread(lm.form, regex)
 
     def submit(
         self, model: str, prepare: Callable[[DiffusionLM], Work], request: Request, *, follow: bool = True

@@ -73,7 +73,7 @@ class Score:
 @router.post("/v1/score", summary="The log-probability of a text, or a bound on it (nats)")
 async def score(body: ScoreBody, request: Request) -> Response:
     serving = service(request)
-    lm = await serving.model(body.model)
+    lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [body.text, body.prompt])
 
     def prepare(lm: DiffusionLM) -> Score:

@@ -1,6 +1,8 @@
 """The server as a process: it listens, is patient but not too patient, and ends without losing an answer."""
 
 import asyncio
+import socket
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,11 +17,26 @@ class Server(uvicorn.Server):
     A client that needs longer than `patience` seconds to say what it wants is hung up on.
     """
 
-    def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000, *, patience: float = 30.0) -> None:
-        self.app = app
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        patience: float = 30.0,
+        announce: Callable[[str], None] = lambda address: None,
+    ) -> None:
+        """`announce` is told the address once the server listens; port 0 is any that is free."""
+        self.app, self.announce = app, announce
         settings: dict[str, Any] = {"http": _protocol(patience), "timeout_keep_alive": 30}
         logs: dict[str, Any] = {"access_log": False, "server_header": False, "log_config": _log_config()}
         super().__init__(uvicorn.Config(app, host, port, **settings, **logs))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port, *_ = self.servers[0].sockets[0].getsockname()
+            self.announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.app.state.service.ready = False

@@ -1,31 +1,47 @@
 """Regular expressions and JSON schemas, as automata over a tokenizer's tokens."""
 
 import json
+import subprocess
+import sys
+from array import array
+from importlib.util import find_spec
 from typing import Any
 
 from tokenizers import decoders
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from diffusify.diffusion.constraints import Automaton
+from diffusify.text import compiling
 from diffusify.text.tokens import TextTokenizer
 
 
 def automaton(tokenizer: TextTokenizer, regex: str) -> Automaton:
     """The automaton that allows the texts which match `regex` whole.
 
-    ValueError for an expression that does not read, or a tokenizer whose tokens are no plain bytes.
+    ValueError for an expression that does not read or is too much, or a tokenizer whose tokens are no plain bytes.
     """
+    if find_spec("outlines_core") is None:
+        raise ValueError("texts of a given form need `pip install 'diffusify[serve]'`")
+    words = [[word.hex(), ids] for word, ids in _spellings(tokenizer).items()]
+    asked = json.dumps({"regex": regex, "end": tokenizer.end_token_id, "words": words})
+    command = [sys.executable, "-m", compiling.__name__]
     try:
-        from outlines_core import Index, Vocabulary
-    except ImportError as error:
-        raise ValueError("texts of a given form need `pip install 'diffusify[serve]'`") from error
-    end = tokenizer.end_token_id
-    try:
-        index = Index(regex, Vocabulary(end, dict(_spellings(tokenizer))))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"regex={regex[:80]!r} cannot be followed: {error}") from error
-    ways = {state: {t: to for t, to in each.items() if t != end} for state, each in index.get_transitions().items()}
-    return Automaton(ways, index.get_initial_state(), set(index.get_final_states()))
+        made = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=3 * compiling.SECONDS)
+    except subprocess.TimeoutExpired:
+        made = None
+    if made is None or made.returncode != 0:
+        told = made.stderr.decode(errors="replace").strip() if made is not None and made.returncode == 1 else ""
+        plain = told if told and "Traceback" not in told else "it takes too much time or memory"
+        raise ValueError(f"regex={regex[:80]!r} cannot be followed: {plain}")
+    head, _, numbers = made.stdout.partition(b"\n")
+    told = json.loads(head)
+    count = sum(edges for _, edges in told["states"])
+    tokens, targets = array("i", numbers[: 4 * count]), array("q", numbers[4 * count :])
+    edges, done = {}, 0
+    for state, size in told["states"]:
+        edges[state] = (tokens[done : done + size], targets[done : done + size])
+        done += size
+    return Automaton(edges, told["start"], set(told["final"]))
 
 
 def schema_regex(schema: dict[str, Any]) -> str:

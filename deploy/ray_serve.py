@@ -1,0 +1,35 @@
+"""Many machines behind one address, by Ray Serve: each replica is a whole server with an engine of its own.
+
+MODELS=demo=runs/demo REPLICAS=2 serve run deploy.ray_serve:app
+"""
+
+import os
+
+from fastapi import FastAPI
+from ray import serve
+
+from diffusify.cli.serving import names
+from diffusify.evaluation.opening import open_lm
+from diffusify.serving.app import create_app
+
+
+def build() -> FastAPI:
+    """Runs in the replica; nothing of a model travels."""
+    return create_app({name: open_lm(source) for name, source in names(os.environ["MODELS"].split(",")).items()})
+
+
+@serve.deployment(
+    num_replicas=int(os.environ.get("REPLICAS", "2")),
+    max_ongoing_requests=64,  # the replica's engine batches them
+    ray_actor_options={
+        "num_cpus": float(os.environ.get("CPUS", "1")),
+        "num_gpus": float(os.environ.get("GPUS", "0")),
+        "runtime_env": {"env_vars": {"MODELS": os.environ.get("MODELS", "")}},
+    },
+)
+@serve.ingress(build)
+class Replica:
+    """One server."""
+
+
+app = Replica.bind()
