@@ -1,8 +1,7 @@
 """`diffusify serve` before it listens, and `diffusify chat --url`."""
 
-from typer.testing import CliRunner
-
 import pytest
+from typer.testing import CliRunner
 
 from diffusify.cli import app
 from diffusify.cli.serving import names

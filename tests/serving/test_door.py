@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from time import monotonic
 
 import httpx
 import pytest
@@ -150,3 +151,18 @@ def test_metrics() -> None:
         "diffusify_working_rows 0.0",
     ):
         assert line in told
+
+
+def test_who_hangs_up_is_not_written_for(server: str) -> None:
+    """Without a stream, too: the request ends as soon as its client is gone."""
+    body = json.dumps(GOOD | {"max_tokens": 300}).encode()
+    host, _, port = server.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while "diffusify_working_rows 1.0" not in httpx.get(f"{server}/metrics").text:
+            pass
+    deadline = monotonic() + 60
+    while 'diffusify_requests_total{path="/v1/completions",status="499"}' not in httpx.get(f"{server}/metrics").text:
+        assert monotonic() < deadline
+    assert "diffusify_working_rows 0.0" in httpx.get(f"{server}/metrics").text

@@ -221,7 +221,8 @@ class Engine:
                         job.end(ValueError(f'model "{job.model}" has just been closed; ask again'))
                 for desk in self.desks.values():
                     self._turn(desk)
-                if not any(desk.working or desk.waiting for desk in self.desks.values()) and not self._arrivals:
+                idle = not any(desk.working or desk.waiting for desk in self.desks.values())
+                if idle and not self._arrivals and not self._stopping:
                     self._wake.wait()
         for desk in self.desks.values():
             for job in (*desk.waiting, *desk.working):
