@@ -49,9 +49,11 @@ def server(model: str, dtype: str) -> Iterator[tuple[str, subprocess.Popen[str]]
         assert process.stderr is not None
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.]+:[1-9]\d*", line)))
         drain = asyncio.new_event_loop().run_in_executor(None, process.stderr.read)
-        yield address, process
-        process.terminate()
-        del drain
+        try:
+            yield address, process
+        finally:
+            process.terminate()
+            del drain
 
 
 def asked(number: int) -> dict[str, Any]:

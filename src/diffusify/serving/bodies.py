@@ -9,7 +9,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from diffusify.config import from_plain, nearest
 from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.policies import Policy
-from diffusify.models.loading import embedding_rows
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import Preset, SamplingConfig
 from diffusify.serving.probabilities import Penalties, Watched
@@ -147,7 +146,7 @@ class OpenAI(Wishes):
         return None if found == Penalties() else found
 
     def settings(self, lm: DiffusionLM) -> SamplingConfig:
-        rows = embedding_rows(lm.denoiser.network)
+        rows = lm.denoiser.vocabulary
         for token, _ in (self.penalties() or Penalties()).bias:
             if token >= rows:
                 raise ValueError(f"logit_bias: token {token} is beyond the {rows} that the model knows")

@@ -1,4 +1,7 @@
-"""A request's way through the server: models by name, work for the engine, and clients that vanish."""
+"""A request's way through the server: models by name, work for the engine, and clients that vanish.
+
+All this runs beside the engine's thread, so it looks at tokenizers and cards and never at a network.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -8,7 +11,6 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from diffusify.models.loading import embedding_rows
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.serving.answers import Answer, event
 from diffusify.serving.engine import Engine, Job, Work
@@ -39,7 +41,7 @@ class Service:
         given = [len(text) for text in (*texts, *more) if isinstance(text, str)]
         if context is not None and max(given, default=0) > context * lm.tokenizer.longest:
             raise ValueError(f"a text of {max(given)} letters is more than the {context} tokens that the model can see")
-        rows = embedding_rows(lm.denoiser.network)
+        rows = lm.denoiser.vocabulary
         for token in (token for text in texts if isinstance(text, list) for token in text):
             if token is not None and token >= rows:
                 raise ValueError(f"token {token} is beyond the {rows} that the model knows")
