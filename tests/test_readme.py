@@ -123,3 +123,12 @@ def test_python_in_the_readme_says_words_that_exist() -> None:
 def test_every_file_the_readme_names_is_there() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_server_s_numbers_are_those_of_the_results() -> None:
+    told, words = result("serving"), " ".join(README.split())
+    load, memory = told["load"], told["memory"]["mib_after_each_quarter"]
+    assert load["errors"] == 0 and told["vanished"] == {"clients": 16, "passes_until_free": 1}
+    assert f"writes {load['times_serial']} times the tokens/s" in words
+    assert f"the slowest waits {load['slowest_over_median']} times the median" in words
+    assert f"from {memory[0]:,} to {memory[-1]:,} MiB" in words
