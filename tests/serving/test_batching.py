@@ -161,6 +161,7 @@ def test_what_requests_look_at_is_never_out_of_place() -> None:
     """While logits are made, the network's body stands aside; who asks beside that thread is told the same."""
     denoiser = denoiser_of("block")
     head, seen = denoiser.network.get_output_embeddings(), []
+    assert head is not None
     head.register_forward_hook(lambda *_: seen.append((denoiser.vocabulary, denoiser.context)))
     denoiser.answers(room((3, 4)), ask=room((3, 4)).open).logits  # noqa: B018
     assert seen == [(48, 64)]
