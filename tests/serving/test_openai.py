@@ -153,8 +153,8 @@ def test_json_of_a_schema(client: openai.OpenAI, name: str) -> None:
             response_format={"type": "json_schema", "json_schema": {"name": "cat", "schema": SCHEMA}},
         )
         jsonschema.validate(json.loads(told.choices[0].message.content or ""), SCHEMA)
-    told = client.completions.create(model=name, prompt="On ", max_tokens=16, extra_body={"regex": r"\d{2}-\d{2}"})
-    assert re.fullmatch(r"\d{2}-\d{2}", told.choices[0].text)
+    told = client.completions.create(model=name, prompt="On ", max_tokens=16, extra_body={"regex": "[0-9]{2}-[0-9]{2}"})
+    assert re.fullmatch("[0-9]{2}-[0-9]{2}", told.choices[0].text)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,13 @@ from diffusify.text.grammar import schema_regex
 from tests.families import tiny_network
 from tests.text import makers
 
-REGEXES = [r"\d{4}-\d{2}-\d{2}", r"(yes|no|maybe)", r"[a-z ]{5,12}\.", r"([aeiou][^aeiou ]){3,}", "(ja|über|naïve)+ ☃"]
+REGEXES = [
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
+    r"(yes|no|maybe)",
+    r"[a-z ]{5,12}\.",
+    r"([aeiou][^aeiou ]){3,}",
+    "(ja|über|naïve)+ ☃",
+]
 POLICIES = [Unmask(), Unmask(quota=Threshold(0.01)), Unmask(Random()), Ancestral(), Reparam(), Remask()]
 SCHEMA = {
     "type": "object",

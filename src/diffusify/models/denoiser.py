@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
             )
         self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
         self.remembers = "past_key_values" in accepts  # whether keys and values can be kept between passes
-        self.vocabulary = network.get_input_embeddings().get_parameter("weight").shape[0]  # ids that can be read
+        self.vocabulary: int = network.config.get_text_config().vocab_size
         self._offset = _position_offset(network)
         self._windows = _windows(network)
         self._says: Any = None  # the class of what the body says

@@ -16,11 +16,11 @@ from starlette.staticfiles import StaticFiles
 from diffusify.config import DiffusionConfig
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.serving import canvases, completions, scores
-from diffusify.serving.bodies import unknown
 from diffusify.serving.door import Door
 from diffusify.serving.engine import Busy, Engine
 from diffusify.serving.errors import Gone, Problem, UnknownModel, problem
 from diffusify.serving.metrics import Metrics
+from diffusify.serving.openai_bodies import unknown
 from diffusify.serving.requests import Service
 from diffusify.serving.shelf import Shelf
 

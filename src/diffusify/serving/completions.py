@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.writing import Writing
 from diffusify.serving.answers import Answer, Events, event, told_tokens
-from diffusify.serving.bodies import ChatBody, CompletionBody, FimBody, OpenAI
 from diffusify.serving.follow import Begun, Text
+from diffusify.serving.openai_bodies import ChatBody, CompletionBody, FimBody, OpenAI
 from diffusify.serving.probabilities import Watched
 from diffusify.serving.requests import Service, service, streamed
 
