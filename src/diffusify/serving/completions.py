@@ -58,23 +58,7 @@ class Asked:
 async def complete(body: CompletionBody, request: Request) -> Response:
     serving = service(request)
     lm = await serving.shelf.get(body.model)
-    prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
-    tokenizer = lm.tokenizer
-    serving.check_length(lm, prompts, body.suffix)
-    if body.suffix:
-        asked = _between(lm, body, prompts, body.suffix, body.max_tokens or 16)
-    else:
-
-        def prepare(lm: DiffusionLM) -> Writing:
-            return lm.continuing(prompts, body.max_tokens or 16, body.watched(body.settings(lm), lm))
-
-        def echoed(choice: int) -> str:
-            prompt = prompts[choice]
-            return "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-
-        ends = frozenset({tokenizer.end_token_id})
-        asked = Asked(COMPLETION, prepare, lambda ids: tokenizer.decode(ids, continues=True), ends, echoed)
-    return await _answer(serving, request, lm, body, asked)
+    return await _answer(serving, request, lm, body, _completion(serving, lm, body))
 
 
 @router.post("/v1/chat/completions", summary="Answer a chat")
@@ -101,20 +85,26 @@ async def fill_in_the_middle(body: FimBody, request: Request) -> Response:
     inner = CompletionBody.model_validate(wishes)
     serving = service(request)
     lm = await serving.shelf.get(body.model)
-    serving.check_length(lm, [body.prompt], body.suffix)
-    room = body.max_tokens or 16
+    return await _answer(serving, request, lm, inner, replace(_completion(serving, lm, inner), kind=CHAT))
+
+
+def _completion(serving: Service, lm: DiffusionLM, body: CompletionBody) -> Asked:
+    """What goes on from the prompts, or leads from them to the suffix."""
+    prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
+    tokenizer, room = lm.tokenizer, body.max_tokens or 16
+    serving.check_length(lm, prompts, body.suffix)
     if body.suffix:
-        asked = _between(lm, inner, [body.prompt], body.suffix, room)
-    else:
-        tokenizer = lm.tokenizer
-        ends = frozenset({tokenizer.end_token_id})
-        asked = Asked(
-            COMPLETION,
-            lambda lm: lm.continuing([body.prompt], room, inner.settings(lm)),
-            lambda ids: tokenizer.decode(ids, continues=True),
-            ends,
-        )
-    return await _answer(serving, request, lm, inner, replace(asked, kind=CHAT))
+        return _between(lm, body, prompts, body.suffix, room)
+
+    def prepare(lm: DiffusionLM) -> Writing:
+        return lm.continuing(prompts, room, body.watched(body.settings(lm), lm))
+
+    def echoed(choice: int) -> str:
+        prompt = prompts[choice]
+        return "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+    ends = frozenset({tokenizer.end_token_id})
+    return Asked(COMPLETION, prepare, lambda ids: tokenizer.decode(ids, continues=True), ends, echoed)
 
 
 def _between(lm: DiffusionLM, body: CompletionBody, prompts: list[str | list[int]], suffix: str, most: int) -> Asked:

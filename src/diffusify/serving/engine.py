@@ -204,7 +204,7 @@ class Engine:
         """Put a job in line. Busy if the line is too long."""
         if self.waiting >= self.most:
             self.metrics.refused.inc()
-            raise Busy(self.waiting, self.metrics.seconds_for(self.waiting))
+            raise Busy(self.waiting, self.metrics.usual_seconds)
         self._arrivals.append(job)
         self._wake.set()
         return job

@@ -47,7 +47,8 @@ class Metrics:
         self.latency.labels(path).observe(seconds)
         self._answered, self._took = self._answered + 1, self._took + seconds
 
-    def seconds_for(self, waiting: int) -> int:
+    @property
+    def usual_seconds(self) -> int:
         """When it is worth while to come again: about as long as a request takes."""
         return max(1, math.ceil(self._took / max(1, self._answered)))
 

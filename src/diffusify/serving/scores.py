@@ -48,13 +48,8 @@ class Score:
 
     def _left_to_right(self) -> list[float]:
         canvas = self.canvas.to(self._lm.denoiser.device)
-        parts = self._lm.denoiser.answers(canvas, ask=canvas.editable).parts()
-        targets = canvas.tokens[canvas.editable]
-        told, done = [], 0
-        for part in parts:
-            told += (-cross_entropy(part, targets[done : done + len(part)])).tolist()
-            done += len(part)
-        return told
+        answers = self._lm.denoiser.answers(canvas, ask=canvas.editable)
+        return answers.log_prob(canvas.tokens[canvas.editable]).tolist()
 
     def _one_by_one(self) -> list[float]:
         """Each token by all before it, with the rest of the text open."""
