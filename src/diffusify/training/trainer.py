@@ -17,6 +17,7 @@ from diffusify.diffusion.corruption import noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
 from diffusify.models.saving import load_weights, save_denoiser
+from diffusify.models.tiles import use_tiles
 from diffusify.text.packing import collate
 from diffusify.training.budget import Budget
 from diffusify.training.validation import validate
@@ -61,6 +62,7 @@ class DiffusionTrainer(Trainer):
         assert args.output_dir is not None, "TrainingArguments fills it in"
         self.folder = Path(args.output_dir)
         self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
+        use_tiles(denoiser.network)
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
