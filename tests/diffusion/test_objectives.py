@@ -12,10 +12,15 @@ from torch.distributions import Categorical, kl_divergence
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, PerBlock, PerText, noised
-from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm, cross_entropy, divergence
+from diffusify.diffusion.logits import LazyLogits
+from diffusify.diffusion.objectives import Elbo, Flat, Loss, Objective, Rdm, cross_entropy, divergence
 from diffusify.diffusion.schedules import Linear
 
 DATA = Path(__file__).parents[1] / "data"
+
+
+def loss_of(objective: Objective, logits: torch.Tensor, ar_logits: torch.Tensor, batch: Noised) -> Loss:
+    return objective(LazyLogits.of(logits), LazyLogits.of(ar_logits), batch, Linear())
 
 
 def test_diffullama_loss_of_the_authors_code() -> None:
@@ -26,7 +31,7 @@ def test_diffullama_loss_of_the_authors_code() -> None:
     canvas.open[:, 0] = False
     t = given["diffullama.t"][:, None].expand(x.shape)
     batch = Noised(canvas, x, t, torch.zeros_like(masked))
-    loss = Objective(Elbo(), per="open")(logits[canvas.open], logits[batch.ar], batch, Linear())
+    loss = loss_of(Objective(Elbo(), per="open"), logits[canvas.open], logits[batch.ar], batch)
     torch.testing.assert_close(loss.total / loss.count, given["diffullama.expected_loss"])
 
 
@@ -36,7 +41,7 @@ def test_rdm_loss_of_the_authors_code() -> None:
     canvas = Canvas(x, open=masked, editable=given["rdm.maskable"], document=torch.ones_like(x))
     t = (given["rdm.t"] / 50)[:, None].expand(x.shape)
     batch = Noised(canvas, x, t, torch.zeros_like(masked))
-    loss = Objective(Rdm(50), per="text")(given["rdm.logits"][masked], given["rdm.logits"][batch.ar], batch, Linear())
+    loss = loss_of(Objective(Rdm(50), per="text"), given["rdm.logits"][masked], given["rdm.logits"][batch.ar], batch)
     torch.testing.assert_close(loss.total / loss.count, given["rdm.expected_loss"])
 
 
@@ -58,7 +63,7 @@ def test_smoothing_changes_the_loss_but_not_what_is_reported() -> None:
     rng = torch.Generator().manual_seed(0)
     batch = noised(Canvas.clean(torch.randint(0, 7, (2, 9), generator=rng)), PerText(), Linear(), 7, generator=rng)
     logits = torch.randn(int(batch.canvas.open.sum()), 7, generator=rng)
-    plain, smooth = (Objective(label_smoothing=s)(logits, logits[:0], batch, Linear()) for s in (0.0, 0.1))
+    plain, smooth = (loss_of(Objective(label_smoothing=s), logits, logits[:0], batch) for s in (0.0, 0.1))
     assert plain.total != smooth.total
     assert torch.equal(plain.nll, smooth.nll)
 
@@ -73,7 +78,7 @@ def test_packed_texts_weigh_what_they_would_alone() -> None:
     def loss(part: slice, document: list[int]):
         canvas = Canvas(tokens[:, part], open[:, part], torch.ones_like(open[:, part]), torch.tensor([document]))
         batch = Noised(canvas, tokens[:, part], t[:, part], no[:, part])
-        return objective(logits[:, part][canvas.open], logits[0, :0], batch, Linear())
+        return loss_of(objective, logits[:, part][canvas.open], logits[0, :0], batch)
 
     whole, parts = (
         loss(slice(0, 9), [1, 1, 2, 2, 2, 2, 2, 2, 2]),
@@ -94,7 +99,7 @@ def test_sums_and_counts_add_up_however_the_batch_is_split(seed: int, per: str, 
 
     def loss(rows: slice):
         part = batch[rows]
-        return objective(logits[rows][part.canvas.open], logits[rows][part.ar], part, Linear())
+        return loss_of(objective, logits[rows][part.canvas.open], logits[rows][part.ar], part)
 
     whole, parts = loss(slice(0, 6)), (loss(slice(0, cut)), loss(slice(cut, 6)))
     torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
@@ -105,7 +110,7 @@ def test_a_batch_without_open_positions_gives_zero() -> None:
     canvas = Canvas.clean(torch.zeros(2, 4, dtype=torch.long))
     batch = Noised(canvas, canvas.tokens, torch.full((2, 4), 0.1), canvas.open)
     nothing = torch.zeros(0, 5, requires_grad=True)
-    loss = Objective()(nothing, nothing, batch, Linear())
+    loss = loss_of(Objective(), nothing, nothing, batch)
     loss.total.backward()
     assert loss.total == 0 and loss.count == 8
 
@@ -121,7 +126,7 @@ def test_the_elbo_normalised_per_token_does_not_depend_on_the_batch_size() -> No
         values = []
         for _ in range(200):
             batch = noised(clean, PerText(), Linear(), 0, generator=rng)
-            loss = Objective(per=per)(logits[batch.canvas.open], logits[batch.ar], batch, Linear())
+            loss = loss_of(Objective(per=per), logits[batch.canvas.open], logits[batch.ar], batch)
             values.append(float(loss.total / loss.count))
         means[per] = sum(values) / len(values)
     assert abs(means["editable"] - 1) < 0.03
@@ -134,7 +139,7 @@ def test_a_perfect_next_token_oracle_has_loss_zero_and_off_by_one_does_not() -> 
     batch = noised(Canvas.clean(text), PerText(), Linear(), 11, generator=torch.Generator().manual_seed(1))
     sure = F.one_hot(text, 11).float() * 100
     for logits, right in ((sure, True), (sure.roll(1, 1), False)):
-        loss = Objective(Flat(), per="open")(logits[batch.canvas.open], logits[batch.ar], batch, Linear())
+        loss = loss_of(Objective(Flat(), per="open"), logits[batch.canvas.open], logits[batch.ar], batch)
         mean = float(loss.total / loss.count)
         assert (mean < 1e-6) if right else (mean > torch.tensor(11.0).log())
 
@@ -182,8 +187,8 @@ def test_distillation_takes_the_clean_text_s_answers_for_the_truth() -> None:
     asked = objective.asks_ar(batch)
     assert torch.equal(asked, batch.ar | batch.canvas.open)
     about, told = (torch.randn(3, 8, 9, generator=rng).requires_grad_() for _ in "ab")
-    loss = objective(about[batch.canvas.open], told[asked], batch, Linear())
-    plain = Objective(ar_weight=0.5, ar_share=0.3)(about[batch.canvas.open], told[batch.ar], batch, Linear())
+    loss = loss_of(objective, about[batch.canvas.open], told[asked], batch)
+    plain = loss_of(Objective(ar_weight=0.5, ar_share=0.3), about[batch.canvas.open], told[batch.ar], batch)
     open = batch.canvas.open
     kl = F.kl_div(about[open].log_softmax(-1), told[open].softmax(-1), reduction="none").sum(-1)
     entropy = Categorical(logits=told[open]).entropy()

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Causal
+from diffusify.diffusion import logits
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Causal, Scene
+from diffusify.diffusion.corruption import PerBlock, noised
+from diffusify.diffusion.logits import LazyLogits
+from diffusify.diffusion.objectives import Objective
+from diffusify.diffusion.schedules import Linear
 from diffusify.models.denoiser import Denoiser
-from tests.families import FAMILIES, MASK, tiny_denoiser
+from diffusify.models.lora import Lora, add_lora
+from tests.families import CAUSAL, FAMILIES, MASK, MASKED, tiny_denoiser
 
 
 def texts(b: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -117,3 +123,95 @@ def test_answers_that_are_projected_later_are_the_same(family: str) -> None:
     torch.testing.assert_close(later.logits, now)
     torch.testing.assert_close(later[torch.tensor([2, 0])].logits, now[[2, 0]])
     assert denoiser.answers(canvas, ask=torch.zeros_like(canvas.open)).logits.shape == (0, now.shape[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "bert", "gemma3_text"])
+@pytest.mark.parametrize("half", ["token", "block"])
+def test_blocks_that_nobody_reads_are_left_out_and_nothing_else_changes(
+    family: str, half: Literal["token", "block"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = tiny_denoiser(family, BlockCausal(4, clean=half))
+    document = torch.tensor([[1] * 20, [1] * 7 + [2] * 9 + [0] * 4])
+    clean = texts(2, 20)
+    ask = torch.zeros(2, 20, dtype=torch.bool)
+    ask[0, [1, 4, 9, 10]] = ask[1, [4, 5, 6, 14]] = True
+    canvas = shown(denoiser, clean, ask, document)
+    shapes, ar = [], document > 0
+    denoiser.network.base_model.register_forward_hook(lambda m, a, out: shapes.append(out[0].shape[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Scene, "only", lambda scene, wanted: scene)
+        whole = denoiser(canvas, clean, ask=ask, ar=ar)
+    real = Scene.only
+    monkeypatch.setattr(Scene, "only", lambda scene, wanted: real(scene, wanted, multiple=1))
+    some = denoiser(canvas, clean, ask=ask, ar=ar)
+    torch.testing.assert_close(some.logits, whole.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(some.ar_logits, whole.ar_logits, atol=1e-5, rtol=1e-4)
+    # Under shift the block of position 4 in the first row is answered by clean text alone.
+    assert shapes == [40, 28] if denoiser.diffusion.shift else [40, 32]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("distill", [0.0, 1.0])
+def test_a_loss_made_on_the_way_teaches_what_one_of_all_logits_does(
+    family: str, distill: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few logits at a time, tied weights and heads of several layers included."""
+    if family in MASKED and distill:
+        pytest.skip("a masked model has no left-to-right half")
+    kernel = "eager" if family == "gemma2" else "sdpa"
+    pattern = BlockCausal(4) if family in CAUSAL else Bidirectional()
+    denoiser = tiny_denoiser(family, pattern, kernel=kernel, tie_word_embeddings=True)
+    ar_weight = 0.5 if family in CAUSAL else 0.0
+    objective = Objective(ar_weight=ar_weight, distill=distill, label_smoothing=0.1)
+    luck = torch.Generator().manual_seed(3)
+    clean = denoiser.answerable(Canvas.clean(texts(3, 12)))
+    batch = noised(clean, PerBlock(4), Linear(), MASK, ar_share=0.25, generator=luck)
+    how: Any = {"ask": batch.canvas.open, "ar": objective.asks_ar(batch)}
+
+    def gradients(loss: Any) -> dict[str, torch.Tensor]:
+        denoiser.zero_grad()
+        loss.total.backward()
+        return {name: weight.grad for name, weight in denoiser.named_parameters() if weight.grad is not None}
+
+    whole = denoiser(batch.canvas, batch.clean, **how)
+    plain = objective(LazyLogits.of(whole.logits), LazyLogits.of(whole.ar_logits), batch, Linear())
+    monkeypatch.setattr(logits, "LEARNT", 5)
+    made = denoiser(batch.canvas, batch.clean, **how, loss=lambda a, b: objective(a, b, batch, Linear()))
+    torch.testing.assert_close(made.loss.total, plain.total)
+    torch.testing.assert_close(made.loss.nll, plain.nll)
+    torch.testing.assert_close(made.loss.ar_nll, plain.ar_nll)
+    one, other = gradients(made.loss), gradients(plain)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_loss_made_on_the_way_under_autocast() -> None:
+    denoiser, objective = tiny_denoiser("llama", BlockCausal(4), tie_word_embeddings=True), Objective(ar_weight=0.5)
+    clean = denoiser.answerable(Canvas.clean(texts(3, 12)))
+    batch = noised(clean, PerBlock(4), Linear(), MASK, ar_share=0.5, generator=torch.Generator().manual_seed(3))
+    found = []
+    for half in (False, True):
+        denoiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            made = denoiser(
+                batch.canvas, batch.clean, ask=batch.canvas.open, ar=objective.asks_ar(batch),
+                loss=lambda a, b: objective(a, b, batch, Linear()),
+            )  # fmt: skip
+        made.loss.total.backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in denoiser.parameters() if weight.grad is not None]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.995 and len(found[0]) == len(found[1])
+
+
+def test_frozen_weights_under_adapters_get_no_gradient() -> None:
+    denoiser, objective = tiny_denoiser("llama", BlockCausal(4)), Objective()
+    add_lora(denoiser.network, Lora(2), MASK, "base")
+    clean = denoiser.answerable(Canvas.clean(texts(2, 8)))
+    batch = noised(clean, PerBlock(4), Linear(), MASK, generator=torch.Generator().manual_seed(3))
+    made = denoiser(
+        batch.canvas, batch.clean, ask=batch.canvas.open, loss=lambda a, b: objective(a, b, batch, Linear())
+    )
+    made.loss.total.backward()
+    learnt = {name for name, weight in denoiser.named_parameters() if weight.grad is not None}
+    assert learnt and learnt == {name for name, weight in denoiser.named_parameters() if weight.requires_grad}

@@ -43,6 +43,27 @@ class Scene:
         there = torch.arange(width, device=columns.device)[None]
         return replace(self, tokens=tokens, positions=positions, columns=columns, there=there, unmasked=False)
 
+    def only(self, wanted: Bool[Tensor, "b m"], *, multiple: int = 64) -> "Scene":
+        """The wanted positions, which look at no others, and a few more that fill the rows up to a `multiple`."""
+        m = wanted.shape[1]
+        width = min(m, -(-int(wanted.sum(1).max()) // multiple) * multiple)
+        if width == m:
+            return self
+        kept = (~wanted).int().argsort(dim=1, stable=True)[:, :width].sort(1).values
+        place = torch.zeros_like(wanted, dtype=torch.long).scatter(
+            1, kept, torch.arange(width, device=kept.device).expand_as(kept)
+        )
+        rule = self.rule
+        return replace(
+            self,
+            tokens=self.tokens.gather(1, kept),
+            positions=self.positions.gather(1, kept),
+            answers=place.gather(1, self.answers),
+            ar_answers=place.gather(1, self.ar_answers),
+            rule=lambda b, h, q, k: rule(b, h, kept[b, q], kept[b, k]),
+            ragged=True,
+        )
+
     def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
         """The rule as a matrix, one for all rows unless they differ; `window` hides what is that far away."""
         b, m = self.tokens.shape
@@ -199,6 +220,17 @@ class BlockCausal:
             rule=beside,
             ragged=not bool((document == document[:1]).all()),
         )
+
+    def read(self, canvas: Canvas, ask: Bool[Tensor, "b n"], *, shift: int = 0) -> Bool[Tensor, "b m"]:
+        """Which positions of a training scene matter: all clean ones, and noisy blocks of which something is asked.
+
+        Under shift a block's first position is answered by clean text, so a block with no other one asked is not read.
+        """
+        first = canvas.positions % self.size == 0
+        block = first.cumsum(1) - 1
+        asked = (ask & ~first if shift else ask).long()
+        noisy = torch.zeros_like(block).scatter_add(1, block, asked).gather(1, block) > 0
+        return torch.cat([noisy, torch.ones_like(noisy)], 1)
 
 
 # Who may look at whom: (canvas, clean, shift) -> Scene; `clean` is there while training and absent while sampling.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.schedules import NoiseSchedule
 
 
@@ -178,25 +179,34 @@ class Objective:
 
     def __call__(
         self,
-        logits: Float[Tensor, "k v"],
-        ar_logits: Float[Tensor, "j v"],
+        logits: LazyLogits,
+        ar_logits: LazyLogits,
         noised: Noised,
         schedule: NoiseSchedule,
     ) -> Loss:
         """The loss of logits at the open positions, and of the clean text's where `asks_ar` says."""
-        canvas, clean = noised.canvas, noised.clean
-        targets, smoothing = clean[canvas.open], self.label_smoothing
-        error = cross_entropy(logits, targets, smoothing)
-        nll = cross_entropy(logits.detach(), targets) if smoothing else error.detach()
-        if self.distill:
-            asked = self.asks_ar(noised)
-            teacher = ar_logits[canvas.open[asked]].detach()
-            error = (1 - self.distill) * error + self.distill * divergence(logits, teacher)
-            ar_logits = ar_logits[noised.ar[asked]]
-        ar_nll = cross_entropy(ar_logits, clean[noised.ar])
+        canvas, open = noised.canvas, noised.canvas.open
         share = torch.ones_like(noised.t)
         if self.per == "text":
             share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
-        worth = self.weight(noised.t, schedule) * share
-        total = (error * worth[canvas.open]).sum() + self.ar_weight / self.ar_share * (ar_nll * share[noised.ar]).sum()
-        return Loss(total, self.count(canvas), nll, ar_nll.detach())
+        targets, worth = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
+        asked = self.asks_ar(noised)
+        teacher = torch.where(open[asked])[0]  # which of the clean text's answers are about open positions
+
+        def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            error = cross_entropy(logits, targets[index], self.label_smoothing)
+            nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else error.detach()
+            if self.distill:
+                told = divergence(logits, ar_logits.raw(teacher[index]))
+                error = (1 - self.distill) * error + self.distill * told
+            return (error * worth[index]).sum(), nll
+
+        total, nll = logits.total(about)
+        next_tokens, next_worth = noised.clean[noised.ar], share[noised.ar] * self.ar_weight / self.ar_share
+
+        def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            error = cross_entropy(logits, next_tokens[index])
+            return (error * next_worth[index]).sum(), error.detach()
+
+        ar_total, ar_nll = ar_logits[noised.ar[asked]].total(further)
+        return Loss(total + ar_total, self.count(canvas), nll, ar_nll)

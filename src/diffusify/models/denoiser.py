@@ -4,7 +4,7 @@ Axes: b texts, n canvas positions, k asked positions, j positions of the AR co-l
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionPattern, BlockCausal, Scene
 from diffusify.diffusion.logits import LazyLogits
+from diffusify.diffusion.objectives import Loss
 from diffusify.models.length import LengthHead, prompts
 
 
@@ -26,12 +27,14 @@ class Prediction:
     """Logits about canvas positions: all of them, `[b, n, v]`, or the asked ones row by row, `[k, v]`.
 
     The mask token is never an answer: its logit is -inf. `ar_logits` are the clean text's next-token predictions,
-    `lengths` the length head's logits for each text with editable positions, where it was asked.
+    `lengths` the length head's logits for each text with editable positions, where it was asked. Where a `loss` was
+    asked for, it is all that is kept of the logits.
     """
 
     logits: Float[Tensor, "*asked v"]
     ar_logits: Float[Tensor, "j v"]
     lengths: Float[Tensor, "d l"] | None = None
+    loss: Loss | None = None
 
 
 class Denoiser(nn.Module):
@@ -59,6 +62,7 @@ class Denoiser(nn.Module):
         self._offset = _position_offset(network)
         self._windows = _windows(network)
         self._says: Any = None  # the class of what the body says
+        self._head_learns: tuple[list[int], tuple[Tensor, ...]] = ([], ())
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
@@ -91,20 +95,28 @@ class Denoiser(nn.Module):
         ar: Bool[Tensor, "b n"] | None = None,
         attention: AttentionPattern | None = None,
         lengths: bool = False,
+        loss: Callable[[LazyLogits, LazyLogits], Loss] | None = None,
     ) -> Prediction:
         """Answers for all positions, or for those in `ask`, and for the clean text's in `ar`.
 
         `clean` is the finished text while training. `attention` stands in for the card's pattern (annealing).
-        `lengths` asks the length head too, which sees nothing but the prompts.
+        `lengths` asks the length head too, which sees nothing but the prompts. `loss` is given both kinds of answers
+        before they are projected to the vocabulary, and is kept in their place.
         """
         pattern = self.diffusion.attention if attention is None else attention
         if ask is not None and clean is None and isinstance(pattern, BlockCausal):
             canvas, ask = _crop(canvas, ask, pattern.size)
         scene = pattern(canvas, clean, shift=self.diffusion.shift)
+        if ask is not None and clean is not None and isinstance(pattern, BlockCausal):
+            scene = scene.only(pattern.read(canvas, ask, shift=self.diffusion.shift))
         asked = scene.outputs(scene.answers, torch.ones_like(canvas.open) if ask is None else ask)
         also = asked[:0] if ar is None else scene.outputs(scene.ar_answers, ar)
-        about, ar_logits = self.project(scene, torch.cat([asked, also])).split([len(asked), len(also)])
+        hidden, parts = self.hidden(scene, torch.cat([asked, also])), [len(asked), len(also)]
         told = self.lengths(canvas) if lengths else None
+        if loss is not None:
+            nothing = hidden.new_empty(0, self.vocabulary)
+            return Prediction(nothing, nothing, told, loss(*(self.lazily(part) for part in hidden.split(parts))))
+        about, ar_logits = self._head(hidden).split(parts)
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
 
     def lengths(self, canvas: Canvas) -> Float[Tensor, "d l"]:
@@ -136,7 +148,20 @@ class Denoiser(nn.Module):
 
     def lazily(self, hidden: Float[Tensor, "k d"]) -> LazyLogits:
         """Hidden states, to be projected by the network's head."""
-        return LazyLogits(hidden, lambda part, index: self._head(part))
+        return LazyLogits(hidden, lambda part, index: self._head(part), self._learning_head(hidden))
+
+    def _learning_head(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
+        """The weights that the head learns, found by experiment: tied ones may stand anywhere in the network."""
+        if not hidden.requires_grad:
+            return ()
+        learning = [weight for weight in self.network.parameters() if weight.requires_grad]
+        numbers = [id(weight) for weight in learning]
+        if self._head_learns[0] != numbers:
+            one = self._head(hidden[:1].detach())
+            found = torch.autograd.grad(one.sum(), learning, allow_unused=True) if one.requires_grad else ()
+            used = tuple(weight for weight, grad in zip(learning, found, strict=False) if grad is not None)
+            self._head_learns = numbers, used
+        return self._head_learns[1]
 
     def _head(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         """Logits of hidden states, by the network's own forward with its body standing aside."""
@@ -146,7 +171,8 @@ class Denoiser(nn.Module):
             logits = self.network(input_ids=torch.zeros_like(hidden[None, :, 0], dtype=torch.long)).logits[0]
         finally:
             setattr(self.network, prefix, body)
-        return logits.index_fill_(-1, torch.tensor([self.diffusion.mask_token_id], device=logits.device), -torch.inf)
+        logits.detach()[:, self.diffusion.mask_token_id] = -torch.inf  # what cannot be has no gradient either
+        return logits
 
     def _body(self, scene: Scene, past: Cache | None = None) -> Any:
         """What the network without its head makes of a scene."""

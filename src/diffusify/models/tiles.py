@@ -20,7 +20,7 @@ SIDE = 64  # positions; a tile's scores stay in the processor's cache
 
 @dataclass(frozen=True)
 class Strip:
-    """Some positions next to each other, the stretches that any of them looks at, and the bias there, if there is any."""
+    """Some positions next to each other, the stretches that any of them looks at, and the bias there, if any."""
 
     rows: slice
     stretches: tuple[slice, ...]
@@ -40,6 +40,7 @@ def use_tiles(network: PreTrainedModel) -> None:
         network.set_attn_implementation(NAME)
 
 
+@torch.compiler.disable  # it looks at masks, and its shapes change
 def tiled_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "b h n d"],
@@ -100,7 +101,9 @@ def _strips(bias: Float[Tensor, "r 1 n w"]) -> list[Strip]:
         stretches = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)) or (slice(0, w),)
         there = torch.cat([part[..., stretch] for stretch in stretches], -1)
         strips.append(
-            Strip(slice(top, top + part.shape[1]), stretches, there[:, None, None] if bool((there != 0).any()) else None)
+            Strip(
+                slice(top, top + part.shape[1]), stretches, there[:, None, None] if bool((there != 0).any()) else None
+            )
         )
     return strips
 
@@ -133,7 +136,7 @@ class _Tiled(torch.autograd.Function):
             rows, there, chance = _chances(grouped, keys, strip, ctx.scale)
             error = grad[:, :, :, strip.rows].reshape(b * g, -1, d)
             about = torch.bmm(error, strip.of(values).transpose(1, 2))
-            score = torch._softmax_backward_data(about, chance, -1, chance.dtype)
+            score = torch._softmax_backward_data(about, chance, -1, chance.dtype)  # pyright: ignore
             of_query[:, :, :, strip.rows] = _scaled(score, there, ctx.scale).view(b, g, times, -1, d)
             to_keys = _scaled(score.transpose(1, 2), rows, ctx.scale)
             to_values = torch.bmm(chance.transpose(1, 2), error)

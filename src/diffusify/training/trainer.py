@@ -14,10 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import noised
+from diffusify.models.compute import keep_memory, quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
 from diffusify.models.saving import load_weights, save_denoiser
-from diffusify.models.tiles import use_tiles
 from diffusify.text.packing import collate
 from diffusify.training.budget import Budget
 from diffusify.training.validation import validate
@@ -48,6 +48,9 @@ class DiffusionTrainer(Trainer):
     ) -> None:
         args.remove_unused_columns = False
         args.label_names = []
+        compiled = args.torch_compile  # by us: layer after layer, where shapes are few
+        args.torch_compile, args.torch_compile_backend = False, None
+        keep_memory()
         super().__init__(
             model=denoiser,
             args=args,
@@ -62,7 +65,7 @@ class DiffusionTrainer(Trainer):
         assert args.output_dir is not None, "TrainingArguments fills it in"
         self.folder = Path(args.output_dir)
         self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
-        use_tiles(denoiser.network)
+        quicken(denoiser.network, compiled=compiled)
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
@@ -96,16 +99,17 @@ class DiffusionTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = inputs["noised"].to(self.args.device)
+        objective = self.recipe.objective
         prediction = model(
             batch.canvas,
             batch.clean,
             ask=batch.canvas.open,
-            ar=self.recipe.objective.asks_ar(batch),
+            ar=objective.asks_ar(batch),
             attention=self.recipe.attention_at(self.state.global_step),
             lengths=self.denoiser.length_head is not None,
+            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, self.recipe.schedule),
         )
-        objective = self.recipe.objective
-        loss = objective(prediction.logits, prediction.ar_logits, batch, self.recipe.schedule)
+        loss = prediction.loss
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
         self._ar_nll.append(torch.stack([loss.ar_nll.sum(), loss.ar_nll.new_tensor(len(loss.ar_nll))]))
         share = loss.total / inputs["count"]
