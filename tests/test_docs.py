@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import click
 import pytest
 import typer
 
@@ -78,7 +77,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", filter(python, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", list(filter(python, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_runs(page: Path, workshop: Path, tmp_path: Path) -> None:
     run_in(Path(shutil.copytree(workshop, tmp_path / "there")), python(page))
 
@@ -91,22 +90,21 @@ def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         lines.append((re.sub(r"(?<=\w)\|[\w|]+|[][]|\.\.\.", "", span), False))
     for line, whole in lines:
-        if found := re.match(r"\s*(?:torchrun .*?-m |python -m )?(diffusify .*)", line):
+        if found := re.match(r"\s*(?:torchrun .*?-m |python -m )?(diffusify \S.*)", line):
             yield shlex.split(found[1], comments=True), whole
 
 
 @each_page
 def test_commands_are_those_of_the_command_line(page: Path) -> None:
-    known = typer.main.get_command(app)
+    known = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     for words, whole in commands(page):
-        if words[1] == "--help":
+        if words[-1] == "--help":
+            assert set(words[1:-1]) <= set(known)
             continue
         try:
-            params = known.commands[words[1]].make_context(words[1], words[2:]).params  # pyright: ignore
-        except click.exceptions.Exit:  # --help
-            continue
-        except click.exceptions.MissingParameter:
-            assert not whole, f"{shlex.join(words)} lacks something"
+            params = known[words[1]].make_context(words[1], words[2:]).params
+        except typer.BadParameter as error:
+            assert not whole and str(error).startswith("Missing"), f"{shlex.join(words)}: {error}"
             continue
         if words[1] in ("adapt", "tune"):
             check_options(words[1], params)

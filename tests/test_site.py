@@ -128,11 +128,10 @@ def test_the_pictures_show_what_the_classes_say(tmp_path: Path) -> None:
 
 
 def test_a_text_develops(tmp_path: Path) -> None:
-    drawn = pictures()
-    lines = drawn.development(tiny_lm(infills=True), "The cat", 12, 4)
-    for text in (lines, *behind(IMAGES / "development.svg").values()):
+    drawn, committed = pictures(), behind(IMAGES / "development.svg")
+    for text in (drawn.development(tiny_lm(infills=True), "The cat", 12, 4), *committed.values()):
         for before, after in zip(text, text[1:], strict=False):
             assert all(token in (None, later) for token, later in zip(before, after, strict=True)) and before != after
         assert None in text[0] and None not in text[-1]
-    drawn.save(drawn.draw_development({"one": lines}), tmp_path / "text.svg", lines)
-    assert behind(tmp_path / "text.svg") == lines
+    drawn.save(drawn.draw_development(committed), tmp_path / "again.svg", committed)
+    assert behind(tmp_path / "again.svg") == committed
