@@ -32,9 +32,10 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "Polynomial(0.5)": Polynomial(0.5),
 }
 TIMES = [i / 20 for i in range(21)]
-SEEN, HIDDEN, INK = "#4051b5", "#e8eaf6", "#263238"
+SEEN, HIDDEN, INK, FRESH = "#4051b5", "#e8eaf6", "#263238", "#c2185b"
+MONO = {"family": "monospace", "fontsize": 7}
 matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "diffusify", "font.size": 9, "text.color": INK}
+matplotlib.rcParams |= {"svg.hashsalt": "diffusify", "svg.fonttype": "none", "font.size": 9, "text.color": INK}
 
 Matrix = list[list[int]]
 Text = list[list[str | None]]  # for each step, each token, None while it is open
@@ -116,24 +117,25 @@ def draw_development(texts: dict[str, Text]) -> Figure:
         axis.set_title(name, fontsize=9, loc="left")
         axis.axis("off")
         axis.set(xlim=(0, 1), ylim=(len(lines), -0.5))
-        widths = [len(_plain(token)) for token in lines[-1]]
+        widths = [len(token or "") for token in lines[-1]]
         whole = max(140, sum(widths) + 4)
         before: Iterable[str | None] = [None] * len(widths)
         for row, line in enumerate(lines):
-            axis.text(0, row, f"{row + 1:2}", family="monospace", fontsize=7, color="#90a4ae")
+            axis.text(0, row, f"{row + 1}", color="#90a4ae", **MONO)
             at = 4
             for token, earlier, width in zip(line, before, widths, strict=True):
-                shown, color = ("\u2581" * width, "#cfd8dc") if token is None else (_plain(token), INK)
-                color = "#c2185b" if token is not None and token != earlier else color
-                axis.text(at / whole, row, shown, family="monospace", fontsize=7, color=color)
+                if token is None:
+                    axis.plot([(at + 0.2) / whole, (at + width - 0.2) / whole], [row, row], color="#cfd8dc")
+                else:
+                    axis.text(at / whole, row, _shown(token), color=INK if token == earlier else FRESH, **MONO)
                 at += width
             before = line
     return figure
 
 
-def _plain(token: str | None) -> str:
-    """A token without formulas in it."""
-    return (token or "").replace("$", "\\$")
+def _shown(token: str) -> str:
+    """A token whose spaces stay where they are, without formulas in it."""
+    return token.replace(" ", "\u00a0").replace("$", "\\$")
 
 
 def save(figure: Figure, path: Path, data: object) -> None:

@@ -100,9 +100,7 @@ def _strips(bias: Float[Tensor, "r 1 n w"]) -> list[Strip]:
         stretches = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)) or (slice(0, w),)
         there = torch.cat([part[..., stretch] for stretch in stretches], -1)
         strips.append(
-            Strip(
-                slice(top, top + part.shape[1]), stretches, there[:, None, None] if bool((there != 0).any()) else None
-            )
+            Strip(slice(top, top + part.shape[1]), stretches, there[:, None, None] if bool((there != 0).any()) else None)
         )
     return strips
 
