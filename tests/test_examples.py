@@ -1,12 +1,15 @@
 """The examples run, at tiny size."""
 
 import importlib.util
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.serving.models import serving
+from diffusify.models.saving import save_denoiser
+from tests.serving.models import serving, tiny_lm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,3 +35,34 @@ def test_a_served_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         with serving(first="left-to-right") as other:
             example("chat_with_openai").main(other)
     assert "'wild':" in capsys.readouterr().out
+
+
+TINY = {"steps": 1, "length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
+
+
+def test_a_model_of_your_own(
+    causal_base: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = example("adapt_your_model")
+    monkeypatch.setattr(mine, "PROMPT", "The cat")  # the tiny base sees 64 tokens
+    mine.main(causal_base, corpus, str(tmp_path / "mine"), **TINY)
+    told = capsys.readouterr().out
+    assert "eval_ar_nll" in told and all(f"{preset}, " in told for preset in ("quality", "balanced", "fast"))
+
+
+def test_a_document(tmp_path: Path) -> None:
+    lm = tiny_lm(infills=True)
+    save_denoiser(tmp_path / "model", lm.denoiser, lm.tokenizer.tokenizer)
+    file = tmp_path / "letter.md"
+    file.write_text("# A cat\n\nThe [[3]] sat on [[1-2]] mat.\n\nIt is so.\n\nA \\[[ and [[2]].\n")
+    filled = example("infill_document").main(str(tmp_path / "model"), str(file))
+    assert filled.startswith("# A cat\n\nThe") and "\n\nIt is so.\n\nA [[ and" in filled
+
+
+@pytest.mark.skipif(find_spec("rxnfp") is None, reason="the package rxnfp, which carries the model, is not installed")
+def test_a_model_of_reactions(tmp_path: Path) -> None:
+    data = tmp_path / "reactions.jsonl"
+    texts = [f"{'C' * i}O.CC(=O)O>>CC(=O)O{'C' * i}" for i in range(1, 40)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    written = example("reaction_model").main(str(data), str(tmp_path / "out"), "CCO.CC(=O)O>>[[9]]", **TINY)
+    assert written.startswith("CCO.CC(=O)O>>") and len(written) > len("CCO.CC(=O)O>>")
