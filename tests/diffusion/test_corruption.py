@@ -42,8 +42,8 @@ def test_the_open_share_is_one_minus_alpha() -> None:
 def test_a_coupled_pair_is_one_luck_at_two_times() -> None:
     clean = Canvas.clean(torch.zeros(64, 50, dtype=torch.long))
     batch = noised(clean, PerText(grid=50, draws=2), Linear(), 1, generator=generator(3))
-    first, second = batch.canvas.open.chunk(2)
-    t1, t2 = batch.t.chunk(2)
+    first, second = batch.canvas.open[::2], batch.canvas.open[1::2]
+    t1, t2 = batch.t[::2], batch.t[1::2]
     earlier = torch.where(t1 <= t2, first, second)
     later = torch.where(t1 <= t2, second, first)
     assert not (earlier & ~later).any() and (later & ~earlier).any()
@@ -73,3 +73,36 @@ def test_a_fixed_time_opens_a_fixed_share() -> None:
     batch = noised(Canvas.clean(torch.zeros(40, 500, dtype=torch.long)), Fixed(), Linear(), 1, generator=generator(0))
     assert set(batch.t.flatten().tolist()) == {torch.tensor(0.15).item()}
     assert abs(float(batch.canvas.open.float().mean()) - 0.15) < 0.01
+
+
+@given(st.integers(0, 500), st.integers(1, 5))
+def test_a_complement_opens_what_the_first_canvas_does_not(seed: int, size: int) -> None:
+    document = torch.tensor([[1] * 6 + [2] * 4, [1] * 7 + [0] * 3])
+    clean = Canvas.clean(torch.randint(0, 9, (2, 10), generator=generator(seed)), document)
+    batch = noised(clean, PerBlock(size, complement=True), Linear(), 9, ar_share=0.5, generator=generator(seed))
+    first, second = batch.canvas.open[::2], batch.canvas.open[1::2]
+    assert batch.views == 2 and torch.equal(first ^ second, clean.editable)
+    torch.testing.assert_close(batch.t[::2] + batch.t[1::2], torch.ones(2, 10))
+    assert torch.equal(batch.text, clean.tokens) and not batch.ar[1::2].any()
+
+
+def test_a_tilt_opens_ends_of_blocks_and_as_many_as_without() -> None:
+    clean = Canvas.clean(torch.zeros(200, 64, dtype=torch.long))
+    shares = []
+    for tilt in (None, 0.1):
+        batch = noised(clean, PerBlock(8, tilt=tilt), Linear(), 1, generator=generator(0))
+        shares.append(batch.canvas.open.float().view(-1, 8).mean(0))
+    even, tilted = shares
+    assert (even - 0.5).abs().max() < 0.03 and abs(float(tilted.mean()) - 0.5) < 0.01
+    assert (tilted.diff() > 0).all() and tilted[-1] - tilted[0] > 0.3
+
+
+@given(st.integers(0, 100), st.integers(1, 6))
+def test_a_tilted_block_opens_its_share_of_tokens(seed: int, size: int) -> None:
+    clean = Canvas.clean(torch.zeros(3, 12, dtype=torch.long), torch.tensor([[1] * 5 + [2] * 7] * 3))
+    batch = noised(clean, PerBlock(size, tilt=0.2), Linear(), 1, generator=generator(seed))
+    block = (clean.positions % size == 0).flatten().cumsum(0) - 1
+    open, t = batch.canvas.open.flatten().float(), batch.t.flatten()
+    for n in range(int(block.max()) + 1):
+        inside = block == n
+        assert abs(float(open[inside].sum() - t[inside].sum())) < 1

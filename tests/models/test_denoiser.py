@@ -151,6 +151,22 @@ def test_blocks_that_nobody_reads_are_left_out_and_nothing_else_changes(
     assert shapes == [40, 28] if denoiser.diffusion.shift else [40, 32]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_two_canvases_of_a_text_share_its_clean_half(family: str) -> None:
+    """One pass over [noisy, its complement, clean] answers what a pass for each does."""
+    denoiser = tiny_denoiser(family, BlockCausal(4, clean="token" if family in CAUSAL else "block"))
+    document = torch.tensor([[1] * 20, [1] * 7 + [2] * 9 + [0] * 4])
+    clean = denoiser.answerable(Canvas.clean(texts(2, 20), document))
+    time, luck = PerBlock(4, complement=True), torch.Generator().manual_seed(1)
+    batch = noised(clean, time, Linear(), MASK, ar_share=0.3, generator=luck)
+    ar = batch.ar | batch.canvas.open
+    together = denoiser(batch.canvas, batch.text, ask=batch.canvas.open, ar=ar)
+    apart = denoiser(batch.canvas, batch.clean, ask=batch.canvas.open, ar=ar)
+    torch.testing.assert_close(together.logits, apart.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.ar_logits, apart.ar_logits, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("distill", [0.0, 1.0])
 def test_a_loss_made_on_the_way_teaches_what_one_of_all_logits_does(

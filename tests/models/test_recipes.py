@@ -8,6 +8,7 @@ import torch
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.diffusion.schedules import Cosine
 from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_card
 from tests.families import tiny_denoiser
 
@@ -70,3 +71,21 @@ def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
 @pytest.mark.parametrize("recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True)])
 def test_a_card_is_enough_to_go_on(recipe: Recipe) -> None:
     assert of_card(recipe.card("X", 7, "some/base")) == recipe
+
+
+def test_a_curriculum_grows_and_ends_with_the_size_itself() -> None:
+    recipe = block(8, curriculum=(1, 2, 4), complement=True)
+    stages = [recipe.at(progress / 20) for progress in range(21)]
+    sizes = [stage.attention.size for stage in stages if isinstance(stage.attention, BlockCausal)]
+    assert sizes == [1, 1, 1, 2, 2, 2, 4, 4] + [8] * 13
+    assert all(stage.time == PerBlock(size, complement=True) for stage, size in zip(stages, sizes, strict=True))
+    assert block(8).at(0.0) == block(8) and recipe.at(1.0) is recipe
+
+
+def test_what_does_not_go_together_in_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"curriculum=\(2,\) is of block sizes"):
+        replace(ar(), curriculum=(2,))
+    with pytest.raises(ValueError, match="complement=True"):
+        replace(block(4, complement=True), schedule=Cosine())
+    with pytest.raises(ValueError, match="tilt=0"):
+        block(4, tilt=0.0)

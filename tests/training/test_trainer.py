@@ -39,8 +39,14 @@ def weights(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "recipe",
-    [block(4), block(4, distill=0.5), block(4, distill=0.0), ar(annealing_steps=2)],
-    ids=["block", "half", "data", "ar"],
+    [
+        block(4),
+        block(4, distill=0.5),
+        block(4, distill=0.0),
+        block(4, complement=True, tilt=0.2),
+        ar(annealing_steps=2),
+    ],
+    ids=["block", "half", "data", "complement", "ar"],
 )
 def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
     # Adam and clipping would hide a wrong scale, and Adam makes small gradients' rounding errors as large as others.
@@ -52,6 +58,20 @@ def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: P
     parts.train()
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(parts)[name], atol=2e-5, rtol=1e-4)
+
+
+def test_blocks_grow_by_the_curriculum(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(causal_base, corpus, tmp_path, block(8, curriculum=(1, 2)), max_steps=10)
+    sizes, real = [], trainer.compute_loss
+
+    def watched(model, inputs, *more, **named):
+        sizes.append(inputs["recipe"].attention.size)
+        return real(model, inputs, *more, **named)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    assert sizes == [1, 1, 2, 2] + [8] * 6
+    assert trainer.denoiser.diffusion.block_size == 8
 
 
 def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Who may look at whom, and where in the network's output each answer stands.
 
-Axes: b texts, n canvas positions, m scene positions (n, or 2n where a clean copy stands beside the canvas), w positions
-that are looked at (m, but for a part).
+Axes: b texts, c canvases (b, or v times b where each text is noised v times), n canvas positions, m scene positions (n,
+or (v + 1) n where a clean copy stands beside v canvases), w positions that are looked at (m, but for a part).
 """
 
 from collections.abc import Callable
@@ -24,18 +24,19 @@ class Scene:
 
     tokens: Int[Tensor, "b m"]
     positions: Int[Tensor, "b m"]
-    answers: Int[Tensor, "b n"]  # the scene position whose output is about each canvas position
-    ar_answers: Int[Tensor, "b n"]  # the same, read from text that is clean and seen causally
+    answers: Int[Tensor, "c n"]  # the scene position whose output is about each canvas position
+    ar_answers: Int[Tensor, "c n"]  # the same, read from text that is clean and seen causally
     rule: Rule
     ragged: bool  # whether the rule differs between rows
     unmasked: bool = False  # whether everything sees everything
     columns: Int[Tensor, "b m"] | None = None  # of a part: which of the columns that it looks at are its own tokens
     there: Int[Tensor, "rows w"] | None = None  # of a part: the positions of the columns that it looks at
 
-    def outputs(self, answers: Int[Tensor, "b n"], ask: Bool[Tensor, "b n"]) -> Int[Tensor, " k"]:
+    def outputs(self, answers: Int[Tensor, "c n"], ask: Bool[Tensor, "c n"]) -> Int[Tensor, " k"]:
         """Where the answers about the asked positions stand among all outputs, counted through the rows (b * m)."""
         b, m = self.tokens.shape
-        return (answers + m * torch.arange(b, device=answers.device)[:, None])[ask]
+        row = torch.arange(len(answers), device=answers.device) // (len(answers) // b)
+        return (answers + m * row[:, None])[ask]
 
     def part(self, columns: Int[Tensor, "b m"], width: int) -> "Scene":
         """Some positions alone, looking at the first `width` of all, which are remembered."""
@@ -53,13 +54,13 @@ class Scene:
         place = torch.zeros_like(wanted, dtype=torch.long).scatter(
             1, kept, torch.arange(width, device=kept.device).expand_as(kept)
         )
-        rule = self.rule
+        rule, views = self.rule, len(self.answers) // len(kept)
         return replace(
             self,
             tokens=self.tokens.gather(1, kept),
             positions=self.positions.gather(1, kept),
-            answers=place.gather(1, self.answers),
-            ar_answers=place.gather(1, self.ar_answers),
+            answers=place.repeat_interleave(views, 0).gather(1, self.answers),
+            ar_answers=place.repeat_interleave(views, 0).gather(1, self.ar_answers),
             rule=lambda b, h, q, k: rule(b, h, kept[b, q], kept[b, k]),
             ragged=True,
         )
@@ -134,7 +135,7 @@ def _everything(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 class Causal:
     """Every token sees itself and what stands before it."""
 
-    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0) -> Scene:
         return _alone(canvas, shift, lambda b, h, q, k: k <= q)
 
 
@@ -142,7 +143,7 @@ class Causal:
 class Bidirectional:
     """Every token sees its whole document."""
 
-    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0) -> Scene:
         return _alone(canvas, shift, _everything, unmasked=True)
 
 
@@ -156,7 +157,7 @@ class Annealed:
     share: float
     seed: int = 0
 
-    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0) -> Scene:
         n = canvas.tokens.shape[1]
         ahead = torch.rand(n, n, generator=torch.Generator().manual_seed(self.seed)) < self.share
         ahead = ahead.to(canvas.tokens.device)
@@ -167,7 +168,7 @@ class Annealed:
 class Prefix:
     """The prompt (all that is not editable) sees the prompt; what is written sees everything (prefix LM)."""
 
-    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0) -> Scene:
         editable = canvas.editable
         return _alone(canvas, shift, lambda b, h, q, k: editable[b, q] | ~editable[b, k], ragged=True)
 
@@ -180,6 +181,7 @@ class BlockCausal:
     the AR model's, so its KV cache too) or full (`clean="block"`). While training, the canvas stands beside its clean
     self, and one pass denoises every block against clean history; while sampling, a block without open positions is
     clean. The two agree. Under shift a block's first position is answered by its left neighbour in the *clean* text.
+    Several canvases of one text, one below the other, share its clean self.
     """
 
     size: int
@@ -189,7 +191,7 @@ class BlockCausal:
         if self.size < 1:
             raise ValueError(f"block size {self.size} must be at least 1; 4 is a good start")
 
-    def __call__(self, canvas: Canvas, clean: Int[Tensor, "b n"] | None = None, *, shift: int = 0) -> Scene:
+    def __call__(self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0) -> Scene:
         first = canvas.positions % self.size == 0
         block = first.cumsum(1) - 1
         by_block = self.clean == "block"
@@ -203,25 +205,28 @@ class BlockCausal:
             return _alone(canvas, shift, written, ragged=True)
 
         b, n = clean.shape
-        document = canvas.document
+        views = len(first) // b
+        edge, document, block = views * n, canvas.document[::views], block[::views]
 
         def beside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < n, k < n
+            at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < edge, k < edge
             same, earlier = block[b, at_q] == block[b, at_k], block[b, at_k] < block[b, at_q]
             history = earlier | (~noisy_q & same & ((at_k <= at_q) | by_block))
-            return ((noisy_q & noisy_k & same) | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
+            beside = noisy_q & noisy_k & same & (q // n == k // n)
+            return (beside | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
 
-        left = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(b, n)
+        left = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(len(first), n)
+        view = torch.arange(len(first), device=clean.device)[:, None] % views
         return Scene(
-            tokens=torch.cat([canvas.tokens, clean], 1),
-            positions=canvas.positions.repeat(1, 2),
-            answers=torch.where(first, left + n, left) if shift else left,
-            ar_answers=left + n,
+            tokens=torch.cat([canvas.tokens.view(b, edge), clean], 1),
+            positions=torch.cat([canvas.positions.view(b, edge), canvas.positions[::views]], 1),
+            answers=torch.where(first, left + edge, left + view * n) if shift else left + view * n,
+            ar_answers=left + edge,
             rule=beside,
             ragged=not bool((document == document[:1]).all()),
         )
 
-    def read(self, canvas: Canvas, ask: Bool[Tensor, "b n"], *, shift: int = 0) -> Bool[Tensor, "b m"]:
+    def read(self, canvas: Canvas, ask: Bool[Tensor, "c n"], *, views: int = 1, shift: int = 0) -> Bool[Tensor, "b m"]:
         """Which positions of a training scene matter: all clean ones, and noisy blocks of which something is asked.
 
         Under shift a block's first position is answered by clean text, so a block with no other one asked is not read.
@@ -230,7 +235,7 @@ class BlockCausal:
         block = first.cumsum(1) - 1
         asked = (ask & ~first if shift else ask).long()
         noisy = torch.zeros_like(block).scatter_add(1, block, asked).gather(1, block) > 0
-        return torch.cat([noisy, torch.ones_like(noisy)], 1)
+        return torch.cat([noisy.view(len(ask) // views, -1), torch.ones_like(noisy[::views])], 1)
 
 
 # Who may look at whom: (canvas, clean, shift) -> Scene; `clean` is there while training and absent while sampling.

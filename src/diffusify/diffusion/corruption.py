@@ -3,6 +3,7 @@
 Axes: b texts, n positions, d draws of the time for each text.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,15 +50,46 @@ class PerText:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One time for each block of `size` tokens, stratified over all blocks; blocks restart with documents (BD3-LM)."""
+    """One time for each block of `size` tokens, stratified over all blocks; blocks restart with documents (BD3-LM).
+
+    With `complement` a second canvas opens exactly what the first one does not, at the time 1 - t (Fast-dLLM v2): every
+    token is learnt from once. It is for the linear schedule. `tilt` opens the tokens at a block's end rather than those
+    at its start, the less noise the more so: odds double every `tilt` of a block (Efficient-DLM: 0.1). The loss is no
+    bound then.
+    """
 
     size: int
     least: float = 1e-3
+    complement: bool = False
+    tilt: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tilt is not None and self.tilt <= 0:
+            raise ValueError(f"tilt={self.tilt} must be above 0; 0.1 is usual, and None is no tilt")
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
         block = _numbered(clean.positions % self.size == 0)
-        t = self.least + (1 - self.least) * stratified(int(block.max()) + 1, generator)
-        return t[block][None]
+        u = stratified(int(block.max()) + 1, generator)
+        t = self.least + (1 - (1 + self.complement) * self.least) * u
+        return torch.stack([t, 1 - t] if self.complement else [t])[:, block]
+
+    def luck(
+        self, clean: Canvas, t: Float[Tensor, "b n"], luck: Float[Tensor, "b n"], generator: Generator | None = None
+    ) -> Float[Tensor, "b n"]:
+        """The luck of each position at its time, tilted: ranks in a block, by Gumbel's trick, then spread evenly."""
+        if self.tilt is None:
+            return luck
+        place, block = clean.positions % self.size, _numbered(clean.positions % self.size == 0)
+        odds = math.log(2) / (self.tilt * self.size) * (1 - t) * place
+        gumbel = -(-luck.clamp(1e-9, 1 - 1e-7).log()).log()
+        order = (odds + gumbel).flatten().argsort(descending=True)
+        order = order[block.flatten()[order].argsort(stable=True)]  # blocks in order, the likeliest of each first
+        sizes = block.flatten().bincount()
+        starts = sizes.cumsum(0) - sizes
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order)) - starts[block.flatten()[order]]
+        spread = torch.rand(len(sizes), generator=generator)[block]
+        return (rank.view(block.shape) + spread) / sizes[block]
 
 
 @dataclass(frozen=True)
@@ -82,19 +114,27 @@ TimeSampler = PerText | PerBlock | Fixed
 class Noised:
     """A training canvas, the text it came from, and the time each position was noised at.
 
-    `ar` marks the positions whose next-token answer is also asked of the clean text (the AR co-loss).
+    `ar` marks the positions whose next-token answer is also asked of the clean text (the AR co-loss). Each text has
+    `views` canvases, one below the other.
     """
 
     canvas: Canvas
     clean: Int[Tensor, "b n"]
     t: Float[Tensor, "b n"]
     ar: Bool[Tensor, "b n"]
+    views: int = 1
+
+    @property
+    def text(self) -> Int[Tensor, "texts n"]:
+        """The clean texts, each once."""
+        return self.clean[:: self.views]
 
     def __getitem__(self, rows: slice) -> "Noised":
-        return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar[rows])
+        return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar[rows], self.views)
 
     def to(self, device: torch.device | str) -> "Noised":
-        return Noised(self.canvas.to(device), self.clean.to(device), self.t.to(device), self.ar.to(device))
+        parts = (part.to(device) for part in (self.canvas, self.clean, self.t, self.ar))
+        return Noised(*parts, self.views)
 
 
 def corrupt(
@@ -121,17 +161,25 @@ def noised(
     ar_share: float = 0.0,
     generator: Generator | None = None,
 ) -> Noised:
-    """Training canvases for a batch of clean texts, `draws` for each text: all first draws, then all second ones.
+    """Training canvases for a batch of clean texts: all draws of a text one below the other.
 
     `ar_share` of the editable positions are marked for the AR co-loss. Everything random is drawn on the CPU.
     """
     times, luck = time(clean, generator), torch.rand(clean.tokens.shape, generator=generator)
     ar = (torch.rand(clean.tokens.shape, generator=generator) < ar_share) & clean.editable
-    canvases = [corrupt(clean, t, luck, schedule, noise) for t in times]
+    lucks = [luck] * len(times)
+    if isinstance(time, PerBlock):
+        luck = time.luck(clean, times[0], luck, generator)
+        lucks = [luck, 1 - luck] if time.complement else [luck]
+    canvases = [corrupt(clean, t, u, schedule, noise) for t, u in zip(times, lucks, strict=True)]
+    views = len(canvases)
     every = Canvas(
-        tokens=torch.cat([c.tokens for c in canvases]),
-        open=torch.cat([c.open for c in canvases]),
-        editable=clean.editable.repeat(len(times), 1),
-        document=clean.document.repeat(len(times), 1),
+        tokens=torch.stack([c.tokens for c in canvases], 1).flatten(0, 1),
+        open=torch.stack([c.open for c in canvases], 1).flatten(0, 1),
+        editable=clean.editable.repeat_interleave(views, 0),
+        document=clean.document.repeat_interleave(views, 0),
     )
-    return Noised(every, clean.tokens.repeat(len(times), 1), times.flatten(0, 1), ar.repeat(len(times), 1))
+    marked = torch.zeros(len(ar), views, *ar.shape[1:], dtype=torch.bool)
+    marked[:, 0] = ar  # the clean text is the same beside every canvas
+    clean_again = clean.tokens.repeat_interleave(views, 0)
+    return Noised(every, clean_again, times.transpose(0, 1).flatten(0, 1), marked.flatten(0, 1), views)

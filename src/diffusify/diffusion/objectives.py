@@ -202,7 +202,8 @@ class Objective:
             return (error * worth[index]).sum(), nll
 
         total, nll = logits.total(about)
-        next_tokens, next_worth = noised.clean[noised.ar], share[noised.ar] * self.ar_weight / self.ar_share
+        next_tokens = noised.clean[noised.ar]
+        next_worth = share[noised.ar] * noised.views * self.ar_weight / self.ar_share  # one clean text for all views
 
         def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             error = cross_entropy(logits, next_tokens[index])

@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
     def forward(
         self,
         canvas: Canvas,
-        clean: Int[Tensor, "b n"] | None = None,
+        clean: Int[Tensor, "texts n"] | None = None,
         *,
         ask: Bool[Tensor, "b n"] | None = None,
         ar: Bool[Tensor, "b n"] | None = None,
@@ -99,7 +99,8 @@ class Denoiser(nn.Module):
     ) -> Prediction:
         """Answers for all positions, or for those in `ask`, and for the clean text's in `ar`.
 
-        `clean` is the finished text while training. `attention` stands in for the card's pattern (annealing).
+        `clean` is the finished text while training (once for several canvases of it, which stand below each other).
+        `attention` stands in for the card's pattern (annealing).
         `lengths` asks the length head too, which sees nothing but the prompts. `loss` is given both kinds of answers
         before they are projected to the vocabulary, and is kept in their place.
         """
@@ -108,7 +109,8 @@ class Denoiser(nn.Module):
             canvas, ask = _crop(canvas, ask, pattern.size)
         scene = pattern(canvas, clean, shift=self.diffusion.shift)
         if ask is not None and clean is not None and isinstance(pattern, BlockCausal):
-            scene = scene.only(pattern.read(canvas, ask, shift=self.diffusion.shift))
+            views = len(ask) // len(clean)
+            scene = scene.only(pattern.read(canvas, ask, views=views, shift=self.diffusion.shift))
         asked = scene.outputs(scene.answers, torch.ones_like(canvas.open) if ask is None else ask)
         also = asked[:0] if ar is None else scene.outputs(scene.ar_answers, ar)
         hidden, parts = self.hidden(scene, torch.cat([asked, also])), [len(asked), len(also)]

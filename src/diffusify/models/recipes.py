@@ -1,6 +1,6 @@
 """Ways from a pretrained network to a denoiser: DiffuLLaMA's, Diffusion-LLM's, and block diffusion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusify.config import DiffusionConfig, keeps_left_to_right
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
@@ -11,13 +11,16 @@ from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranks import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
+GROWTH = 0.4  # the share of a run in which blocks grow
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a network is adapted, in one printable value.
 
     `attention` is the pattern the adapted model is used with; `annealing_steps` is over how many steps training
-    gets there from causal attention (0: at once).
+    gets there from causal attention (0: at once). Before blocks have their own size, training passes through the sizes
+    of the `curriculum`.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Recipe:
     schedule: NoiseSchedule = Linear()
     policy: Policy = Unmask()
     annealing_steps: int = 0
+    curriculum: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
@@ -36,6 +40,19 @@ class Recipe:
                 f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half to read AR "
                 "answers from; use block(size) on a left-to-right network, or leave both at 0.0"
             )
+        if self.curriculum and not isinstance(self.time, PerBlock):
+            raise ValueError(f"curriculum={self.curriculum} is of block sizes; use block(size), or leave it out")
+        if isinstance(self.time, PerBlock) and self.time.complement and not isinstance(self.schedule, Linear):
+            raise ValueError(f"complement=True halves time evenly, which is for Linear(), not {self.schedule}")
+
+    def at(self, progress: float) -> "Recipe":
+        """The recipe to train with after a share of the run; the curriculum's sizes take turns over `GROWTH` of it."""
+        stage = int(progress / GROWTH * len(self.curriculum))
+        if stage >= len(self.curriculum):
+            return self
+        assert isinstance(self.attention, BlockCausal) and isinstance(self.time, PerBlock), "checked when it was made"
+        size = self.curriculum[stage]
+        return replace(self, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
 
     def attention_at(self, step: int) -> AttentionPattern:
         """The pattern to train with at a step: a share (step + 1) / annealing_steps of the looks ahead is allowed."""
@@ -96,7 +113,14 @@ def mlm(
 
 
 def block(
-    size: int = 4, *, masked: bool = False, ar_weight: float | None = None, distill: float | None = None
+    size: int = 4,
+    *,
+    masked: bool = False,
+    ar_weight: float | None = None,
+    distill: float | None = None,
+    complement: bool = False,
+    tilt: float | None = None,
+    curriculum: tuple[int, ...] = (),
 ) -> Recipe:
     """Blocks written left to right, the tokens of a block in parallel (BD3-LM), with an exact key-value cache.
 
@@ -105,13 +129,22 @@ def block(
     `distill` is that share of the loss (1.0: what is open learns the AR model's distributions, not the one token that
     happened to follow, and drafts better after as many steps; the default where the AR model is kept alive). On a
     `masked` network there is none.
+
+    `complement` and `tilt` are those of `PerBlock`. With a `curriculum`, as (1, 2), blocks grow through its sizes first
+    (LLaDA2's warm-up; a size as long as a row is full attention).
     """
     attention = BlockCausal(size, clean="block" if masked else "token")
     weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
     taught = float(weight > 0) if distill is None else distill
     objective = Objective(Elbo(), ar_weight=weight, distill=taught)
     return Recipe(
-        "block", 0 if masked else 1, attention, PerBlock(size), objective, policy=Unmask(quota=Threshold(0.9))
+        "block",
+        0 if masked else 1,
+        attention,
+        PerBlock(size, complement=complement, tilt=tilt),
+        objective,
+        policy=Unmask(quota=Threshold(0.9)),
+        curriculum=curriculum,
     )
 
 

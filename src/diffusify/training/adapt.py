@@ -18,6 +18,7 @@ from diffusify.text.sources import load_texts, split_off
 from diffusify.text.tokens import TextTokenizer
 from diffusify.training.budget import Budget
 from diffusify.training.runs import check_training_options, claim, train
+from diffusify.training.selfmade import OWN, with_own_texts
 
 
 def adapt(
@@ -36,7 +37,8 @@ def adapt(
 ) -> Path:
     """Turn a pretrained language model into a diffusion model and save it in `out`.
 
-    `base` and `data` as `load_base` and `load_texts` take them; rows of `length` tokens; `held_out` tokens are kept
+    `base` and `data` as `load_base` and `load_texts` take them, and `self:DATA` is text that the base writes itself,
+    going on from pieces of DATA (see `with_own_texts`); rows of `length` tokens; `held_out` tokens are kept
     aside to measure the bound. The budget is `steps` or `minutes` (200 steps when neither is given). `training` are
     fields of `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted
     run goes on where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that
@@ -58,12 +60,14 @@ def adapt(
     if claim(out, record):
         console.print(f"{out} holds this run already, finished")
         return out
-    texts = load_texts(data, seed=seed)
+    texts = load_texts(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
     source = load_base(base)
     denoiser, tokenizer = make_denoiser(source, recipe)
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
     check_attention(denoiser)
+    if OWN.search(data):
+        texts = load_texts(with_own_texts(data, source, tokenizer, length, seed, console), seed=seed)
     texts, valid = split_off(texts, held_out, tokenizer)
     rows = pack(texts, tokenizer, length)
     held = pack(valid, tokenizer, length, keep_tail=True)

@@ -69,6 +69,11 @@ class DiffusionTrainer(Trainer):
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
+    @property
+    def _progress(self) -> float:
+        """The share of the run that is done."""
+        return self.state.global_step / self.state.max_steps if self.budget is None else self.budget.progress
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -76,38 +81,38 @@ class DiffusionTrainer(Trainer):
         if not batches:
             return [], None
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536 + self.args.process_index
-        objective, schedule = self.recipe.objective, self.recipe.schedule
+        recipe = self.recipe.at(self._progress)
+        objective, schedule = recipe.objective, recipe.schedule
         rows = [len(batch["tokens"]) for batch in batches]
         text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
         whole = noised(
             self.denoiser.answerable(text),
-            self.recipe.time,
+            recipe.time,
             schedule,
             self.denoiser.diffusion.mask_token_id,
             ar_share=objective.ar_share if objective.ar_weight else 0.0,
             generator=torch.Generator().manual_seed(seed % 2**63),
         )
-        views = len(whole.t) // sum(rows)
-        starts = [sum(rows[:i]) * views for i in range(len(rows) + 1)]
+        starts = [sum(rows[:i]) * whole.views for i in range(len(rows) + 1)]
         here = torch.stack([objective.count(whole.canvas), (whole.canvas.sizes > 0).sum()]).to(device)
         everywhere: Any = self.accelerator.gather(here)
         count, texts = everywhere.view(-1, 2).sum(0).clamp_min(1)
         cuts = zip(starts, starts[1:], strict=False)
-        return [{"noised": whole[a:b], "count": count, "texts": texts} for a, b in cuts], count
+        return [{"recipe": recipe, "noised": whole[a:b], "count": count, "texts": texts} for a, b in cuts], count
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = inputs["noised"].to(self.args.device)
-        objective = self.recipe.objective
+        batch, recipe = inputs["noised"].to(self.args.device), inputs["recipe"]
+        objective = recipe.objective
         prediction = model(
             batch.canvas,
-            batch.clean,
+            batch.text,
             ask=batch.canvas.open,
             ar=objective.asks_ar(batch),
-            attention=self.recipe.attention_at(self.state.global_step),
+            attention=recipe.attention_at(self.state.global_step),
             lengths=self.denoiser.length_head is not None,
-            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, self.recipe.schedule),
+            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule),
         )
         loss = prediction.loss
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
