@@ -78,13 +78,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=4.0)
     options.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options.add_argument("--work", choices=ARMS, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.work:
         work(chosen.work, chosen.minutes, chosen.out)
         return
     result: dict = {"minutes": chosen.minutes, "arms": {}}
-    for number, arm in enumerate(ARMS):
+    for number, arm in enumerate(chosen.arms):
         command = [sys.executable, __file__, "--work", arm, "--minutes", str(chosen.minutes)]
         out = subprocess.run(
             [*command, "--out", str(chosen.out / str(number))], stdout=-1, text=True, check=True

@@ -31,12 +31,13 @@ def main(
     requests: Annotated[int, typer.Option(help="How many under load.")] = 200,
     clients: Annotated[int, typer.Option(help="How many at once.")] = 32,
     serial: Annotated[int, typer.Option(help="How many one by one.")] = 16,
+    warm: Annotated[int, typer.Option(help="How many small ones before memory is watched.")] = 2000,
     flat: Annotated[int, typer.Option(help="How many small ones to watch memory by.")] = 1000,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
 ) -> None:
     """Measure, and save the numbers."""
     with server(model, dtype) as (address, process):
-        found = asyncio.run(measure(address, process.pid, requests, clients, serial, flat))
+        found = asyncio.run(measure(address, process.pid, requests, clients, serial, warm, flat))
     print(json.dumps(found, indent=2))
     print("wrote", save("serving", "python benchmarks/serving.py MODEL", 0, {"dtype": dtype, **found}))
 
@@ -64,7 +65,9 @@ def asked(number: int) -> dict[str, Any]:
     return plain | {"temperature": 0.0} | luck.choice(ways)
 
 
-async def measure(address: str, pid: int, requests: int, clients: int, serial: int, flat: int) -> dict[str, Any]:
+async def measure(
+    address: str, pid: int, requests: int, clients: int, serial: int, warm: int, flat: int
+) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=clients + 4)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
         await ask(client, asked(0))
@@ -76,7 +79,7 @@ async def measure(address: str, pid: int, requests: int, clients: int, serial: i
         together = sum(tokens for tokens, *_ in loaded) / took
         waits = sorted(seconds for _, seconds, _ in loaded)
         gone = await vanish(client, 16)
-        memory = await watch_memory(client, pid, flat, clients)
+        memory = await watch_memory(client, pid, warm, flat, clients)
     return {
         "serial": {"requests": serial, "tokens_per_second": round(alone, 1)},
         "load": {
@@ -134,14 +137,22 @@ async def gauge(client: httpx.AsyncClient, name: str) -> float:
     return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
-async def watch_memory(client: httpx.AsyncClient, pid: int, count: int, clients: int) -> dict[str, Any]:
-    """Resident memory after every quarter of many small requests."""
-    seen = []
+async def watch_memory(client: httpx.AsyncClient, pid: int, warm: int, count: int, clients: int) -> dict[str, Any]:
+    """Resident memory before and after every quarter of many small requests, when passes of most shapes have been made."""
+
+    def resident() -> int:
+        return round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20)
+
+    async def some(first: int, many: int) -> None:
+        await crowd(client, [asked(first + i) | {"max_tokens": 4} for i in range(many)], clients)
+
+    cold = resident()
+    await some(0, warm)
+    seen = [resident()]
     for quarter in range(4):
-        await crowd(client, [asked(quarter * count + i) | {"max_tokens": 4} for i in range(count // 4)], clients)
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        seen.append(round(pages * 4096 / 2**20))
-    return {"requests": count, "mib_after_each_quarter": seen}
+        await some(warm + quarter * count // 4, count // 4)
+        seen.append(resident())
+    return {"mib_cold": cold, "warm_requests": warm, "requests": count, "mib_at_each_quarter": seen}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +38,10 @@ def test_two_replicas_answer_alike(address: str) -> None:
 
     body = {"model": "tiny", "prompt": "The cat", "max_tokens": 8, "temperature": 0}
     with httpx.Client(base_url=address, timeout=120) as client:
-        told = [client.post("/v1/completions", json=body).json()["choices"] for _ in range(12)]
+        told = [client.post("/v1/completions", json=body).json()["choices"] for _ in range(13)]
         assert all(one == told[0] for one in told) and told[0][0]["text"]
-        counted = {client.get("/metrics").text.split('path="/v1/completions"')[1].split("\n")[0] for _ in range(20)}
+        asked = (client.get("/metrics").text for _ in range(30))
+        counted = {str(re.findall(r"^diffusify_requests_total.*completions.*$", text, re.MULTILINE)) for text in asked}
     assert serve.status().applications["default"].deployments["Replica"].replica_states == {"RUNNING": 2}
-    assert len(counted) > 1  # two servers, each of which counts its own
+    assert len(counted) == 2  # two servers, each of which counts its own: they cannot have answered half of 13 each
     assert os.environ["REPLICAS"] == "2"

@@ -1,6 +1,7 @@
 """The command that serves models over HTTP."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +39,8 @@ def serve(
 ) -> None:
     """Serve models: an OpenAI-compatible API with infilling, and a playground."""
     say = Console(stderr=True, highlight=False)
+    # Every new shape of a pass gets kernels of its own, kept up to a number that suits nobody who meets so many shapes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     with clear_errors():
         named = names(models or [])
         if host not in ("127.0.0.1", "localhost", "::1") and not key:
