@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusify.sampling.settings import SamplingConfig
 
 
-Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made.")]
+Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made, or a name such as smollm2-block.")]
 Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps in all; unset: as the model's card says.")]
 Likely = Annotated[float | None, typer.Option(help="Write every token likelier than this at once, as 0.9.")]
@@ -203,13 +203,14 @@ def sampling(model: str, options: dict[str, Any]) -> "SamplingConfig":
 
     from diffusify.config import DiffusionConfig, from_plain
     from diffusify.diffusion.policies import Policy
+    from diffusify.models.shipped import located
     from diffusify.sampling.settings import SamplingConfig
 
     if options["preset"] and options["settings"]:
         raise ValueError(f"--preset {options['preset']} and --settings {options['settings']}: give one of the two")
     start = SamplingConfig()
     if options["preset"]:
-        start = SamplingConfig.preset(options["preset"], DiffusionConfig.load(model))
+        start = SamplingConfig.preset(options["preset"], DiffusionConfig.load(located(model)))
     elif options["settings"]:
         start = SamplingConfig.load(options["settings"])
     names = [field.name for field in fields(SamplingConfig)]
@@ -224,8 +225,12 @@ def sampling(model: str, options: dict[str, Any]) -> "SamplingConfig":
 
 
 def open_model(folder: str, **more: Any) -> "DiffusionLM":
+    from diffusify.models.shipped import located, shipped
     from diffusify.sampling.generation import DiffusionLM
 
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`")
+    if not located(folder).is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`, or take one that is "
+            f"here already: {', '.join(shipped()) or 'none'}"
+        )
     return DiffusionLM.from_pretrained(folder, **more)

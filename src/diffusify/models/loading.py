@@ -23,6 +23,7 @@ from transformers import (
 
 from diffusify.models.gguf import unpacked
 from diffusify.models.quiet import quiet
+from diffusify.models.shipped import located
 
 FORMS = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 
@@ -130,7 +131,7 @@ def local_path(source: str) -> Path | None:
     """The folder or GGUF file a source names, or None for a hub name."""
     if source.startswith("pip:"):
         return _carried(source.removeprefix("pip:"))
-    path = Path(source).expanduser()
+    path = located(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

@@ -16,6 +16,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, embedding_rows, ensure_mask_token, load_base, load_tokenizer
 from diffusify.models.lora import bake_lora, base_of, has_lora, load_lora, merge_lora, open_lora, save_lora
 from diffusify.models.quiet import quiet
+from diffusify.models.shipped import located
 
 _LENGTH_HEAD = "length_head.safetensors"
 
@@ -61,7 +62,7 @@ def load_denoiser(
     A folder of adapters opens on the base it names, with the adapters merged. ValueError when there is no card, the
     card tells of another architecture, or tensors are missing or left over.
     """
-    folder = Path(folder)
+    folder = located(folder)
     card = DiffusionConfig.load(folder)
     base = _adapted(folder, card, dtype) if base_of(folder) else _whole(folder, card, dtype)
     denoiser = Denoiser(base.network, card)
@@ -81,7 +82,7 @@ def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
 
 def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
     """Write base and adapters as one folder of whole weights. ValueError when `adapters` is no folder of adapters."""
-    adapters, out = Path(adapters), Path(out)
+    adapters, out = located(adapters), Path(out)
     if not base_of(adapters):
         raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` makes them")
     refuse_occupied(out)

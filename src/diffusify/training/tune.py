@@ -13,6 +13,7 @@ from diffusify.models.influence import check_attention
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, base_of
 from diffusify.models.recipes import Recipe, of_card
+from diffusify.models.shipped import located
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records
@@ -119,7 +120,7 @@ def split_off_prompts(examples: Dataset, count: int, *, seed: int = 0) -> tuple[
 
 def _recipe(model: str, recipe: Recipe | None) -> Recipe:
     """The recipe to go on with. ValueError when it is given twice or not at all."""
-    folder = Path(model)
+    folder = located(model)
     if not (folder / "diffusion_config.json").is_file():
         if recipe is None:
             raise ValueError(

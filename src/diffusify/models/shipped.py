@@ -1,0 +1,16 @@
+"""Adapters that come with the library, called by name."""
+
+from pathlib import Path
+
+SHIPPED = Path(__file__).parents[1] / "adapters"
+
+
+def shipped() -> dict[str, Path]:
+    """Name and folder of every model that comes with the library."""
+    return {card.parent.name: card.parent for card in sorted(SHIPPED.glob("*/diffusion_config.json"))}
+
+
+def located(model: str | Path) -> Path:
+    """A model's folder; where there is none of that name, that of the model that comes with the library, if any."""
+    folder = Path(model).expanduser()
+    return folder if folder.exists() else shipped().get(str(model), folder)
