@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 import diffusify
+from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.text.sources import load_texts
 from diffusify.training.adapt import adapt
@@ -28,6 +29,14 @@ def test_adapt_load_generate(causal_base: str, corpus: str, tmp_path: Path) -> N
     before = (out / "model.safetensors").stat().st_mtime_ns
     assert adapt(causal_base, corpus, out, steps=3, **TINY) == out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_adapters_alone_are_trained(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, corpus, tmp_path / "run", lora=Lora(2), steps=3, **TINY)
+    assert (out / "adapter_model.safetensors").is_file() and not (out / "model.safetensors").exists()
+    assert diffusify.load(out).generate("The cat", max_new_tokens=4).text.startswith("The cat")
+    with pytest.raises(ValueError, match="holds another run .*lora"):
+        adapt(causal_base, corpus, tmp_path / "run", steps=3, **TINY)
 
 
 def test_another_run_in_the_same_folder_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:

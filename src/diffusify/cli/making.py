@@ -18,6 +18,7 @@ Data = Annotated[
 NSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 Minutes = Annotated[float | None, typer.Option(help="Minutes of training instead of steps.")]
 Out = Annotated[Path | None, typer.Option(help="Where the model goes; a folder in runs/ if unset.")]
+Rank = Annotated[int | None, typer.Option(help="Train adapters of this rank instead of all weights.")]
 Options = Annotated[
     list[str] | None,
     typer.Option("-o", metavar="KEY=VALUE", help="Recipe, data or TrainingArguments settings: -o learning_rate=1e-4."),
@@ -42,6 +43,7 @@ def adapt(
         RecipeName | None,
         typer.Option(help="block: parallel blocks, left to right; ar: fully bidirectional; mlm: from a masked model."),
     ] = None,
+    lora: Rank = None,
     steps: NSteps = None,
     minutes: Minutes = None,
     out: Out = None,
@@ -52,6 +54,7 @@ def adapt(
     Needs no GPU for small models. Stops and resumes: give the same command again.
     """
     with clear_errors():
+        from diffusify.models.lora import Lora
         from diffusify.training.adapt import adapt as run
 
         pairs = option or []
@@ -66,12 +69,14 @@ def adapt(
         recipe = recipe or RecipeName.block
         make = recipe_maker(recipe)
         own = arguments(run, "length", "held_out", "seed")
-        made, settings, training = parse_options(pairs, arguments(make), own, training_options())
+        adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
+        made, low, settings, training = parse_options(pairs, arguments(make), adapters, own, training_options())
         folder = run(
             base,
             joined(data),
             out or Path("runs") / f"{recipe.value}-{short(base)}",
             recipe=make(**made),
+            lora=None if lora is None else Lora(lora, **low),
             steps=steps,
             minutes=minutes,
             console=say,
@@ -90,7 +95,7 @@ def tune(
     ] = None,
     target: Annotated[str | None, typer.Option(help="What is to be written: ' {en}'.")] = None,
     recipe: Annotated[RecipeName | None, typer.Option(help="For a base: how it becomes a diffusion model.")] = None,
-    lora: Annotated[int | None, typer.Option(help="Train adapters of this rank instead of all weights.")] = None,
+    lora: Rank = None,
     length_head: Annotated[
         bool, typer.Option("--length-head", help="Learn to tell a target's length from its prompt.")
     ] = False,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
@@ -27,6 +28,7 @@ def adapt(
     out: Path | str,
     *,
     recipe: Recipe | None = None,
+    lora: Lora | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     length: int = 256,
@@ -38,7 +40,7 @@ def adapt(
     """Turn a pretrained language model into a diffusion model and save it in `out`.
 
     `base` and `data` as `load_base` and `load_texts` take them, and `self:DATA` is text that the base writes itself,
-    going on from pieces of DATA (see `with_own_texts`); rows of `length` tokens; `held_out` tokens are kept
+    going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of `length` tokens; `held_out` tokens are kept
     aside to measure the bound. The budget is `steps` or `minutes` (200 steps when neither is given). `training` are
     fields of `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted
     run goes on where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that
@@ -51,6 +53,7 @@ def adapt(
         "base": base,
         "data": data,
         "recipe": to_plain(recipe),
+        "lora": to_plain(lora),
         "budget": {"steps": budget.steps, "minutes": minutes},
         "length": length,
         "held_out": held_out,
@@ -62,7 +65,8 @@ def adapt(
         return out
     texts = load_texts(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
     source = load_base(base)
-    denoiser, tokenizer = make_denoiser(source, recipe)
+    torch.manual_seed(seed)  # adapters begin alike on every rank and after a resume
+    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
     check_attention(denoiser)
