@@ -40,7 +40,7 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/demo.py runs/5
 	$(BENCH)/decoding.py runs/5 runs/10 runs/30
 	$(BENCH)/caches.py runs/infiller
-	$(BENCH)/train_step.py --rounds 7
+	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/serving.py runs/5
 	$(BENCH)/reactions.py
 ifdef DATA

@@ -63,7 +63,7 @@ def work(arm: str, minutes: float, out: Path) -> None:
     lm.denoiser.diffusion = diffusify.block(4).card(lm.config.architecture, lm.config.mask_token_id, BASE)
     assert isinstance(lm.denoiser.diffusion.attention, BlockCausal)
     rows = pack(held, lm.tokenizer, LENGTH, keep_tail=True)
-    report = validate(lm.denoiser, rows.select(range(32)), batch_size=4)
+    report = validate(lm.denoiser, rows.select(range(min(32, len(rows)))), batch_size=4)
     found = {
         "training_tokens": tokens,
         "seconds_of_writing": round(written),
