@@ -177,3 +177,14 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+
+
+def test_layers_are_compiled_by_us_when_it_is_asked_for(
+    causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("diffusify.training.trainer.quicken", lambda network, compiled: asked.append(compiled))
+    for wanted in (False, True):
+        trainer = trainer_for(causal_base, corpus, tmp_path, block(4), torch_compile=wanted)
+        assert trainer.args.torch_compile is False  # the parent class would compile everything at once
+    assert asked == [False, True]
