@@ -1,7 +1,9 @@
 """Rows in memory, on disk or from a stream: the same documents, each once, and none of those held out."""
 
+import copy
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def opened(source: object, tokenizer: TextTokenizer = BYTES, length: int = DOCUM
 
 
 def texts_in(rows: Any) -> list[str]:
-    return [BYTES.decode(row["tokens"]) for row in rows]
+    return [BYTES.decode([int(i) for i in row["tokens"]]) for row in rows]
 
 
 def test_on_disk_as_in_memory_but_for_what_is_held_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +94,11 @@ def test_whatever_decides_the_rows_makes_others(source: Path, on_disk: None, pla
 
 @pytest.mark.parametrize("make", [byte_level, word_piece, unigram, sentence_bpe])
 def test_a_tokenizer_keeps_its_fingerprint(make: Any) -> None:
-    tokenizer, again = make(), make()
+    tokenizer = make()
+    again = replace(tokenizer, tokenizer=copy.deepcopy(tokenizer.tokenizer))
     before = tokenizer.fingerprint
     tokenizer.documents(["the cat", "dog"])
-    tokenizer.tokenizer(["the cat", "a"], padding=True, truncation=True, max_length=4)
+    tokenizer.tokenizer(["the cat", "a"], truncation=True, max_length=4)
     assert tokenizer.fingerprint == before == again.fingerprint
     again.tokenizer.add_tokens(["catdog"])
     assert again.fingerprint != before

@@ -141,10 +141,12 @@ def test_weights_hold_in_documents_also_after_going_on(folder: Path, stop: int) 
 
 def test_corrupt_records_are_counted_across_a_stop(folder: Path) -> None:
     rows = RowStream(stream_texts(str(folder / "bad.jsonl")), BYTES, DOCUMENT, max_corrupt=0.2)
-    whole = [state["tally"] for _, state in islice(rows.read(), 100)]
+    whole = [state["read"] for _, state in islice(rows.read(), 100)]
     *_, (_, state) = islice(rows.read(), 50)
-    assert [state["tally"] for _, state in islice(rows.read(state=state), 50)] == whole[50:]
-    assert whole[-1]["corrupt"] == whole[-1]["records"] // 10 > 4 and len(whole[-1]["first"]) == 3
+    assert [state["read"] for _, state in islice(rows.read(state=state), 50)] == whole[50:]
+    assert (
+        whole[-1]["corrupt"] == whole[-1]["records"] // 10 > 4 == whole[30]["corrupt"] and len(whole[-1]["first"]) == 3
+    )
     with pytest.raises(ValueError, match="4 of 40 records cannot be read .*bad.jsonl line"):
         list(islice(RowStream(rows.texts, BYTES, DOCUMENT, max_corrupt=0.05).read(), 100))
 

@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from heapq import heappop, heappush
 from itertools import chain
 from pathlib import Path
@@ -66,7 +65,7 @@ def _make(
     )
     _write(folder / "train.arrow", pack_batches(train, tokenizer, length), length)
     _write(folder / "held_out.arrow", pack_batches([held], tokenizer, length, keep_tail=True), length)
-    (folder / "tally.json").write_text(json.dumps(asdict(tally)), encoding="utf-8")
+    (folder / "tally.json").write_text(json.dumps(tally.state()), encoding="utf-8")
 
 
 def _good(texts: IterableDataset, tally: Tally, max_corrupt: float) -> Iterator[list[str]]:

@@ -1,7 +1,7 @@
 """Rows of texts that are read while they are trained on: shared out, shuffled, and to be gone on with anywhere."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,23 +37,23 @@ class RowStream:
     max_corrupt: float = 0.01
 
     def read(self, reader: int = 0, readers: int = 1, state: State | None = None) -> Iterator[tuple[Row, State]]:
-        """The rows of one of several readers, each with the state that goes on behind it; a state is plain JSON.
+        """The rows of one of several readers, each with the state that goes on behind it, which is plain JSON.
 
-        Going on reads no more than the block again in which it stood. ValueError when over a share `max_corrupt` of
+        A state's `read` is the `Tally` of what was read so far, the row's whole block included. Going on reads no more than the block again in which it stood. ValueError when over a share `max_corrupt` of
         the records cannot be read, or when there is nothing to read for this reader.
         """
         done = state["rows"] if state else 0
-        for start, tokens, document in self._blocks(reader, readers, state):
+        for start, tokens, document, read in self._blocks(reader, readers, state):
             luck = np.random.default_rng([self.seed % 2**32, reader, start["tally"]["records"]])
             for n, row in enumerate(luck.permutation(len(tokens)).tolist()):
                 if n >= done:
-                    yield {"tokens": tokens[row], "document": document[row]}, start | {"rows": n + 1}
+                    yield {"tokens": tokens[row], "document": document[row]}, start | {"rows": n + 1, "read": read}
             done = 0
 
     def _blocks(self, reader: int, readers: int, state: State | None) -> Iterator[tuple[State, np.ndarray, np.ndarray]]:
         """The rows block by block, in order, and the state at each block's start."""
         texts = self._share(reader, readers)
-        start = state or {"epoch": 0, "tally": asdict(Tally()), "tokens": [], "starts": [], "texts": None}
+        start = state or {"epoch": 0, "tally": Tally().state(), "tokens": [], "starts": [], "texts": None}
         tally = Tally(**start["tally"])
         rest = Rest(np.array(start["tokens"], np.int32), np.array(start["starts"], bool))
         epoch = start["epoch"]
@@ -69,7 +69,7 @@ class RowStream:
                 tokens, document, rest = fill_rows(rest, good, self.tokenizer, self.length)
                 block.append((tokens, document))
                 if sum(len(tokens) for tokens, _ in block) * self.length >= BLOCK:
-                    yield start, *_joined(block)
+                    yield start, *_joined(block), tally.state()
                     start, block = _state(epoch, tally, rest, texts.state_dict()), []
             if not used:
                 raise ValueError(
@@ -79,7 +79,7 @@ class RowStream:
             tally.close(self.max_corrupt)
             epoch += 1
             if block:
-                yield start, *_joined(block)
+                yield start, *_joined(block), tally.state()
             start = _state(epoch, tally, rest, None)
 
     def _share(self, reader: int, readers: int) -> IterableDataset:
@@ -95,4 +95,4 @@ def _joined(block: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 def _state(epoch: int, tally: Tally, rest: Rest, texts: Any) -> State:
     waiting = {"tokens": rest.tokens.tolist(), "starts": rest.starts.tolist()}
-    return {"epoch": epoch, "tally": asdict(tally) | {"first": [*tally.first]}, "texts": texts} | waiting
+    return {"epoch": epoch, "tally": tally.state(), "texts": texts} | waiting

@@ -43,6 +43,7 @@ class Tally:
         return Tally(self.records + other.records, self.corrupt + other.corrupt, both)
 
     def state(self) -> dict[str, Any]:
+        """A copy as JSON types; `Tally(**state)` makes the same again."""
         return asdict(self)
 
 

@@ -57,7 +57,7 @@ class StreamLoader:
     @property
     def tally(self) -> Tally:
         """What this process has read so far."""
-        return sum((Tally(**state["tally"]) for state in self.states if state), Tally())
+        return sum((Tally(**state["read"]) for state in self.states if state), Tally())
 
     def save(self, folder: Path | str, step: int) -> None:
         """Write into a checkpoint where the stream stood after an optimizer step."""
