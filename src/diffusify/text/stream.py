@@ -39,8 +39,9 @@ class RowStream:
     def read(self, reader: int = 0, readers: int = 1, state: State | None = None) -> Iterator[tuple[Row, State]]:
         """The rows of one of several readers, each with the state that goes on behind it, which is plain JSON.
 
-        A state's `read` is the `Tally` of what was read so far, the row's whole block included. Going on reads no more than the block again in which it stood. ValueError when over a share `max_corrupt` of
-        the records cannot be read, or when there is nothing to read for this reader.
+        A state's `read` is the `Tally` so far, that of the row's whole block included. Going on tokenizes no more than
+        that block again, and reads its file up to there. ValueError when over a share `max_corrupt` of the records
+        cannot be read, or when there is nothing to read for this reader.
         """
         done = state["rows"] if state else 0
         for start, tokens, document, read in self._blocks(reader, readers, state):
@@ -50,8 +51,10 @@ class RowStream:
                     yield {"tokens": tokens[row], "document": document[row]}, start | {"rows": n + 1, "read": read}
             done = 0
 
-    def _blocks(self, reader: int, readers: int, state: State | None) -> Iterator[tuple[State, np.ndarray, np.ndarray]]:
-        """The rows block by block, in order, and the state at each block's start."""
+    def _blocks(
+        self, reader: int, readers: int, state: State | None
+    ) -> Iterator[tuple[State, np.ndarray, np.ndarray, State]]:
+        """The rows block by block, in order, between the state at the block's start and the tally at its end."""
         texts = self._share(reader, readers)
         start = state or {"epoch": 0, "tally": Tally().state(), "tokens": [], "starts": [], "texts": None}
         tally = Tally(**start["tally"])
