@@ -9,7 +9,6 @@ its own peak of memory. The texts are pieces of Python's standard library, with 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -68,14 +67,10 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer(AutoTokenizer.from_pretrained(f"{os.environ['DIFFUSIFY_CACHE']}/tokenizer"), -1)
 
 
-def mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def anonymous_mib() -> float:
-    """What a process holds itself: the pages of a file that is mapped belong to nobody."""
+def mib(name: str = "VmHWM") -> float:
+    """This process's memory: its peak, or `RssAnon`, without the pages of files that are mapped."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(name))
 
 
 def tokens_per_second() -> dict[str, float]:
@@ -109,12 +104,12 @@ def rows_per_second(source: str) -> dict[str, Any]:
     corpus = open_corpus(source, tokenizer(), LENGTH, held_out=HELD_OUT, seed=SEED)
     rows = corpus.rows
     assert isinstance(rows, Dataset)
-    before, begun = anonymous_mib(), perf_counter()
+    before, begun = mib("RssAnon"), perf_counter()
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
     for at in range(0, len(order), BATCH):
         collate(rows.__getitems__(order[at : at + BATCH]))
     seconds = perf_counter() - begun
-    return {"rows_per_second": round(len(rows) / seconds), "mib_more": round(anonymous_mib() - before)}
+    return {"rows_per_second": round(len(rows) / seconds), "mib_more": round(mib("RssAnon") - before)}
 
 
 def going_on(source: str) -> dict[str, Any]:

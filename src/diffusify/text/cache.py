@@ -17,21 +17,28 @@ from datasets import Dataset, IterableDataset
 
 from diffusify.config import cache_folder
 from diffusify.text.packing import BATCH, pack_batches
-from diffusify.text.sources import files_of, no_documents, split_document, stream_texts
+from diffusify.text.sources import no_documents, split_document, stream_texts
 from diffusify.text.tally import Tally
 from diffusify.text.tokens import TextTokenizer
 
 
 def cached_rows(
-    source: str, tokenizer: TextTokenizer, length: int, *, held_out: int, seed: int, max_corrupt: float
+    source: str,
+    files: list[Path],
+    tokenizer: TextTokenizer,
+    length: int,
+    *,
+    held_out: int,
+    seed: int,
+    max_corrupt: float,
 ) -> tuple[Dataset, Dataset, Tally, bool]:
     """Rows to train on and rows held out, on disk; what could not be read; and whether they were there already.
 
     As `split_off` and `pack` make them, but the documents held out are those with the lowest hashes. A folder of the
-    cache belongs to the source with its files' sizes and times, the tokenizer, all arguments, and this code; it may be
+    cache belongs to the source with the sizes and times of its `files`, the tokenizer, all arguments, and this code; it may be
     deleted at any time. Of several processes on a machine one makes it, and the others wait.
     """
-    folder = cache_folder() / f"rows-{_key(source, tokenizer, length, held_out, seed)}"
+    folder = cache_folder() / f"rows-{_key(source, files, tokenizer, length, held_out, seed)}"
     while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not folder.is_dir():
         time.sleep(0.5)
     found = folder.is_dir()
@@ -122,12 +129,12 @@ def _open(path: Path) -> Dataset:
     return Dataset.from_file(str(path)).with_format("numpy")
 
 
-def _key(source: str, tokenizer: TextTokenizer, *settings: int) -> str:
+def _key(source: str, files: list[Path], tokenizer: TextTokenizer, *settings: int) -> str:
     """A hash of everything that decides the rows, this package's code about texts included."""
-    files = [
-        (str(file.resolve()), (there := file.stat()).st_size, there.st_mtime_ns) for file in files_of(source) or ()
-    ]
-    digest = hashlib.sha256(json.dumps([source, files, settings, tokenizer.fingerprint, python_version()]).encode())
+    states = [(os.path.abspath(file), file.stat()) for file in files]
+    there = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    decisive = json.dumps([source, there, settings, tokenizer.fingerprint, python_version()])
+    digest = hashlib.sha256(decisive.encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(code.read_bytes())
     return digest.hexdigest()[:24]

@@ -58,7 +58,7 @@ def open_corpus(
         return _streamed(source, tokenizer, length, held_out, seed, max_corrupt)
     if size > IN_MEMORY:
         train, held, tally, found = cached_rows(
-            source, tokenizer, length, held_out=held_out, seed=seed, max_corrupt=max_corrupt
+            source, files, tokenizer, length, held_out=held_out, seed=seed, max_corrupt=max_corrupt
         )
         place = Path(train.cache_files[0]["filename"]).parent
         note = f"packed rows {'found' if found else 'made, and kept for the next run,'} in {place}"

@@ -4,7 +4,6 @@ import codecs
 import gzip
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +32,10 @@ def find_files(path: Path, kinds: tuple[str, ...]) -> list[Path]:
         if _kind(path) not in kinds:
             raise ValueError(f"data source {path} is of an unknown kind; known: {', '.join(kinds)}, each also as .gz")
         return [path]
-    found = sorted(_walk(str(path), kinds), key=lambda name: name.split(os.sep))
-    if not found:
+    paths = sorted(p for p in path.rglob("*") if _kind(p) in kinds and p.is_file())
+    if not paths:
         raise ValueError(f"folder {path} has no file of a known kind: {', '.join(kinds)}, each also as .gz")
-    return [Path(name) for name in found]
+    return paths
 
 
 def parts_of(path: Path) -> list[Part]:
@@ -102,19 +101,9 @@ def no_text(where: str, fields: list[str]) -> str:
     return f"{where} has no field text; fields found: {', '.join(map(str, fields)) or 'none'}; rename the one you want"
 
 
-def _walk(folder: str, kinds: tuple[str, ...]) -> Iterator[str]:
-    """The files below a folder; many times faster than `Path.rglob` where there are many."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path, kinds)
-            elif _kind(entry.name) in kinds and entry.is_file():
-                yield entry.path
-
-
-def _kind(path: Path | str) -> str:
+def _kind(path: Path) -> str:
     """The suffix that says how to read a file: `.jsonl` for a.jsonl.gz."""
-    stem, suffix = splitext(str(path).lower())
+    stem, suffix = splitext(path.name.lower())
     return splitext(stem)[1] if suffix == ".gz" else suffix
 
 

@@ -45,11 +45,11 @@ def adapt(
     going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of `length`
     tokens; `held_out` tokens are kept aside to measure the bound. `streaming` reads texts while they are trained on, as
     hubs and files of over a GiB are anyway; other texts of over 16 MiB are packed once and kept on disk (see
-    `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The budget
-    is `steps` or `minutes` (200 steps when neither is given). `training` are fields of `transformers.TrainingArguments`.
-    Progress goes to `console`, standard error if unset. An interrupted run goes on where its last checkpoint stands; a
-    finished one is returned as it is. ValueError for anything that cannot work; what is not there is refused before
-    weights are read.
+    `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
+    budget is `steps` or `minutes` (200 steps when neither is given). `training` are fields of
+    `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted run goes on
+    where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that cannot work;
+    what is not there is refused before weights are read.
     """
     recipe, out, console = recipe or block(), Path(out), console or Console(stderr=True, highlight=False)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
