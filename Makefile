@@ -41,6 +41,7 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/decoding.py runs/5 runs/10 runs/30
 	$(BENCH)/caches.py runs/infiller
 	$(BENCH)/train_step.py --rounds 5
+	$(BENCH)/data.py
 	$(BENCH)/serving.py runs/5
 	$(BENCH)/reactions.py
 ifdef DATA

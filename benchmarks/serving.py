@@ -138,7 +138,7 @@ async def gauge(client: httpx.AsyncClient, name: str) -> float:
 
 
 async def watch_memory(client: httpx.AsyncClient, pid: int, warm: int, count: int, clients: int) -> dict[str, Any]:
-    """Resident memory before and after every quarter of many small requests, when passes of most shapes have been made."""
+    """Resident memory at every quarter of many small requests, when passes of most shapes have been made."""
 
     def resident() -> int:
         return round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20)

@@ -1,6 +1,7 @@
 """How a network became a denoiser, and how frozen choices are written down and read back."""
 
 import json
+import os
 import types
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -57,6 +58,13 @@ def nearest(name: str, known: Any) -> str:
     """The end of an error message: what the user may have meant."""
     close = get_close_matches(name, list(known), n=1)
     return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(sorted(known))}"
+
+
+def cache_folder() -> Path:
+    """Where what is worth keeping between runs is kept: $DIFFUSIFY_CACHE, else the user's cache."""
+    if folder := os.environ.get("DIFFUSIFY_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusify"
 
 
 def sees_right_context(attention: AttentionPattern) -> bool:

@@ -1,12 +1,11 @@
 """Every token of the documents, once, in order."""
 
-from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,7 @@ from tests.text.makers import byte_level, word_piece
 BYTES, PIECES = byte_level(), word_piece()
 
 
-def rows_of(dataset: Dataset | IterableDataset) -> list[dict[str, list[int]]]:
+def rows_of(dataset: Dataset) -> list[dict[str, list[int]]]:
     return [dict(row) for row in dataset]  # pyright: ignore  (a row is a dict)
 
 
@@ -35,9 +34,6 @@ def test_every_token_once_in_order(
         patch.setattr(packing, "BATCH", batch)
         texts_set = Dataset.from_dict({"text": texts})
         rows = rows_of(pack(texts_set, tokenizer, length, keep_tail=keep_tail))
-        stream = pack(texts_set.to_iterable_dataset(), tokenizer, length, keep_tail=keep_tail)
-        assert rows_of(stream) == rows
-        assert rows_of(stream) == rows  # a second epoch
     documents = [tokenizer.document(text) for text in texts]
     flat = list(chain(*documents))
     assert all(len(row["tokens"]) == len(row["document"]) == length for row in rows)
@@ -60,29 +56,6 @@ def test_a_lone_short_row_is_kept() -> None:
     (row,) = rows_of(pack(texts, PIECES, 64))
     document = PIECES.document("the dog")
     assert row["tokens"] == document + [PIECES.pad_token_id] * (64 - len(document))
-    assert rows_of(pack(texts.to_iterable_dataset(), PIECES, 64)) == [row]
-
-
-def test_a_stream_is_read_only_as_far_as_needed() -> None:
-    read = []
-
-    def texts() -> Iterator[dict[str, str]]:
-        for n in range(10 * packing.BATCH):
-            read.append(n)
-            yield {"text": "the lazy dog"}
-
-    rows = pack(IterableDataset.from_generator(texts), BYTES, 16)
-    assert not read
-    next(iter(rows))
-    assert len(read) <= 2 * packing.BATCH
-
-
-def test_unpicklable_tokenizers_do_no_harm(recwarn: pytest.WarningsRecorder) -> None:
-    tokenizer = byte_level()
-    tokenizer.tokenizer.hook = (n for n in range(3))  # nobody can pickle a generator
-    texts = Dataset.from_dict({"text": ["the dog"] * 3})
-    assert list(pack(texts, tokenizer, 8)) == list(pack(texts.to_iterable_dataset(), tokenizer, 8))
-    assert not recwarn.list
 
 
 def test_collate_makes_a_batch() -> None:

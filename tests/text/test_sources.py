@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from diffusify.text.packing import pack
-from diffusify.text.sources import load_records, load_texts, split_off
+from diffusify.text.sources import load_records, load_texts, split_off, stream_texts
 from tests.text.makers import byte_level
 
 BYTES = byte_level()
@@ -44,12 +45,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def stream_of(source: object, seed: int = 0) -> list[str]:
+    """The texts of a source that is read while it is used, and of which nothing is corrupt."""
+    records = [dict(record) for record in stream_texts(str(source), seed=seed)]
+    assert not any(record.get("fault") for record in records)
+    return [record["text"] for record in records]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files(folder: Path, streaming: bool) -> None:
     def load(name: str) -> list[str]:
-        loaded = load_texts(str(folder / name), streaming=streaming)
-        assert isinstance(loaded, IterableDataset) == streaming
-        return texts_of(loaded)
+        return stream_of(folder / name) if streaming else texts_of(load_texts(str(folder / name)))
 
     assert load("c.txt") == ["caf\u00e9\n\nsecond paragraph\n"]
     assert load("a.jsonl") == ["one", "two", "three"]
@@ -57,7 +63,8 @@ def test_files(folder: Path, streaming: bool) -> None:
     assert load("b/y.parquet") == load("b/z.parquet.gz") == ["four", "five"]
     assert load(".") == ["one", "two", "three", "# packed", "four", "five", "four", "five", load("c.txt")[0]]
     with pytest.raises(ValueError, match="empty.md has no documents"):
-        load("empty.md")
+        load_texts(str(folder / "empty.md"))
+    assert stream_of(folder / "empty.md") == []
 
 
 def test_odd_names_are_found(folder: Path) -> None:
@@ -109,9 +116,9 @@ def test_missing(folder: Path) -> None:
         load_texts(str(folder / "none"))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_builtin(streaming: bool) -> None:
-    texts = texts_of(load_texts("builtin:pydoc", streaming=streaming))
+def test_builtin() -> None:
+    texts = texts_of(load_texts("builtin:pydoc"))
+    assert stream_of("builtin:pydoc") == texts
     assert len(texts) > 50 and any('The "with" statement' in text for text in texts)
     with pytest.raises(ValueError, match='no built-in data "pydocs"; did you mean "pydoc"'):
         load_texts("builtin:pydocs")
@@ -153,17 +160,16 @@ def test_hub_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         load_texts("hub:")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_mixture(tmp_path: Path, streaming: bool) -> None:
+@pytest.mark.parametrize("load", [lambda source, seed: texts_of(load_texts(source, seed=seed)), stream_of])
+def test_mixture(tmp_path: Path, load: Callable[[str, int], list[str]]) -> None:
     many = [f"a{n}" for n in range(200)]
     (tmp_path / "a,1.jsonl").write_text(lines(*many))
     (tmp_path / "b.txt").write_text("b")
     source = f"3*{tmp_path}/a,1.jsonl, 1.0*{tmp_path}/b.txt"
-    texts = texts_of(load_texts(source, streaming=streaming, seed=1))
+    texts = load(source, 1)
     assert [text for text in texts if text != "b"][:200] == many  # all of them drawn, in order
     assert 0.15 < texts.count("b") / len(texts) < 0.35
-    assert texts == texts_of(load_texts(source, streaming=streaming, seed=1))
-    assert texts != texts_of(load_texts(source, streaming=streaming, seed=2))
+    assert texts == load(source, 1) != load(source, 2)
 
 
 def test_mixture_of_files_and_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +178,7 @@ def test_mixture_of_files_and_a_stream(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "b.txt").write_text("b")
     mixture = load_texts(f"0.5*{tmp_path}/b.txt,0.5*hub:org/name")
     assert isinstance(mixture, IterableDataset) and set(texts_of(mixture)) == {"hub", "b"}
+    assert set(stream_of(f"0.5*{tmp_path}/b.txt,0.5*hub:org/name")) == {"hub", "b"}
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "lots"])
@@ -228,36 +235,22 @@ def test_a_single_document_gives_no_more_than_asked() -> None:
     assert texts_of(held) == ["paragraph 299"]
 
 
-def test_split_off_a_stream() -> None:
-    texts = [f"document {n % 30}" for n in range(60)]
-    stream = Dataset.from_dict({"text": texts}).to_iterable_dataset()
-    train, held = split_off(stream, 3 * len(BYTES.document("document 1")) - 1, BYTES)
-    assert isinstance(train, IterableDataset) and isinstance(held, Dataset)
-    assert texts_of(held) == texts[:3]
-    assert [row["text"] for row in train] == texts[3:30] + texts[33:]
-    assert len(list(pack(train, BYTES, 16))) > 10
-
-
-def test_split_off_refusals(tmp_path: Path) -> None:
+def test_split_off_refusals() -> None:
     with pytest.raises(ValueError, match="tokens=0 must be at least 1"):
         split_off(Dataset.from_dict({"text": ["a b"]}), 0, BYTES)
     with pytest.raises(ValueError, match="no documents"):
         split_off(Dataset.from_dict({"text": []}), 5, BYTES)
     with pytest.raises(ValueError, match="single word 'word'"):
         split_off(Dataset.from_dict({"text": ["word"]}), 5, BYTES)
-    (tmp_path / "b.txt").write_text("one document")
-    with pytest.raises(ValueError, match="nothing is left .* this stream of 1 documents"):
-        split_off(load_texts(str(tmp_path / "b.txt"), streaming=True), 5, BYTES)
 
 
 def test_no_cache_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     cache = folder / "cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    for streaming in (False, True):
-        texts = load_texts(str(folder), streaming=streaming)
-        train, held = split_off(texts, 3, BYTES)
-        assert list(pack(train, BYTES, 8)) and list(pack(held, BYTES, 8))
-        assert not getattr(train, "cache_files", None)
+    texts = load_texts(str(folder))
+    assert isinstance(texts, Dataset) and stream_of(folder)
+    train, held = split_off(texts, 3, BYTES)
+    assert list(pack(train, BYTES, 8)) and list(pack(held, BYTES, 8)) and not train.cache_files
     assert not cache.exists()
     assert capfd.readouterr() == ("", "")
 

@@ -10,7 +10,7 @@ import pytest
 import diffusify
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block, mlm
-from diffusify.text.sources import load_texts
+from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
 
@@ -125,7 +125,7 @@ def test_a_mixture_and_a_stream_train(
 ) -> None:
     out = adapt(causal_base, f"0.5*{corpus},0.5*{corpus}", tmp_path / "mixture", recipe=ar(), steps=2, **TINY)
     assert diffusify.load(out).config.sees_right_context
-    stream = load_texts(corpus, streaming=True)
+    stream = stream_texts(corpus)
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **settings: stream)
     out = adapt(causal_base, "hub:some/texts", tmp_path / "stream", steps=60, **TINY)  # more than an epoch
     log = json.loads((out / "training.json").read_text())["log"]

@@ -23,8 +23,9 @@ from diffusify.training.validation import validate
 def trainer_for(base: str, corpus: str, out: Path, recipe: Recipe, **options: object) -> DiffusionTrainer:
     source = load_base(base)
     denoiser, tokenizer = make_denoiser(source, recipe)
-    rows = pack(load_texts(corpus), tokenizer, 32)
-    assert isinstance(rows, Dataset)
+    texts = load_texts(corpus)
+    assert isinstance(texts, Dataset)
+    rows = pack(texts, tokenizer, 32)
     settings = {
         "max_steps": 3, "learning_rate": 1e-3, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "per_device_train_batch_size": 8, "seed": 1, "dataloader_pin_memory": False,

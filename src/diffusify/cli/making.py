@@ -68,7 +68,7 @@ def adapt(
                 steps, minutes = story.steps, story.minutes
         recipe = recipe or RecipeName.block
         make = recipe_maker(recipe)
-        own = arguments(run, "length", "held_out", "seed")
+        own = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt")
         adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
         made, low, settings, training = parse_options(pairs, arguments(make), adapters, own, training_options())
         folder = run(

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from diffusify.sampling.settings import SamplingConfig
 
 
-Model = Annotated[str, typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made, or a name such as smollm2-block.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A folder that `diffusify adapt`, `tune` or `import` made, or a name such as smollm2-block."),
+]
 Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps in all; unset: as the model's card says.")]
 Likely = Annotated[float | None, typer.Option(help="Write every token likelier than this at once, as 0.9.")]

@@ -9,14 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
+from diffusify.config import cache_folder
+
 _MEGABYTE = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Where unpacked weights are kept: $DIFFUSIFY_CACHE, else the user's cache."""
-    if folder := os.environ.get("DIFFUSIFY_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusify"
 
 
 def unpacked(path: Path, check: Callable[[PreTrainedConfig], object]) -> Path:

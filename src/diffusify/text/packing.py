@@ -1,46 +1,75 @@
 """Texts and examples of any length to rows of one length, without losing a token."""
 
-from collections.abc import Iterator
-from typing import overload
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
-from datasets.iterable_dataset import ExamplesIterable
-from jaxtyping import Shaped
+from datasets import Dataset
+from jaxtyping import Bool, Int32, Shaped
 from torch import Tensor
 
 from diffusify.text.tokens import TextTokenizer
 
-BATCH = 128  # texts tokenized at once
+BATCH = 128  # texts read and tokenized at once
+PORTION = 1 << 20  # and letters
 OPEN_ROWS = 256  # rows that wait for examples; when there are more, the fullest is closed
 
 
-@overload
-def pack(texts: Dataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False) -> Dataset: ...
-@overload
-def pack(
-    texts: IterableDataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False
-) -> IterableDataset: ...
-def pack(
-    texts: Dataset | IterableDataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False
-) -> Dataset | IterableDataset:
+class Rest(NamedTuple):
+    """Tokens that wait for a row to be full, and where among them documents start."""
+
+    tokens: Int32[np.ndarray, "k"] = np.empty(0, np.int32)
+    starts: Bool[np.ndarray, "k"] = np.empty(0, bool)
+
+
+def pack(texts: Dataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False) -> Dataset:
     """Rows of `length` tokens: the documents of column `text` laid end to end, and cut wherever a row is full.
 
     Each row has `tokens` and `document`, which counts the row's documents from 1; 0 is padding. What a cut leaves over
     is a document of its own in the next row. The last, unfilled row is dropped unless `keep_tail`, or unless it is the
-    only one. An IterableDataset is packed while it is read, again in every epoch; a Dataset is packed in memory, now.
+    only one. All of it is in memory; see `diffusify.text.corpus` for more text than that.
     """
-    if length < 2:
-        raise ValueError(f"length={length} must be at least 2: a single token has nothing to be predicted from")
-    if isinstance(texts, IterableDataset):
-        given = {"texts": texts, "tokenizer": tokenizer, "length": length, "keep_tail": keep_tail}
-        # IterableDataset.from_generator would pickle texts and tokenizer, only to name a cache that it never fills.
-        return IterableDataset(ExamplesIterable(_examples, given))
     if not len(texts):
         raise ValueError("there are no texts to pack; give a dataset with at least one")
-    tokens, documents = zip(*_rows(texts, tokenizer, length, keep_tail), strict=True)
+    batches = (batch["text"] for batch in texts.iter(BATCH))  # pyright: ignore  (a batch is a dict of columns)
+    tokens, documents = zip(*pack_batches(batches, tokenizer, length, keep_tail=keep_tail), strict=True)
     return Dataset.from_dict({"tokens": np.concatenate(tokens), "document": np.concatenate(documents)})
+
+
+def pack_batches(
+    batches: Iterable[list[str]], tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False
+) -> Iterator[tuple[Int32[np.ndarray, "rows n"], Int32[np.ndarray, "rows n"]]]:
+    """The rows of one batch of texts after the other, as (tokens, document); only an unfilled row waits for the next.
+
+    See `pack`.
+    """
+    rest, packed = Rest(), False
+    for batch in batches:
+        tokens, document, rest = fill_rows(rest, batch, tokenizer, length)
+        if len(tokens):
+            yield tokens, document
+            packed = True
+    if len(rest.tokens) and (keep_tail or not packed):
+        room = (0, length - len(rest.tokens))
+        document = np.pad(_number(rest.starts[None]), ((0, 0), room))
+        yield np.pad(rest.tokens, room, constant_values=tokenizer.pad_token_id)[None], document
+
+
+def fill_rows(
+    rest: Rest, texts: list[str], tokenizer: TextTokenizer, length: int
+) -> tuple[Int32[np.ndarray, "rows n"], Int32[np.ndarray, "rows n"], Rest]:
+    """The rows that are full when some texts are laid behind what was left over, and what is left over now."""
+    if length < 2:
+        raise ValueError(f"length={length} must be at least 2: a single token has nothing to be predicted from")
+    documents = [np.array(ids, np.int32) for some in _portions(texts) for ids in tokenizer.documents(some)]
+    sizes = np.array([len(document) for document in documents], int)
+    begins = np.zeros(sizes.sum(), bool)
+    begins[np.cumsum(sizes) - sizes] = True
+    tokens, starts = np.concatenate([rest.tokens, *documents]), np.concatenate([rest.starts, begins])
+    full = len(tokens) // length * length
+    rows = tokens[:full].reshape(-1, length), _number(starts[:full].reshape(-1, length))
+    return *rows, Rest(tokens[full:], starts[full:])
 
 
 def pack_examples(examples: Dataset, length: int, *, pad_token_id: int) -> Dataset:
@@ -68,10 +97,11 @@ def pack_examples(examples: Dataset, length: int, *, pad_token_id: int) -> Datas
     return Dataset.from_dict({"tokens": tokens, "document": document, "editable": editable})
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Shaped[Tensor, "b n"]]:
+def collate(rows: list[dict[str, Any]]) -> dict[str, Shaped[Tensor, "b n"]]:
     """Packed rows as the tensors of a batch: `tokens`, `document` and, if the rows have it, `editable`."""
     names = [name for name in ("tokens", "document", "editable") if name in rows[0]]
-    return {name: torch.tensor([row[name] for row in rows]) for name in names}
+    batch = {name: torch.from_numpy(np.array([row[name] for row in rows])) for name in names}
+    return {name: tensor if tensor.dtype == torch.bool else tensor.long() for name, tensor in batch.items()}
 
 
 def _fit(sizes: list[int], length: int) -> list[list[int]]:
@@ -93,43 +123,20 @@ def _fit(sizes: list[int], length: int) -> list[list[int]]:
     return rows
 
 
-def _rows(
-    texts: Dataset | IterableDataset, tokenizer: TextTokenizer, length: int, keep_tail: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The rows of a batch of texts after the other, as (tokens, document); only an unfilled row waits for the next."""
-    tokens, starts = np.empty(0, np.int32), np.empty(0, bool)
-    packed = False
-    for batch in texts.iter(BATCH):
-        documents = tokenizer.documents(batch["text"])  # pyright: ignore  (a batch is a dict of columns)
-        sizes = np.array([len(document) for document in documents])
-        begins = np.zeros(sizes.sum(), bool)
-        begins[np.cumsum(sizes) - sizes] = True
-        tokens = np.concatenate([tokens, *(np.array(document, np.int32) for document in documents)])
-        starts = np.concatenate([starts, begins])
-        full = len(tokens) // length * length
-        if full:
-            yield tokens[:full].reshape(-1, length), _number(starts[:full].reshape(-1, length))
-            packed = True
-        tokens, starts = tokens[full:], starts[full:]
-    if len(tokens) and (keep_tail or not packed):
-        room = (0, length - len(tokens))
-        document = np.pad(_number(starts[None]), ((0, 0), room))
-        yield np.pad(tokens, room, constant_values=tokenizer.pad_token_id)[None], document
+def _portions(texts: list[str]) -> Iterator[list[str]]:
+    """Texts in portions of about a million letters: a tokenizer's answers take far more memory than arrays do."""
+    portion, size = [], 0
+    for text in texts:
+        portion.append(text)
+        size += len(text)
+        if size >= PORTION:
+            yield portion
+            portion, size = [], 0
+    yield portion
 
 
-def _number(starts: np.ndarray) -> np.ndarray:
+def _number(starts: Bool[np.ndarray, "rows n"]) -> Int32[np.ndarray, "rows n"]:
     """Documents counted from 1 in every row, given where they start; every row starts one."""
     document = starts.astype(np.int32)
     document[:, 0] = 1
     return document.cumsum(1, dtype=np.int32)
-
-
-def _examples(
-    texts: IterableDataset, tokenizer: TextTokenizer, length: int, keep_tail: bool
-) -> Iterator[tuple[int, dict[str, list[int]]]]:
-    """Single rows under their numbers, as the datasets library wants them."""
-    number = 0
-    for tokens, document in _rows(texts, tokenizer, length, keep_tail):
-        for row in zip(tokens.tolist(), document.tolist(), strict=True):
-            yield number, dict(zip(("tokens", "document"), row, strict=True))
-            number += 1

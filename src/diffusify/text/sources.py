@@ -16,8 +16,20 @@ from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.iterable_dataset import ExamplesIterable
 
 from diffusify.config import nearest
-from diffusify.text.files import RECORDS, TEXTS, find_files, no_text, read_records, read_texts
+from diffusify.text.files import (
+    RECORDS,
+    TEXTS,
+    Part,
+    find_files,
+    no_text,
+    parts_of,
+    read_records,
+    read_texts,
+    try_texts,
+)
 from diffusify.text.tokens import TextTokenizer
+
+FORMS = "give a file, a folder, hub:NAME or builtin:pydoc"
 
 # A number and a star, then a source; the comma that parts two of them stands before the next number and star.
 _WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
@@ -25,41 +37,65 @@ _COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
 _HUB = re.compile(r"hub:(?P<name>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 
-def load_texts(source: str, *, streaming: bool = False, seed: int = 0) -> Dataset | IterableDataset:
+def load_texts(source: str, *, seed: int = 0) -> Dataset | IterableDataset:
     """The documents of a source, as a dataset with the one column `text`. Blank documents are left out.
 
     - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: one per record, its field `text`; each of
       them may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
-    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT#FIELD`: a dataset of the Hugging Face Hub, always streamed; split `train` and
-      field `text` if unset.
+    - `hub:NAME`, `hub:NAME:CONFIG@SPLIT#FIELD`: a dataset of the Hugging Face Hub, streamed; split `train` and field
+      `text` if unset.
     - `builtin:pydoc`: the topics of Python's own `help()`.
     - `0.7*data.jsonl,0.3*notes.txt`: a mixture. A weight is a source's share of the documents drawn (by `seed`).
       Drawing ends when every document has been drawn; a source that runs out before starts again, so shares hold.
 
-    With `streaming` files are read while the texts are used, else at once into memory. A path that exists is a path,
-    whatever it looks like. ValueError for a source that does not exist, cannot be read or has no documents.
+    Files are read at once into memory, and the first record that cannot be read is an error; see `stream_texts` for
+    the other way. A path that exists is a path, whatever it looks like. ValueError for a source that does not exist,
+    cannot be read or has no documents.
     """
     path = _path(source)
     if path is None:
-        if source.startswith("hub:"):
-            return _hub_texts(source)
-        if source.startswith("builtin:"):
-            return _builtin(source, streaming)
-        if _WEIGHTED.fullmatch(source):
-            return _mixture(source, partial(load_texts, streaming=streaming, seed=seed), seed)
-        raise ValueError(_missing(source, "give a file, a folder, hub:NAME or builtin:pydoc"))
-    paths = find_files(path, TEXTS)
-    if streaming:
-        # IterableDataset.from_generator would do the same, and leave a lock file in a cache folder besides.
-        files = ExamplesIterable(_examples, {"paths": paths})
-        texts = IterableDataset(files, info=DatasetInfo(features=Features({"text": Value("string")})))
-        empty = next(iter(texts), None) is None
-    else:
-        texts = Dataset.from_dict({"text": [text for file in paths for text in read_texts(file)]})
-        empty = not len(texts)
-    if empty:
-        raise ValueError(f"data source {source} has no documents: nothing but empty files in it ({len(paths)})")
-    return texts
+        return _named(source, partial(load_texts, seed=seed), seed, streaming=False)
+    texts = [text for file in find_files(path, TEXTS) for text in read_texts(file)]
+    if not texts:
+        raise ValueError(no_documents(source))
+    return Dataset.from_dict({"text": texts})
+
+
+def stream_texts(source: str, *, seed: int = 0) -> IterableDataset:
+    """The records of a source of texts (see `load_texts`), read while they are used.
+
+    Each has a `text`, or a `fault` that says why it cannot be read; only a file of which nothing can be read is a
+    ValueError. Blank texts may be among them. Shards, which `set_epoch` shuffles, are files and the parts of large
+    ones; the dataset's state says where to go on.
+    """
+    path = _path(source)
+    if path is None:
+        return _named(source, partial(stream_texts, seed=seed), seed, streaming=True)
+    parts = [part for file in find_files(path, TEXTS) for part in parts_of(file)]
+    features = Features({"text": Value("string"), "fault": Value("string")})
+    # IterableDataset.from_generator would do the same, and leave a lock file in a cache folder besides.
+    return IterableDataset(ExamplesIterable(_examples, {"parts": parts}), info=DatasetInfo(features=features))
+
+
+def files_of(source: str) -> list[Path] | None:
+    """All files that a source of texts consists of; None if a part of it is on a hub. ValueError if one is missing."""
+    path = _path(source)
+    if path is not None:
+        return find_files(path, TEXTS)
+    if source.startswith("hub:"):
+        return None
+    if source.startswith("builtin:"):
+        _builtin(source)
+        return []
+    if _WEIGHTED.fullmatch(source):
+        parts = [files_of(part) for _, part in _weighted(source)]
+        return None if None in parts else [file for part in parts for file in part or ()]
+    raise ValueError(_missing(source, FORMS))
+
+
+def no_documents(source: str) -> str:
+    """What to say of a source without texts."""
+    return f"data source {source} has no documents: nothing but empty files in it"
 
 
 def load_records(source: str, *, seed: int = 0) -> Dataset:
@@ -78,9 +114,7 @@ def load_records(source: str, *, seed: int = 0) -> Dataset:
     elif source.startswith("hub:"):
         records = _hub(source, streaming=False)
     elif _WEIGHTED.fullmatch(source):
-        mixture = _mixture(source, partial(load_records, seed=seed), seed)
-        assert isinstance(mixture, Dataset), "its parts are"
-        return mixture
+        return _mixture(source, partial(load_records, seed=seed), seed)
     else:
         raise ValueError(_missing(source, "give a file, a folder or hub:NAME"))
     written = [json.dumps(record, default=str) for record in records]
@@ -89,57 +123,35 @@ def load_records(source: str, *, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"record": written})
 
 
-def split_off(
-    dataset: Dataset | IterableDataset, tokens: int, tokenizer: TextTokenizer, *, seed: int = 0
-) -> tuple[Dataset | IterableDataset, Dataset]:
+def split_off(dataset: Dataset, tokens: int, tokenizer: TextTokenizer, *, seed: int = 0) -> tuple[Dataset, Dataset]:
     """The dataset without some documents, and those documents, worth about `tokens` tokens: held out, to measure on.
 
-    Of a Dataset, whole documents drawn by `seed`: at least one, at most a tenth of them. A single document is cut
-    near its end instead, between paragraphs if one ends there. Of a stream, the first documents. A document that
-    occurs again is held out with all its copies. ValueError if nothing would be left.
+    Whole documents drawn by `seed`: at least one, at most a tenth of them. A single document is cut near its end
+    instead, between paragraphs if one ends there. A document that occurs again is held out with all its copies.
+    ValueError if nothing would be left.
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1, or there is nothing to measure on")
-    if isinstance(dataset, IterableDataset):
-        return _split_stream(dataset, tokens, tokenizer)
     texts = dataset["text"][:]
     documents = list(dict.fromkeys(texts))
     if not documents:
         raise ValueError("there are no documents to hold some out of")
     if len(documents) == 1:
-        train, held = _split_document(documents[0], tokens, tokenizer)
+        train, held = split_document(documents[0], tokens, tokenizer)
         return Dataset.from_dict({"text": [train] * len(texts)}), Dataset.from_dict({"text": [held]})
     random.Random(seed).shuffle(documents)
-    held_out = _worth(iter(documents[: max(1, len(documents) // 10)]), tokens, tokenizer)
+    held_out = []
+    for document in documents[: max(1, len(documents) // 10)]:
+        held_out.append(document)
+        tokens -= len(tokenizer.document(document))
+        if tokens <= 0:
+            break
     held = set(held_out)
     train = dataset.select([n for n, text in enumerate(texts) if text not in held])
     return train, Dataset.from_dict({"text": held_out})
 
 
-def _worth(documents: Iterator[str], tokens: int, tokenizer: TextTokenizer) -> list[str]:
-    """The first documents that have `tokens` tokens together, or all."""
-    taken = []
-    for document in documents:
-        taken.append(document)
-        tokens -= len(tokenizer.document(document))
-        if tokens <= 0:
-            break
-    return taken
-
-
-def _split_stream(stream: IterableDataset, tokens: int, tokenizer: TextTokenizer) -> tuple[IterableDataset, Dataset]:
-    held_out = _worth((row["text"] for row in stream), tokens, tokenizer)
-    held = set(held_out)
-    train = stream.skip(len(held_out)).filter(lambda text: text not in held, input_columns="text")
-    if next(iter(train), None) is None:
-        raise ValueError(
-            f"nothing is left to train on when {tokens} tokens are held out of this stream of "
-            f"{len(held_out)} documents; hold out less, or load the texts without streaming"
-        )
-    return train, Dataset.from_dict({"text": held_out})
-
-
-def _split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[str, str]:
+def split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[str, str]:
     """A text cut in two. The end is a twentieth or less; up to a fifth where that spares a paragraph or a line."""
     text = text.strip()
     wanted = len(text) * (1 - min(0.05, tokens / len(tokenizer.document(text))))
@@ -170,11 +182,25 @@ def _missing(source: str, way: str) -> str:
     return f"data source {source} does not exist; {hint}{mixture}"
 
 
-def _examples(paths: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Single documents under unique names, as the datasets library wants them."""
-    for path in paths:
-        for number, text in enumerate(read_texts(path)):
-            yield f"{path}/{number}", {"text": text}
+def _named(source: str, load: Callable[[str], Any], seed: int, *, streaming: bool) -> Any:
+    """The texts of a source that is no path."""
+    if source.startswith("hub:"):
+        texts = _hub_texts(source)
+        return texts if streaming else texts.filter(lambda text: bool(text and text.strip()), input_columns="text")
+    if source.startswith("builtin:"):
+        topics = _builtin(source)
+        return topics.to_iterable_dataset() if streaming else topics
+    if _WEIGHTED.fullmatch(source):
+        return _mixture(source, load, seed)
+    raise ValueError(_missing(source, FORMS))
+
+
+def _examples(parts: list[Part]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Single records under unique names, as the datasets library wants them."""
+    for part in parts:
+        for number, text in enumerate(try_texts(part)):
+            fault = isinstance(text, ValueError)
+            yield f"{part}/{number}", {"text": None if fault else text, "fault": str(text) if fault else None}
 
 
 def _hub(source: str, *, streaming: bool) -> Any:
@@ -198,21 +224,21 @@ def _hub_texts(source: str) -> IterableDataset:
     names = stream.column_names or list(next(iter(stream), {}))
     if "text" not in names:
         raise ValueError(no_text(source, names))
-    return stream.select_columns(["text"]).filter(lambda text: bool(text and text.strip()), input_columns="text")
+    return stream.select_columns(["text"])
 
 
-def _builtin(source: str, streaming: bool) -> Dataset | IterableDataset:
+def _builtin(source: str) -> Dataset:
     name = source.removeprefix("builtin:")
     if name != "pydoc":
         raise ValueError(f'there is no built-in data "{name}"{nearest(name, ["pydoc"])}')
     from pydoc_data.topics import topics
 
-    texts = Dataset.from_dict({"text": [topics[topic] for topic in sorted(topics)]})
-    return texts.to_iterable_dataset() if streaming else texts
+    return Dataset.from_dict({"text": [topics[topic] for topic in sorted(topics)]})
 
 
-def _mixture(source: str, load: Callable[[str], Dataset | IterableDataset], seed: int) -> Dataset | IterableDataset:
-    weights, parts = [], []
+def _weighted(source: str) -> list[tuple[float, str]]:
+    """The parts of a mixture and their weights."""
+    parts = []
     for part in _COMMA.split(source):
         found = _WEIGHTED.fullmatch(part)
         assert found is not None, "the caller matches the first part, the comma all others"
@@ -222,8 +248,13 @@ def _mixture(source: str, load: Callable[[str], Dataset | IterableDataset], seed
             weight = 0.0
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight {found[1]} of {found[2]} must be a number above 0, as in 0.7*a.txt,0.3*b.txt")
-        weights.append(weight)
-        parts.append(load(found[2].strip()))
+        parts.append((weight, found[2].strip()))
+    return parts
+
+
+def _mixture(source: str, load: Callable[[str], Any], seed: int) -> Any:
+    weights, names = zip(*_weighted(source), strict=True)
+    parts = [load(name) for name in names]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
     shares = [weight / sum(weights) for weight in weights]

@@ -1,9 +1,12 @@
 """Text to token ids and back. Only what was written as text becomes text: nobody can smuggle in a special token."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_letters, digits, punctuation
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -68,6 +71,16 @@ class TextTokenizer:
         """`document` for many texts at once, much faster."""
         start, end = self.start_token_id, self.end_token_id
         return [[start, *ids, end] for ids in self._encode(texts)]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids of a text."""
+        tokenizer: Any = self.tokenizer
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+        rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # of a call
+        ends = (self.start_token_id, self.end_token_id, self.pad_token_id, sorted(self.special))
+        told = json.dumps([type(tokenizer).__name__, rules, ends], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

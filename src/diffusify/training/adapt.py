@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from torch import nn
 
@@ -14,8 +13,9 @@ from diffusify.models.influence import check_attention
 from diffusify.models.loading import Base, ensure_mask_token, load_base
 from diffusify.models.lora import Lora, add_lora
 from diffusify.models.recipes import Recipe, block
-from diffusify.text.packing import pack
-from diffusify.text.sources import load_texts, split_off
+from diffusify.text.corpus import open_corpus
+from diffusify.text.sources import files_of
+from diffusify.text.tally import check_limit
 from diffusify.text.tokens import TextTokenizer
 from diffusify.training.budget import Budget
 from diffusify.training.runs import check_training_options, claim, train
@@ -34,17 +34,22 @@ def adapt(
     length: int = 256,
     held_out: int = 8192,
     seed: int = 0,
+    streaming: bool | None = None,
+    max_corrupt: float = 0.01,
     console: Console | None = None,
     **training: Any,
 ) -> Path:
     """Turn a pretrained language model into a diffusion model and save it in `out`.
 
     `base` and `data` as `load_base` and `load_texts` take them, and `self:DATA` is text that the base writes itself,
-    going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of `length` tokens; `held_out` tokens are kept
-    aside to measure the bound. The budget is `steps` or `minutes` (200 steps when neither is given). `training` are
-    fields of `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted
-    run goes on where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that
-    cannot work, before weights are touched.
+    going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of `length`
+    tokens; `held_out` tokens are kept aside to measure the bound. `streaming` reads texts while they are trained on, as
+    hubs and files of over a GiB are anyway; other texts of over 16 MiB are packed once and kept on disk (see
+    `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
+    budget is `steps` or `minutes` (200 steps when neither is given). `training` are fields of
+    `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted run goes on
+    where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that cannot work;
+    what is not there is refused before weights are read.
     """
     recipe, out, console = recipe or block(), Path(out), console or Console(stderr=True, highlight=False)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
@@ -58,28 +63,31 @@ def adapt(
         "length": length,
         "held_out": held_out,
         "seed": seed,
+        "streaming": streaming,
         "training": training,
     }
     if claim(out, record):
         console.print(f"{out} holds this run already, finished")
         return out
-    texts = load_texts(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
+    check_limit(max_corrupt)
+    files_of(OWN.sub(r"\1", data))  # refuses what is not there
     source = load_base(base)
     torch.manual_seed(seed)  # adapters begin alike on every rank and after a resume
     denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
     check_attention(denoiser)
-    if OWN.search(data):
-        texts = load_texts(with_own_texts(data, source, tokenizer, length, seed, console), seed=seed)
-    texts, valid = split_off(texts, held_out, tokenizer)
-    rows = pack(texts, tokenizer, length)
-    held = pack(valid, tokenizer, length, keep_tail=True)
-    assert isinstance(held, Dataset)
-    held = held.select(range(min(len(held), max(1, held_out // length))))
+    texts = with_own_texts(data, source, tokenizer, length, seed, console)
+    corpus = open_corpus(
+        texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
+    )
+    if corpus.note:
+        console.print(corpus.note, soft_wrap=True)
+    if corpus.tally.corrupt:
+        console.print(f"left out: {corpus.tally}", soft_wrap=True)
     return train(
         out, record, denoiser, recipe, source.tokenizer,
-        rows=rows, held_out=held, length=length, budget=budget, console=console,
+        rows=corpus.rows, held_out=corpus.held_out, length=length, budget=budget, console=console,
     )  # fmt: skip
 
 

@@ -132,3 +132,6 @@ def _train(trainer: DiffusionTrainer, out: Path, console: Console) -> None:
         trainer._save_checkpoint(trainer.denoiser, None)
         console.print(f"stopped and saved at step {trainer.state.global_step}; the same command goes on from there")
         raise
+    finally:
+        if trainer.stream is not None and trainer.stream.tally.corrupt:
+            console.print(f"left out: {trainer.stream.tally}", soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffusify.models.gguf import cache_folder
+from diffusify.config import cache_folder
 from diffusify.models.loading import Base
 from diffusify.text.sources import load_texts
 from diffusify.text.tokens import TextTokenizer

@@ -19,7 +19,9 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
 from diffusify.models.saving import load_weights, save_denoiser
 from diffusify.text.packing import collate
+from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
+from diffusify.training.streaming import StreamLoader
 from diffusify.training.validation import validate
 
 
@@ -66,6 +68,7 @@ class DiffusionTrainer(Trainer):
         self.folder = Path(args.output_dir)
         self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
         quicken(denoiser.network, compiled=compiled)
+        self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
@@ -73,6 +76,23 @@ class DiffusionTrainer(Trainer):
     def _progress(self) -> float:
         """The share of the run that is done."""
         return self.state.global_step / self.state.max_steps if self.budget is None else self.budget.progress
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        self.args.ignore_data_skip = True  # a stream goes on by its own state, without reading everything again
+        self.stream = StreamLoader(self.train_dataset, self.args)
+        return self.stream
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            self.stream.save(output_dir, self.state.global_step)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self.stream is not None and checkpoint is not None:
+            self.stream.load(checkpoint)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
