@@ -117,7 +117,8 @@ class Denoiser(nn.Module):
         told = self.lengths(canvas) if lengths else None
         if loss is not None:
             nothing = hidden.new_empty(0, self.vocabulary)
-            return Prediction(nothing, nothing, told, loss(*(self.lazily(part) for part in hidden.split(parts))))
+            learns = self._learning_head(hidden)
+            return Prediction(nothing, nothing, told, loss(*(self.lazily(h, learns) for h in hidden.split(parts))))
         about, ar_logits = self._head(hidden).split(parts)
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
 
@@ -148,9 +149,9 @@ class Denoiser(nn.Module):
         self._says = type(said)
         return said.last_hidden_state.flatten(0, 1)[wanted]
 
-    def lazily(self, hidden: Float[Tensor, "k d"]) -> LazyLogits:
-        """Hidden states, to be projected by the network's head."""
-        return LazyLogits(hidden, lambda part, index: self._head(part), self._learning_head(hidden))
+    def lazily(self, hidden: Float[Tensor, "k d"], learns: tuple[Tensor, ...] = ()) -> LazyLogits:
+        """Hidden states, to be projected by the network's head; its weights `learns` are taught with them."""
+        return LazyLogits(hidden, lambda part, index: self._head(part), learns)
 
     def _learning_head(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
         """The weights that the head learns, found by experiment: tied ones may stand anywhere in the network."""
