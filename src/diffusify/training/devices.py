@@ -44,15 +44,15 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("A100-40GB", 312, 19.5, 39.5, utilisation=0.45),
-        Device("A100-80GB", 312, 19.5, 79.2, utilisation=0.45),
-        Device("H100", 989, 66.9, 79.2),
-        Device("H200", 989, 66.9, 139.8),
-        Device("GH200", 989, 66.9, 94.5),
-        Device("B200", 2250, 75, 178.3, utilisation=0.3),
-        Device("L4", 121, 30.3, 22.0),
+        Device("A100-40GB", 312.0, 19.5, 39.5, utilisation=0.45),
+        Device("A100-80GB", 312.0, 19.5, 79.2, utilisation=0.45),
+        Device("H100", 989.0, 66.9, 79.2),
+        Device("H200", 989.0, 66.9, 139.8),
+        Device("GH200", 989.0, 66.9, 94.5),
+        Device("B200", 2250.0, 75.0, 178.3, utilisation=0.3),
+        Device("L4", 121.0, 30.3, 22.0),
         Device("RTX4090", 165.2, 82.6, 23.5),
-        Device("V100", 125, 15.7, 31.7, utilisation=0.3, dtype="float16"),
+        Device("V100", 125.0, 15.7, 31.7, utilisation=0.3, dtype="float16"),
     )
 }
 
@@ -77,9 +77,8 @@ class Fleet:
         count, name = re.fullmatch(r"(?:(-?\d+)\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
         known = {device.lower(): device for device in (*DEVICES, "cpu")}
         if name.lower() not in known:
-            close = nearest(name, [*known.values()]) if name.lower() not in ("a100", "") else f"; known: {_names()}"
-            raise ValueError(f'device "{name}" is not known{close}; write it as 8xH100')
-        fleet = cls(DEVICES.get(known[name.lower()], Device("cpu", 0, 0, 0)), int(count or 1))
+            raise ValueError(f'device "{name}" is not known{nearest(name, known.values())}; write it as 8xH100')
+        fleet = cls(DEVICES.get(known[name.lower()], Device("cpu", 0.0, 0.0, 0.0)), int(count or 1))
         return cls(this_cpu(), fleet.count) if fleet.device.name == "cpu" else fleet
 
 
@@ -113,7 +112,3 @@ def read_amount(text: str, what: str = "tokens") -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{what}={text} must be above 0 and finite, as 65B")
     return number
-
-
-def _names() -> str:
-    return ", ".join((*DEVICES, "cpu"))

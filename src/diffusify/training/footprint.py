@@ -149,7 +149,8 @@ def footprint(subject: Subject, rows: int, *, checkpointing: bool = False, gathe
             before = watch.turn()
             loss.backward()
     logits = before - watch.marked
-    return Footprint(flops.get_total_flops(), watch.copies, watch.peak - logits - watch.copies, logits)
+    counts = (flops.get_total_flops(), watch.copies, watch.peak - logits - watch.copies, logits)
+    return Footprint(*map(float, counts))
 
 
 def counter() -> FlopCounterMode:

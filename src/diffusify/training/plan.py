@@ -17,8 +17,8 @@ from diffusify.training.devices import DEVICES, Fleet
 from diffusify.training.footprint import DTYPES, Footprint, Sizes, Subject, footprint, sizes
 
 GIB = 2**30
-FLOAT32, ADAMW = 4, 8  # bytes of a weight, and of both its moments
-REST, SCATTERED = GIB, 0.05  # the device's context and libraries, and memory that is lost between tensors
+FLOAT32, ADAMW = 4.0, 8.0  # bytes of a weight, and of both its moments
+REST, SCATTERED = 1.0 * GIB, 0.05  # the device's context and libraries, and memory that is lost between tensors
 ENOUGH_TOKENS = 4096  # on a device at a time; with fewer, recomputing activations is the better bargain
 MOST_ROWS = 64  # products are as large as they need to be long before
 
@@ -195,7 +195,7 @@ def memory(subject: Subject, counted: Sizes, sharding: Sharding, count: int, ste
     sharded = sharding in ("ZeRO-2", "ZeRO-3")
     parts, width = count if sharded else 1, DTYPES[subject.dtype].itemsize
     gathered = {"ZeRO-2": counted.total, "ZeRO-3": counted.root + 2 * counted.layer}  # one in use, one on its way
-    passing = {"DDP": FLOAT32 * counted.trained, "single": 0}
+    passing = {"DDP": FLOAT32 * counted.trained, "single": 0.0}
     return Memory(
         weights=FLOAT32 * counted.total / parts,
         copies=step.copies + width * gathered.get(sharding, 0),
@@ -203,7 +203,7 @@ def memory(subject: Subject, counted: Sizes, sharding: Sharding, count: int, ste
         optimizer=ADAMW * counted.trained / parts,
         activations=step.activations,
         logits=step.logits,
-        exchange=passing.get(sharding, 2 * width * min(counted.trained, max(counted.root, counted.layer))),
+        exchange=passing.get(sharding, 2.0 * width * min(counted.trained, max(counted.root, counted.layer))),
         rest=REST + SCATTERED * (step.activations + step.logits),
     )
 
@@ -215,18 +215,24 @@ def _until_it_fits(subject: Subject, counted: Sizes, fleet: Fleet, batch: int | 
     small = []
     for checkpointing in (False, True):
         for sharding in kinds:
-            one, more = (
-                memory(subject, counted, sharding, fleet.count, _step(subject, sharding, checkpointing, rows)).total
-                for rows in _ENDS
-            )
-            room = fleet.device.memory * GIB - one
-            rows = int(1 + room * (_ENDS[1] - _ENDS[0]) / (more - one)) if room >= 0 else 0
-            layout = Layout(sharding, checkpointing, rows)
+            layout = Layout(sharding, checkpointing, _rows(subject, counted, sharding, checkpointing, fleet))
             yield layout
             if rows >= enough:
                 return
             small += [layout] if rows and not batch else []
     yield from small[:1]
+
+
+def _rows(subject: Subject, counted: Sizes, sharding: Sharding, checkpointing: bool, fleet: Fleet) -> int:
+    """The most rows that fit on a device."""
+
+    def left(step: Footprint) -> float:
+        return fleet.device.memory * GIB - memory(subject, counted, sharding, fleet.count, step).total
+
+    if left(Footprint(0.0, 0.0, 0.0, 0.0)) < 0:  # no step needs to be counted
+        return 0
+    one, more = (left(_step(subject, sharding, checkpointing, rows)) for rows in _ENDS)
+    return int(1 + one * (_ENDS[1] - _ENDS[0]) / (one - more)) if one >= 0 else 0
 
 
 _ENDS = (1, 8)
