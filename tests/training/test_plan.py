@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import diffusify
-from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised
+from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import network_class
 from diffusify.models.lora import Lora, add_lora
 from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.training.adapt import without_dropout
 from diffusify.training.devices import DEVICES, Fleet, read_amount
-from diffusify.training.footprint import Footprint, Subject, _Watch, counter, footprint, shares, sizes
+from diffusify.training.footprint import Footprint, Subject, _Watch, counter, draw, footprint, sizes
 from diffusify.training.papers import RUNS
 from diffusify.training.plan import Plan, memory, plan
 from tests.families import FAMILIES, MASK, tiny_network
@@ -41,7 +42,7 @@ LENGTH, ROWS = 24, 3
 def network(name: str) -> PreTrainedModel:
     family = name.partition(",")[0]
     if family in FAMILIES:
-        return tiny_network(family, **NETWORKS[name])
+        return tiny_network(family, "eager" if family == "gemma2" else "sdpa", **NETWORKS[name])
     config = AutoConfig.for_model(family, vocab_size=48, **NETWORKS[name])
     made: Any = network_class(config, name)[0]
     return made._from_config(config, attn_implementation="sdpa")
@@ -76,35 +77,32 @@ def test_adapters_alone_are_trained() -> None:
     assert found.total == sum(weight.numel() for weight in real.parameters())
 
 
-def test_what_recipes_ask() -> None:
-    plain, twice, taught = shares(ar()), shares(mlm(50)), shares(block(4))
-    assert (plain.views, twice.views, plain.clean) == (1, 2, 0)
-    assert plain.open == pytest.approx(0.5, abs=0.02) and twice.open == pytest.approx(0.51, abs=0.02)
-    assert taught.ar == 0.25 and taught.clean == pytest.approx(0.5 + 0.25 * 0.5, abs=0.02)
-    assert shares(block(4, distill=0.0)).clean == 0.25 and shares(mlm(mask_ratio=0.15)).open == pytest.approx(0.15)
-
-
-def batch(denoiser: Denoiser, recipe: Recipe) -> Noised:
-    """Rows in which exactly as many positions are asked as are planned, with two documents each."""
-    asks = shares(recipe)
-    rows = ROWS * asks.views
-    tokens = torch.randint(1, 40, (rows, LENGTH))
-    cuts = torch.arange(rows)[:, None] + 5
-    clean = Canvas.clean(tokens, 1 + (torch.arange(LENGTH) >= cuts).long())
-    first = torch.arange(LENGTH).expand(rows, LENGTH) >= recipe.shift
-    asked, also, aside = (round(int(first.sum()) * share) for share in (asks.open, asks.clean, asks.ar))
-    rank = first.flatten().cumsum(0).view(rows, LENGTH) - 1
-    open = first & (rank < asked)
-    start = also - aside if recipe.objective.distill else 0
-    told = first & (rank >= start) & (rank < start + aside)
-    canvas = replace(clean, open=open, tokens=torch.where(open, MASK, tokens))
-    return Noised(canvas, tokens, torch.full((rows, LENGTH), 0.5), told)
+@pytest.mark.parametrize(
+    ("recipe", "views", "open", "also"),
+    [
+        (ar(), 1, 0.5, 0.0),
+        (mlm(50), 2, 0.51, 0.0),
+        (mlm(mask_ratio=0.15), 1, 0.15, 0.0),
+        (block(4), 1, 0.5, 0.5 + 0.25 * 0.5),
+        (block(4, distill=0.0), 1, 0.5, 0.25),
+    ],
+)
+def test_what_recipes_ask(recipe: Recipe, views: int, open: float, also: float) -> None:
+    given = draw(Subject(LlamaForCausalLM, LlamaConfig(), recipe, 256), 32)
+    answerable = int(given.canvas.editable.sum())
+    assert len(given.t) == 32 * views and answerable == 32 * views * (256 - 2 * recipe.shift)
+    assert int(given.canvas.open.sum()) / answerable == pytest.approx(open, abs=0.03)
+    assert int(recipe.objective.asks_ar(given).sum()) / answerable == pytest.approx(also, abs=0.03)
 
 
 def step(denoiser: Denoiser, recipe: Recipe, given: Noised) -> None:
     asks = recipe.objective.asks_ar(given)
-    found = denoiser(given.canvas, given.clean, ask=given.canvas.open, ar=asks)
-    recipe.objective(found.logits, found.ar_logits, given, recipe.schedule).total.backward()
+    told = denoiser(
+        given.canvas, given.clean, ask=given.canvas.open, ar=asks,
+        loss=lambda answers, ar_answers: recipe.objective(answers, ar_answers, given, recipe.schedule),
+    )  # fmt: skip
+    assert told.loss is not None
+    told.loss.total.backward()
 
 
 def real_denoiser(name: str, recipe: Recipe) -> Denoiser:
@@ -120,15 +118,15 @@ def real_denoiser(name: str, recipe: Recipe) -> Denoiser:
 def test_flops_are_those_of_a_real_step(name: str, recipe: Recipe) -> None:
     denoiser = real_denoiser(name, recipe)
     with counter() as real:
-        step(denoiser, recipe, batch(denoiser, recipe))
+        step(denoiser, recipe, draw(subject(name, recipe), ROWS))
     assert footprint(subject(name, recipe), ROWS).flops == real.get_total_flops() > 0
 
 
 def test_experts_count_as_one_by_one() -> None:
-    denoiser = real_denoiser("qwen3_moe", ar())
-    given = batch(denoiser, ar())
+    given = draw(subject("qwen3_moe", ar()), ROWS)
     both = []
     for way in ("grouped_mm", "eager"):
+        denoiser = real_denoiser("qwen3_moe", ar())
         denoiser.network.set_experts_implementation(way)
         with counter() as real:
             step(denoiser, ar(), given)
@@ -139,7 +137,7 @@ def test_experts_count_as_one_by_one() -> None:
 def test_attention_counts_as_in_plain_arithmetic() -> None:
     """Plain attention has six products of queries and keys, the fused one computes one of them again."""
     denoiser = real_denoiser("llama", ar())
-    given = batch(denoiser, ar())
+    given = draw(subject("llama", ar()), ROWS)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter() as plain:
         step(denoiser, ar(), given)
     config = denoiser.config
@@ -147,23 +145,35 @@ def test_attention_counts_as_in_plain_arithmetic() -> None:
     assert footprint(subject("llama", ar()), ROWS).flops == plain.get_total_flops() + product
 
 
+DEEP = {
+    "llama": LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4
+    ),
+    "gpt2": GPT2Config(vocab_size=500, n_embd=128, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=1),
+    "bert": BertConfig(vocab_size=500, hidden_size=128, intermediate_size=512, num_hidden_layers=6),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("name", "recipe"), [("llama", ar()), ("gpt2", block(4)), ("bert", mlm())])
 def test_memory_is_that_of_a_real_step(name: str, recipe: Recipe, checkpointing: bool, dtype: str) -> None:
-    denoiser = real_denoiser(name, recipe)
-    for module in denoiser.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    it = Subject(network_class(DEEP[name], name)[0], DEEP[name], recipe, 64, dtype)
+    made: Any = it.network_class
+    denoiser = Denoiser(made(it.config), recipe.card("", 0, "")).train()
+    without_dropout(denoiser.network)
+    quicken(denoiser.network)
+    denoiser.network.set_attn_implementation("sdpa")
     if checkpointing:
-        denoiser.train().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for weight in denoiser.parameters():
         weight.grad = torch.zeros_like(weight)
-    given = batch(denoiser, recipe)
     with _Watch(denoiser) as real, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        step(denoiser, recipe, given)
-    found = footprint(subject(name, recipe, dtype=dtype), ROWS, checkpointing=checkpointing)
-    assert found.copies + found.activations + found.logits == pytest.approx(real.peak, rel=0.15)
+        step(denoiser, recipe, draw(it, ROWS))
+    found = footprint(it, ROWS, checkpointing=checkpointing)
+    planned = found.copies + found.activations + found.logits
+    # What is recomputed is found to take up to a third more: sums of gradients are not made in place without contents.
+    assert real.peak * 0.95 < planned < real.peak * (1.4 if checkpointing else 1.05)
 
 
 def test_what_stays_is_what_a_real_model_and_its_optimizer_hold() -> None:

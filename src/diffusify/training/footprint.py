@@ -4,9 +4,8 @@ The stock network, the denoiser and the loss run for real, on tensors that have 
 hold for every family that can be trained, and for whatever its layers save for their gradients.
 """
 
-import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal, Scene
-from diffusify.diffusion.corruption import noised
+from diffusify.diffusion.corruption import Noised, noised
 from diffusify.diffusion.objectives import cross_entropy, divergence
+from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora, add_lora
 from diffusify.models.quiet import quiet
@@ -62,19 +62,6 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Of a text's answerable positions: how many are open, and how many are asked of the clean half, `ar` for its loss.
-
-    A step has so many `views` of each text.
-    """
-
-    views: int
-    open: float
-    clean: float
-    ar: float
-
-
-@dataclass(frozen=True)
 class Footprint:
     """A step's FLOPs, and the bytes it needs at its peak beside weights and gradients that stay.
 
@@ -87,16 +74,6 @@ class Footprint:
     logits: float
 
 
-def shares(recipe: Recipe) -> Shares:
-    """What the recipe asks of a text on average, by its own noise."""
-    text = Canvas.clean(torch.zeros(64, 256, dtype=torch.long))
-    objective = recipe.objective
-    share = objective.ar_share if objective.ar_weight else 0.0
-    drawn = noised(text, recipe.time, recipe.schedule, 0, generator=torch.Generator().manual_seed(0))
-    open = float((1 - recipe.schedule.alpha(drawn.t)).mean())
-    return Shares(len(drawn.t) // 64, open, open + share - open * share if objective.distill else share, share)
-
-
 def sizes(subject: Subject) -> Sizes:
     network = _denoiser(subject).network
     heads = [part for part in (network.get_input_embeddings(), network.get_output_embeddings()) if part is not None]
@@ -107,46 +84,74 @@ def sizes(subject: Subject) -> Sizes:
     return Sizes(total, _count(heads), trained, total - _count(layers), biggest)
 
 
+def draw(subject: Subject, rows: int) -> Noised:
+    """Noise for rows of two documents each, as packed text has several, drawn as the trainer draws it."""
+    recipe, objective = subject.recipe, subject.recipe.objective
+    at = torch.arange(subject.length).expand(rows, -1)
+    cuts = subject.length * (1 + torch.arange(rows)[:, None]) // (rows + 1)
+    text = Canvas.clean(torch.zeros_like(at), 1 + (at >= cuts).long())
+    text = replace(text, editable=text.editable & (text.positions >= recipe.shift))
+    share = objective.ar_share if objective.ar_weight else 0.0
+    generator = torch.Generator().manual_seed(0)
+    return noised(text, recipe.time, recipe.schedule, 0, ar_share=share, generator=generator)
+
+
 def footprint(subject: Subject, rows: int, *, checkpointing: bool = False, gathered: bool = False) -> Footprint:
     """What a forward and a backward of `rows` texts take, gradients being there from the step's earlier passes.
 
-    Rows are taken to hold several documents each, as packed text does. `gathered` weights arrive in the type that is
-    computed with, as sharding brings them; else autocast makes copies of float32 ones. Attention counts in full, masked
-    or not, and its backward with what is computed again, as the fused kernels do it.
+    `gathered` weights arrive in the type that is computed with, as sharding brings them; else autocast makes copies of
+    float32 ones. Attention counts in full, masked or not, and its backward with what is computed again, as fused
+    kernels do it; the tiles that a CPU computes are fewer.
     """
-    recipe, half = subject.recipe, DTYPES[subject.dtype]
-    asks = shares(recipe)
-    n = subject.length * (2 if isinstance(recipe.attention, BlockCausal) else 1)
-    rows *= asks.views
-    answerable = rows * (subject.length - recipe.shift)
-    asked, also, ar = (round(answerable * share) for share in (asks.open, asks.clean, asks.ar))
+    if not checkpointing:
+        return _count_step(subject, rows, gathered)
+    # Reentrant recomputing holds what the usual one does, and lets go of it also where tensors have no contents; the
+    # usual one stops as soon as a layer's gradients have what they need.
+    held, computed = (_count_step(subject, rows, gathered, reentrant=reentrant) for reentrant in (True, False))
+    return replace(held, flops=computed.flops)
+
+
+def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool | None = None) -> Footprint:
+    """A step, recomputing activations in either way, or keeping them."""
+    recipe, half, noise = subject.recipe, DTYPES[subject.dtype], draw(subject, rows)
+    drawn = recipe.attention(noise.canvas, noise.clean, shift=recipe.shift)
+    if isinstance(recipe.attention, BlockCausal):
+        drawn = drawn.only(recipe.attention.read(noise.canvas, noise.canvas.open, shift=recipe.shift))
+    asked, also, ar = (int(part.sum()) for part in (noise.canvas.open, recipe.objective.asks_ar(noise), noise.ar))
     denoiser = _denoiser(subject).train()
-    if checkpointing:
+    if reentrant is not None:
         # The random state would be read from the device; without dropout nothing is random.
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        settings = {"use_reentrant": reentrant, "preserve_rng_state": False}
         denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     with FakeTensorMode():
         _materialise(denoiser, half if gathered else torch.float32)
-        at = torch.arange(n).expand(rows, n)
+        at = torch.zeros(drawn.tokens.shape, dtype=torch.long)
         rule = lambda b, h, q, k: (q <= k) | (b < 0)  # noqa: E731  (any mask of the right shape)
-        scene = Scene(torch.zeros_like(at), at % subject.length, at, at, rule, ragged=True)
+        scene = Scene(at, at, at, at, rule, ragged=drawn.ragged, unmasked=drawn.unmasked)
         wanted = torch.zeros(asked + also, dtype=torch.long)
 
         def forward() -> Tensor:
             hidden = denoiser.hidden(scene, wanted)
             watch.mark()
-            about, clean = denoiser._head(hidden).split([asked, also])
-            error = cross_entropy(about, wanted[:asked])
-            if recipe.objective.distill:
-                error = error + divergence(about, clean[wanted[:asked]].detach())
-                clean = clean[wanted[:ar]]
-            return error.sum() + cross_entropy(clean, wanted[:ar]).sum()
+            answers, clean = (denoiser.lazily(part) for part in hidden.split([asked, also]))
+
+            def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+                error = cross_entropy(logits, index)
+                if recipe.objective.distill:
+                    error = error + divergence(logits, clean.raw(index))
+                return error.sum(), error.detach()
+
+            def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+                error = cross_entropy(logits, index)
+                return error.sum(), error.detach()
+
+            return answers.total(about)[0] + clean[wanted[:ar]].total(further)[0]
 
         # The counter comes last, so that it sees what the watch answers itself.
         with _Watch(denoiser) as watch, counter() as flops:
             with torch.autocast("cpu", half, enabled=half != torch.float32):
                 loss = forward()
-            before = watch.turn()
+            before = watch.peak
             loss.backward()
     logits = before - watch.marked
     counts = (flops.get_total_flops(), watch.copies, watch.peak - logits - watch.copies, logits)
@@ -170,10 +175,13 @@ def _denoiser(subject: Subject) -> Denoiser:
     """The network without memory, under the recipe's card; without dropout, as it is trained."""
     made: Any = subject.network_class
     with torch.device("meta"), quiet():
-        network: PreTrainedModel = made._from_config(subject.config, attn_implementation="sdpa", dtype=torch.float32)
+        network: PreTrainedModel = made._from_config(subject.config, dtype=torch.float32)
         without_dropout(network)
         if subject.lora is not None:
             add_lora(network, subject.lora, 0, "")
+        kernel = network.config._attn_implementation
+        quicken(network)
+        network.set_attn_implementation(kernel)  # tiles are for a CPU, and look at what masks say
         return Denoiser(network, subject.recipe.card(type(network).__name__, 0, ""))
 
 
@@ -202,14 +210,6 @@ def _count(parts: list[nn.Module]) -> int:
 class _Watch(TorchDispatchMode):
     """Follows every new tensor's memory from its making to its end."""
 
-    def __enter__(self) -> Any:
-        gc.freeze()  # collecting then looks at what is new alone
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        gc.unfreeze()
-        super().__exit__(*error)
-
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = self.marked = self.copies = 0
@@ -219,20 +219,11 @@ class _Watch(TorchDispatchMode):
             w.grad.untyped_storage()._cdata for w in denoiser.parameters() if w.grad is not None
         }
         self._copied: set[int] = set()
-        self._back = False
 
     def mark(self) -> None:
         """The network's body has run: what it keeps is there, and nothing of the loss."""
         self.marked = self.now
         self.copies = sum(self._sizes.get(key, 0) for key in self._copied)
-
-    def turn(self) -> int:
-        """The way back begins; the peak so far. From here on what only the garbage collector frees is no peak.
-
-        Recomputing leaves such cycles behind, but only where tensors have no contents.
-        """
-        self._back = True
-        return self.peak
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Shapes of grouped products are checked for bfloat16 alone.
@@ -252,8 +243,6 @@ class _Watch(TorchDispatchMode):
             return
         self._sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
-        if self._back and self.now > self.peak:
-            gc.collect()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._part, key)
 

@@ -217,9 +217,9 @@ def _until_it_fits(subject: Subject, counted: Sizes, fleet: Fleet, batch: int | 
         for sharding in kinds:
             layout = Layout(sharding, checkpointing, _rows(subject, counted, sharding, checkpointing, fleet))
             yield layout
-            if rows >= enough:
+            if layout.rows >= enough:
                 return
-            small += [layout] if rows and not batch else []
+            small += [layout] if layout.rows and not batch else []
     yield from small[:1]
 
 
@@ -231,11 +231,11 @@ def _rows(subject: Subject, counted: Sizes, sharding: Sharding, checkpointing: b
 
     if left(Footprint(0.0, 0.0, 0.0, 0.0)) < 0:  # no step needs to be counted
         return 0
-    one, more = (left(_step(subject, sharding, checkpointing, rows)) for rows in _ENDS)
-    return int(1 + one * (_ENDS[1] - _ENDS[0]) / (one - more)) if one >= 0 else 0
+    one, two = (left(_step(subject, sharding, checkpointing, rows)) for rows in (1, 2))
+    return int(1 + one / (one - two)) if one >= 0 else 0
 
 
-_ENDS = (1, 8)
+_ENDS = (4, 16)
 
 
 @lru_cache(maxsize=64)
