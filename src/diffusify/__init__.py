@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusify.text.examples import Template
     from diffusify.text.grammar import schema_regex
     from diffusify.training.adapt import adapt
+    from diffusify.training.plan import plan
     from diffusify.training.trainer import DiffusionTrainer
     from diffusify.training.tune import tune
 
@@ -36,6 +37,7 @@ __all__ = [
     "import_denoiser",
     "load",
     "mlm",
+    "plan",
     "schema_regex",
     "tune",
 ]
@@ -50,6 +52,7 @@ _ROOMS = {
     "diffusify.text.examples": {"Template"},
     "diffusify.text.grammar": {"schema_regex"},
     "diffusify.training.adapt": {"adapt"},
+    "diffusify.training.plan": {"plan"},
     "diffusify.training.tune": {"tune"},
     "diffusify.training.trainer": {"DiffusionTrainer"},
 }

@@ -2,7 +2,7 @@
 
 import typer
 
-from diffusify.cli import evaluating, making, measuring, serving, writing
+from diffusify.cli import evaluating, making, measuring, planning, serving, writing
 
 app = typer.Typer(
     help="Turn a pretrained language model into a diffusion language model, and write with it.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 COMMANDS = (
     making.adapt,
     making.tune,
+    planning.plan,
     writing.generate,
     writing.infill,
     writing.chat,

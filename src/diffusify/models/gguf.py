@@ -22,11 +22,7 @@ def unpacked(path: Path, check: Callable[[PreTrainedConfig], object]) -> Path:
     folder = cache_folder() / f"{path.stem}-{_fingerprint(path)}"
     if folder.is_dir():
         return folder
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the reader raises whatever the broken bytes happen to cause
-        raise _unreadable(path, error) from error
-    check(config)
+    check(read_config(path))
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A crash must leave no half folder under the final name.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as parent:
@@ -53,6 +49,14 @@ def unpacked(path: Path, check: Callable[[PreTrainedConfig], object]) -> Path:
             if not folder.is_dir():  # else another process was faster, and its folder is as good
                 raise
     return folder
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The network that a GGUF file describes."""
+    try:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader raises whatever the broken bytes happen to cause
+        raise _unreadable(path, error) from error
 
 
 def _fingerprint(path: Path) -> str:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from diffusify.models.gguf import unpacked
+from diffusify.models.gguf import read_config, unpacked
 from diffusify.models.quiet import quiet
 from diffusify.models.shipped import located
 
@@ -77,6 +77,18 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     if path is None:
         folder = snapshot(source, WHOLE)
     return Base(_network(network, folder, source, dtype), load_tokenizer(folder, source), source, masked)
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The config of what `load_base` would open, or of a lone config.json; no weights are read."""
+    alone = Path(source).expanduser()
+    if alone.name == "config.json" and alone.is_file():
+        return _config(alone.parent, source)
+    path = local_path(source)
+    if path is not None and path.is_file():
+        with quiet():
+            return read_config(path)
+    return _config(path or snapshot(source, ["config.json"]), source)
 
 
 def ensure_mask_token(base: Base) -> int:

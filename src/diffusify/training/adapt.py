@@ -93,20 +93,28 @@ def adapt(
 
 def make_denoiser(base: Base, recipe: Recipe, *, lora: Lora | None = None) -> tuple[Denoiser, TextTokenizer]:
     """A network under a recipe's card, perhaps with fresh adapters. ValueError when base and recipe do not fit."""
-    if base.masked and recipe.shift:
-        raise ValueError(
-            f"{base.source} is a masked model, which needs no shift: use mlm(), or block(size, masked=True)"
-        )
-    if not base.masked and recipe.name == "mlm":
-        raise ValueError(f"{base.source} is a left-to-right model: use ar() or block(size); mlm() is for masked models")
+    check_fit(base.source, base.masked, recipe)
     mask = ensure_mask_token(base)
-    for module in base.network.modules():
+    without_dropout(base.network)
+    if lora is not None:
+        add_lora(base.network, lora, mask, base.source)
+    card = recipe.card(type(base.network).__name__, mask, base.source)
+    return Denoiser(base.network, card), TextTokenizer(base.tokenizer, mask)
+
+
+def check_fit(source: str, masked: bool, recipe: Recipe) -> None:
+    """ValueError when a base and a recipe do not fit."""
+    if masked and recipe.shift:
+        raise ValueError(f"{source} is a masked model, which needs no shift: use mlm(), or block(size, masked=True)")
+    if not masked and recipe.name == "mlm":
+        raise ValueError(f"{source} is a left-to-right model: use ar() or block(size); mlm() is for masked models")
+
+
+def without_dropout(network: nn.Module) -> None:
+    """From now on the network drops nothing: its noise is the open positions."""
+    for module in network.modules():
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if lora is not None:
-        add_lora(base.network, lora, mask, base.source)
-    card = recipe.card(type(base.network).__name__, mask, base.source)
-    return Denoiser(base.network, card), TextTokenizer(base.tokenizer, mask)
