@@ -117,7 +117,7 @@ class Denoiser(nn.Module):
         told = self.lengths(canvas) if lengths else None
         if loss is not None:
             nothing = hidden.new_empty(0, self.vocabulary)
-            learns = self._learning_head(hidden)
+            learns = self.learning_head(hidden)
             return Prediction(nothing, nothing, told, loss(*(self.lazily(h, learns) for h in hidden.split(parts))))
         about, ar_logits = self._head(hidden).split(parts)
         return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
@@ -153,7 +153,7 @@ class Denoiser(nn.Module):
         """Hidden states, to be projected by the network's head; its weights `learns` are taught with them."""
         return LazyLogits(hidden, lambda part, index: self._head(part), learns)
 
-    def _learning_head(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
+    def learning_head(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
         """The weights that the head learns, found by experiment: tied ones may stand anywhere in the network."""
         if not hidden.requires_grad:
             return ()

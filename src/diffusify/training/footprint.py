@@ -133,7 +133,8 @@ def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool 
         def forward() -> Tensor:
             hidden = denoiser.hidden(scene, wanted)
             watch.mark()
-            answers, clean = (denoiser.lazily(part) for part in hidden.split([asked, also]))
+            learns = denoiser.learning_head(hidden)
+            answers, clean = (denoiser.lazily(part, learns) for part in hidden.split([asked, also]))
 
             def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
                 error = cross_entropy(logits, index)
