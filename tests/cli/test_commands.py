@@ -39,6 +39,27 @@ def models(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFacto
     return {recipe: str(folder / recipe) for recipe in ("block", "ar")}
 
 
+@pytest.mark.parametrize(
+    ("happens", "code"),
+    [
+        (SystemExit(143), 143),
+        (KeyboardInterrupt(), 130),
+        (OSError("the disk is full"), 1),
+        (FloatingPointError("inf"), 1),
+    ],
+)
+def test_what_ends_a_run_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, happens: BaseException, code: int
+) -> None:
+    def claim(*given: object) -> bool:
+        raise happens
+
+    monkeypatch.setattr("diffusify.training.adapt.claim", claim)
+    done = run.invoke(app, ["adapt", "base", "--data", "data", "--out", str(tmp_path)])
+    assert done.exit_code == code
+    assert [line for line in done.stderr.splitlines() if str(happens) in line] == done.stderr.splitlines() or code > 1
+
+
 def test_generate_prints_the_text(models: dict[str, str]) -> None:
     for recipe in ("block", "ar"):
         done = run.invoke(app, ["generate", models[recipe], "The cat", "--max-new-tokens", "8"])

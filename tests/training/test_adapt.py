@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import datasets
@@ -57,7 +58,7 @@ def test_an_interrupted_run_goes_on(
     def interrupted(self: Budget, args, state, control, **more) -> None:
         real(self, args, state, control, **more)
         if state.global_step == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Budget, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -163,11 +163,11 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(
 
     def dies(folder: str) -> None:
         if trainer.state.global_step == 2:
-            raise SystemError("killed")
+            raise SystemExit("killed")
         real(folder)
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", dies)
-    with pytest.raises(SystemError, match="killed"):
+    with pytest.raises(SystemExit, match="killed"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     load_denoiser(tmp_path / "checkpoint-1")

@@ -1,6 +1,7 @@
 """Finetuning noises targets alone, learns from them, and what it saves opens by itself."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_an_interrupted_tuning_ends_as_if_it_had_not_been(
     def interrupted(self: Budget, args, state, control, **more) -> None:
         real(self, args, state, control, **more)
         if state.global_step == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Budget, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -68,7 +68,7 @@ def adapt(
                 steps, minutes = story.steps, story.minutes
         recipe = recipe or RecipeName.block
         make = recipe_maker(recipe)
-        own = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt")
+        own = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt", "max_skipped")
         adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
         made, low, settings, training = parse_options(pairs, arguments(make), adapters, own, training_options())
         folder = run(
@@ -117,7 +117,7 @@ def tune(
         if (prompt is None) != (target is None):
             raise ValueError("--prompt and --target make a template together; give both, or neither")
         make = recipe_maker(recipe) if recipe else None
-        own = arguments(run, "length", "held_out", "seed")
+        own = arguments(run, "length", "held_out", "seed", "max_skipped")
         adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
         made, low, settings, training = parse_options(
             option or [], arguments(make) if make else {}, adapters, own, training_options()

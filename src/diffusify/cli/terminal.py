@@ -22,12 +22,15 @@ say = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") !=
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """What the user did wrong is one line and exit code 2."""
+    """What the user did wrong is one line and exit code 2; what went wrong meanwhile is one line and exit code 1."""
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         say.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    except (FloatingPointError, OSError) as error:  # the machine's doing, or the numbers'
+        say.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -137,6 +137,14 @@ class Noised:
         return Noised(*parts, self.views)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes has of a step: the documents of all the step's rows, and which rows are its own."""
+
+    document: Int[Tensor, "all n"]
+    rows: Int[Tensor, " b"]
+
+
 def corrupt(
     clean: Canvas,
     t: Float[Tensor, "b n"],
@@ -160,17 +168,22 @@ def noised(
     *,
     ar_share: float = 0.0,
     generator: Generator | None = None,
+    share: Share | None = None,
 ) -> Noised:
     """Training canvases for a batch of clean texts: all draws of a text one below the other.
 
-    `ar_share` of the editable positions are marked for the AR co-loss. Everything random is drawn on the CPU.
+    `ar_share` of the editable positions are marked for the AR co-loss. Everything random is drawn on the CPU. Where
+    the batch is a `share` of a step, all of the step's noise is drawn: a row's noise does not depend on who has it.
     """
-    times, luck = time(clean, generator), torch.rand(clean.tokens.shape, generator=generator)
-    ar = (torch.rand(clean.tokens.shape, generator=generator) < ar_share) & clean.editable
-    lucks = [luck] * len(times)
+    step = clean if share is None else Canvas.clean(share.document, share.document)
+    times, luck = time(step, generator), torch.rand(step.tokens.shape, generator=generator)
+    told = torch.rand(step.tokens.shape, generator=generator) < ar_share
     if isinstance(time, PerBlock):
-        luck = time.luck(clean, times[0], luck, generator)
-        lucks = [luck, 1 - luck] if time.complement else [luck]
+        luck = time.luck(step, times[0], luck, generator)
+    if share is not None:
+        times, luck, told = times[:, share.rows], luck[share.rows], told[share.rows]
+    ar = told & clean.editable
+    lucks = [luck, 1 - luck] if isinstance(time, PerBlock) and time.complement else [luck] * len(times)
     canvases = [corrupt(clean, t, u, schedule, noise) for t, u in zip(times, lucks, strict=True)]
     views = len(canvases)
     every = Canvas(

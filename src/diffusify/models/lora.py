@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -48,10 +49,10 @@ def add_lora(network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str
     _attach(network, config)
 
 
-def save_lora(network: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters as PEFT does, with the name of their base."""
-    weights = get_peft_model_state_dict(network, save_embedding_layers=False)
-    save_file({_PREFIX + name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
+def save_lora(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters as PEFT does, with the name of their base; `weights` stand in for the network's own."""
+    adapters = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)
+    save_file({_PREFIX + name: weight.contiguous() for name, weight in adapters.items()}, folder / _WEIGHTS)
     network.peft_config["default"].save_pretrained(str(folder))
 
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
@@ -21,20 +22,31 @@ from diffusify.models.shipped import located
 _LENGTH_HEAD = "length_head.safetensors"
 
 
-def save_denoiser(folder: Path | str, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_denoiser(
+    folder: Path | str,
+    denoiser: Denoiser,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write network (or only its adapters), tokenizer and card into a folder.
 
-    Everything is written aside first and then moved, the card last: a folder with a card is a whole model.
+    Everything is written aside first and then moved, the card last: a folder with a card is a whole model. `weights`
+    are the denoiser's own where it has but a share of them.
     """
+    weights = denoiser.state_dict() if weights is None else weights
+    network, head = (
+        {name.removeprefix(part): w for name, w in weights.items() if name.startswith(part)}
+        for part in ("network.", "length_head.")
+    )
     with drafted(Path(folder)) as draft:
         with quiet():
             if has_lora(denoiser.network):
-                save_lora(denoiser.network, draft)
+                save_lora(denoiser.network, draft, network)
             else:
-                denoiser.network.save_pretrained(draft)
+                denoiser.network.save_pretrained(draft, state_dict=network)
             tokenizer.save_pretrained(draft)
         if denoiser.length_head is not None:
-            save_file(denoiser.length_head.state_dict(), draft / _LENGTH_HEAD)
+            save_file(head, draft / _LENGTH_HEAD)
         denoiser.diffusion.save(draft)
 
 
@@ -44,8 +56,20 @@ def drafted(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
         yield Path(aside)
+        sync(Path(aside))
         for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "diffusion_config.json"):
             os.replace(path, folder / path.name)
+        sync(folder, deep=False)
+
+
+def sync(folder: Path, *, deep: bool = True) -> None:
+    """Wait until a folder (or file), and all that is in it if `deep`, would outlast a power cut."""
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def refuse_occupied(out: Path) -> None:

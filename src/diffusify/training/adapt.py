@@ -36,6 +36,7 @@ def adapt(
     seed: int = 0,
     streaming: bool | None = None,
     max_corrupt: float = 0.01,
+    max_skipped: int = 10,
     console: Console | None = None,
     **training: Any,
 ) -> Path:
@@ -48,8 +49,9 @@ def adapt(
     `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
     budget is `steps` or `minutes` (200 steps when neither is given). `training` are fields of
     `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted run goes on
-    where its last checkpoint stands; a finished one is returned as it is. ValueError for anything that cannot work;
-    what is not there is refused before weights are read.
+    where its last checkpoint stands; a finished one is returned as it is. Steps that are not finite are skipped, and
+    `max_skipped` of them in a row end the run (FloatingPointError). ValueError for anything that cannot work; what is
+    not there is refused before weights are read.
     """
     recipe, out, console = recipe or block(), Path(out), console or Console(stderr=True, highlight=False)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
@@ -88,6 +90,7 @@ def adapt(
     return train(
         out, record, denoiser, recipe, source.tokenizer,
         rows=corpus.rows, held_out=corpus.held_out, length=length, budget=budget, console=console,
+        max_skipped=max_skipped,
     )  # fmt: skip
 
 

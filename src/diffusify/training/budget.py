@@ -6,6 +6,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from diffusify.training.ranks import agreed
+
 
 class Budget(TrainerCallback, ExportableState):
     """Ends a run after so many steps, or minutes spent in training steps; evaluates `parts` times on the way.
@@ -44,7 +46,7 @@ class Budget(TrainerCallback, ExportableState):
         self._begun = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds += perf_counter() - self._begun
+        [self.seconds] = agreed(self.seconds + perf_counter() - self._begun)  # processes decide alike
         before = int(self.progress * self.parts)
         self._advance(state)
         if int(self.progress * self.parts) > before:

@@ -1,18 +1,18 @@
 """A picture of a run: the bound over the tokens it was trained on."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
-def plot_curve(folder: Path | str) -> Path:
-    """Draw `curve.png` from the `training.json` in a run's folder: the bound, its parts by position, the AR loss."""
-    folder = Path(folder)
-    run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    points = [entry for entry in run["log"] if "eval_bound" in entry]
-    tokens = [entry["step"] * run["tokens_per_step"] / 1000 for entry in points]
+def draw_curve(log: list[dict[str, Any]], tokens_per_step: int, path: Path) -> None:
+    """Draw what a run's log has: the bound, its parts by position, the AR loss; nothing where no bound is known yet."""
+    points = [entry for entry in log if "eval_bound" in entry]
+    if not points:
+        return
+    tokens = [entry["step"] * tokens_per_step / 1000 for entry in points]
     places = sorted(key for key in points[-1] if key.startswith("eval_bound_at_"))
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -39,5 +39,4 @@ def plot_curve(folder: Path | str) -> Path:
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "curve.png", dpi=150)
-    return folder / "curve.png"
+    figure.savefig(path, dpi=150)

@@ -38,7 +38,9 @@ class TrainingProgress(TrainerCallback):
         rate = self.tokens_per_step * steps / seconds if seconds else 0.0
         minutes, rest = divmod(round(self.budget.seconds_left), 60)
         ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
-        note = f"step {state.global_step}  loss {logs['loss']:.2f}{ar}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
+        skipped = f"  {logs['skipped']} skipped" if "skipped" in logs else ""
+        said = f"loss {logs['loss']:.2f}{ar}{skipped}"
+        note = f"step {state.global_step}  {said}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
         self.bar.update(self.task, completed=self.budget.progress, note=note)
 
     def on_evaluate(

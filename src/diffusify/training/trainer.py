@@ -1,35 +1,37 @@
 """The training loop: a `transformers.Trainer` that noises texts and asks a denoiser to repair them."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
+from math import nan
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.corruption import noised
+from diffusify.diffusion.corruption import Share, noised
 from diffusify.models.compute import keep_memory, quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
-from diffusify.models.saving import load_weights, save_denoiser
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
+from diffusify.training.ranks import Shuffled, gathered, places
+from diffusify.training.steady import SteadyTrainer
 from diffusify.training.streaming import StreamLoader
 from diffusify.training.validation import validate
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(SteadyTrainer):
     """`transformers.Trainer` for denoisers: the usual `TrainingArguments`, diffusion's loss, bounds as metrics.
 
-    Noise is drawn once for a whole optimizer step, from (seed, step, rank): time is stratified over all its
-    micro-batches, the loss is a sum divided by the global count, and a resumed run repeats the same noise.
+    Rows and noise are drawn for a whole optimizer step, from the seed and the step: time is stratified over all its
+    micro-batches on all processes, the loss is a sum divided by the global count, and neither accumulation nor the
+    number of processes nor a resume changes anything. Packed rows have one length, so every process has the same work.
+
     Datasets have rows `{"tokens", "document"}` and perhaps `"editable"`, as `diffusify.text.packing` makes them.
     """
 
@@ -46,6 +48,8 @@ class DiffusionTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         budget: Budget | None = None,
+        max_skipped: int = 10,
+        tell: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
@@ -54,19 +58,19 @@ class DiffusionTrainer(Trainer):
         args.torch_compile, args.torch_compile_backend = False, None
         keep_memory()
         super().__init__(
-            model=denoiser,
-            args=args,
+            denoiser,
+            args,
             data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), *([budget] if budget else [])],
+            max_skipped=max_skipped,
+            tell=tell,
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
-        assert args.output_dir is not None, "TrainingArguments fills it in"
-        self.folder = Path(args.output_dir)
-        self.denoiser, self.recipe, self.budget = denoiser, recipe, budget
+        self.recipe, self.budget = recipe, budget
         quicken(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
@@ -84,6 +88,14 @@ class DiffusionTrainer(Trainer):
         self.stream = StreamLoader(self.train_dataset, self.args)
         return self.stream
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not has_length(rows) or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return Shuffled(len(rows), step, seed, lambda: self.state.global_step)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.stream is not None:
@@ -97,14 +109,19 @@ class DiffusionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
+        if self.state.global_step >= self.state.max_steps or (self.budget and self.budget.progress >= 1):
+            self.control.should_training_stop = True  # it was stopped at its end
+            return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536 + self.args.process_index
+        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536
         recipe = self.recipe.at(self._progress)
         objective, schedule = recipe.objective, recipe.schedule
         rows = [len(batch["tokens"]) for batch in batches]
         text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
+        place = places(rows, self.args.world_size)
+        share = Share(gathered(text.document)[place.flatten().argsort()], place[self.args.process_index])
         whole = noised(
             self.denoiser.answerable(text),
             recipe.time,
@@ -112,6 +129,7 @@ class DiffusionTrainer(Trainer):
             self.denoiser.diffusion.mask_token_id,
             ar_share=objective.ar_share if objective.ar_weight else 0.0,
             generator=torch.Generator().manual_seed(seed % 2**63),
+            share=share,
         )
         starts = [sum(rows[:i]) * whole.views for i in range(len(rows) + 1)]
         here = torch.stack([objective.count(whole.canvas), (whole.canvas.sizes > 0).sum()]).to(device)
@@ -147,13 +165,17 @@ class DiffusionTrainer(Trainer):
         return (loss_on_rank, prediction) if return_outputs else loss_on_rank
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The loss, with the plain cross-entropies (nats) that are inside it."""
-        if "loss" in logs and self._nll:
-            for name, parts in (("nll", self._nll), ("ar_nll", self._ar_nll)):
-                total, count = torch.stack(parts).sum(0).tolist()
-                if count:
-                    logs[name] = total / count
-                parts.clear()
+        """The loss over all processes, the plain cross-entropies (nats) inside it, and how many steps were skipped."""
+        if "loss" in logs:
+            parts = {"loss": self.guard.made, "nll": self._nll, "ar_nll": self._ar_nll}
+            sums = torch.stack([_finite_sum(part, self.args.device) for part in parts.values()])
+            everywhere: Any = self.accelerator.reduce(sums, "sum")
+            means = zip(parts, everywhere.tolist(), strict=True)
+            logs |= {"loss": nan} | {name: total / count for name, (total, count) in means if count}
+            if self.guard.skipped:
+                logs["skipped"] = self.guard.skipped
+            for part in parts.values():
+                part.clear()
         super().log(logs, start_time)
 
     def evaluate(
@@ -173,10 +195,6 @@ class DiffusionTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
-        save_denoiser(output_dir or self.folder, self.denoiser, self.processing_class)
-
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -190,17 +208,10 @@ class DiffusionTrainer(Trainer):
         )
         return self.lr_scheduler
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the parent class writes checkpoints: aside, until they are whole."""
-        return str(self.folder / ".unfinished")
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        whole = self.folder / name
-        if self.args.should_save and not whole.exists():
-            os.replace(Path(self._get_output_dir(trial)) / name, whole)
-            rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.denoiser, resume_from_checkpoint)
+def _finite_sum(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of those pairs of a sum and a count that are finite."""
+    if not parts:
+        return torch.zeros(2, device=device)
+    pairs = torch.stack(parts)
+    return torch.where(pairs.isfinite().all(1, keepdim=True), pairs, 0.0).sum(0)

@@ -37,6 +37,7 @@ def tune(
     length: int | None = None,
     held_out: int = 100,
     seed: int = 0,
+    max_skipped: int = 10,
     console: Console | None = None,
     **training: Any,
 ) -> Path:
@@ -94,6 +95,7 @@ def tune(
     return train(
         out, record, denoiser, recipe, base.tokenizer,
         rows=rows, held_out=held, length=length, budget=Budget(steps, minutes), console=console,
+        max_skipped=max_skipped,
     )  # fmt: skip
 
 
