@@ -1,7 +1,6 @@
 """`diffusify plan`: what it prints, and how it says no."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +37,6 @@ def test_json_holds_what_a_program_wants(causal_base: str) -> None:
     assert found["parameters"]["trained"] < found["parameters"]["total"]
 
 
-def test_a_lone_config_is_enough(causal_base: str, tmp_path: Path) -> None:
-    shutil.copy(Path(causal_base) / "config.json", tmp_path / "config.json")
-    plans = [
-        json.loads(run.invoke(app, ["plan", str(model), *RUN, "--json"]).stdout)
-        for model in (causal_base, tmp_path / "config.json")
-    ]
-    assert plans[0]["flops"] == plans[1]["flops"]
-
-
 def test_what_does_not_fit_says_how_it_would(tmp_path: Path) -> None:
     LlamaConfig(
         architectures=["LlamaForCausalLM"], hidden_size=16384, intermediate_size=45056, num_hidden_layers=2,
@@ -55,16 +45,16 @@ def test_what_does_not_fit_says_how_it_would(tmp_path: Path) -> None:
     done = run.invoke(app, ["plan", str(tmp_path), "--tokens", "1B", "--gpus", "L4"])
     assert done.exit_code == 0, done.output
     assert "no" in done.stdout and "what would make it fit" in done.stdout and "--gpus" in done.stdout
-    assert "diffusify plan" in done.stderr and "xL4" in done.stderr
+    assert "diffusify plan" in done.stderr and "--gpus" in done.stderr
 
 
 def test_the_paper_s_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
-    monkeypatch.setattr(papers, "RUNS", tuple(replace(told, config=lambda: tiny) for told in papers.RUNS))
+    monkeypatch.setattr(papers, "RUNS", (replace(papers.RUNS[2], config=lambda: tiny, length=32),))
     done = run.invoke(app, ["plan", "--paper"])
-    assert done.exit_code == 0 and done.stdout.count("DiffuLLaMA") == 2 and "160,000" in done.stdout
-    rows = json.loads(run.invoke(app, ["plan", "--paper", "--json"]).stdout)
-    assert [row["paper"]["name"] for row in rows] == ["DiffuGPT-S", "DiffuGPT-M", "DiffuLLaMA"]
+    assert done.exit_code == 0 and done.stdout.count("DiffuLLaMA") == 2 and "2,066" in done.stdout
+    row = json.loads(run.invoke(app, ["plan", "--paper", "--json"]).stdout)[0]
+    assert row["paper"]["name"] == "DiffuLLaMA" and row["paper"]["rows"] == 60
 
 
 def test_numbers_as_people_say_them() -> None:

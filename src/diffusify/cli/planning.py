@@ -204,7 +204,7 @@ def _papers(as_json: bool) -> None:
     suggest("diffusify plan gpt2 --recipe ar --tokens 131B --length 512 --gpus 8xA100-80GB")
 
 
-def amount(number: float) -> str:
+def amount(number: int | float) -> str:
     """Three digits and a unit: 65B, 124M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= 0.9995 * size:

@@ -103,15 +103,26 @@ def footprint(subject: Subject, rows: int, *, checkpointing: bool = False, gathe
     float32 ones. Attention counts in full, masked or not, and its backward with what is computed again, as fused
     kernels do it; the tiles that a CPU computes are fewer.
     """
-    if not checkpointing:
-        return _count_step(subject, rows, gathered)
-    # Reentrant recomputing holds what the usual one does, and lets go of it also where tensors have no contents; the
-    # usual one stops as soon as a layer's gradients have what they need.
-    held, computed = (_count_step(subject, rows, gathered, reentrant=reentrant) for reentrant in (True, False))
-    return replace(held, flops=computed.flops)
+    counted = _count_step(subject, rows, gathered, reentrant=False if checkpointing else None)
+    # Where tensors have no contents the usual way of recomputing does not let go of them; the reentrant one does, and
+    # holds as much on the way back.
+    back = _count_step(subject, rows, gathered, reentrant=True).back if checkpointing else counted.back
+    activations = max(counted.forth, back) - counted.logits - counted.copies
+    return Footprint(*map(float, (counted.flops, counted.copies, activations, counted.logits)))
 
 
-def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool | None = None) -> Footprint:
+@dataclass(frozen=True)
+class _Counted:
+    """A step's FLOPs and bytes: its peaks on the way forth and back, and what of the first are copies and logits."""
+
+    flops: int
+    copies: int
+    logits: int
+    forth: int
+    back: int
+
+
+def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool | None = None) -> _Counted:
     """A step, recomputing activations in either way, or keeping them."""
     recipe, half, noise = subject.recipe, DTYPES[subject.dtype], draw(subject, rows)
     drawn = recipe.attention(noise.canvas, noise.clean, shift=recipe.shift)
@@ -152,11 +163,9 @@ def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool 
         with _Watch(denoiser) as watch, counter() as flops:
             with torch.autocast("cpu", half, enabled=half != torch.float32):
                 loss = forward()
-            before = watch.peak
+            forth, watch.peak = watch.peak, watch.now
             loss.backward()
-    logits = before - watch.marked
-    counts = (flops.get_total_flops(), watch.copies, watch.peak - logits - watch.copies, logits)
-    return Footprint(*map(float, counts))
+    return _Counted(flops.get_total_flops(), watch.copies, forth - watch.marked, forth, watch.peak)
 
 
 def counter() -> FlopCounterMode:
