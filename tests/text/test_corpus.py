@@ -47,7 +47,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def opened(source: object, tokenizer: TextTokenizer = BYTES, length: int = DOCUMENT, **more: Any) -> Corpus:
-    return open_corpus(str(source), tokenizer, length, **({"held_out": 5 * DOCUMENT} | more))
+    settings: dict[str, Any] = {"held_out": 5 * DOCUMENT}
+    return open_corpus(str(source), tokenizer, length, **(settings | more))
 
 
 def texts_in(rows: Any) -> list[str]:
@@ -65,6 +66,7 @@ def test_on_disk_as_in_memory_but_for_what_is_held_out(source: Path, monkeypatch
         train, held = texts_in(made.rows), texts_in(made.held_out)
         assert len(held) == 5 and not set(train) & set(held)
         assert train == [text for text in texts if text not in held]
+    assert isinstance(disk.rows, Dataset)
     assert disk.rows[0]["document"].tolist() == [1] * DOCUMENT and disk.rows.cache_files
 
 

@@ -50,7 +50,8 @@ def network(name: str) -> PreTrainedModel:
 
 def subject(name: str, recipe: Recipe, **settings: Any) -> Subject:
     config = network(name).config
-    return Subject(network_class(config, name)[0], config, recipe, LENGTH, **{"dtype": "float32"} | settings)
+    chosen: dict[str, Any] = {"dtype": "float32"}
+    return Subject(network_class(config, name)[0], config, recipe, LENGTH, **chosen | settings)
 
 
 def recipe_for(name: str) -> Recipe:

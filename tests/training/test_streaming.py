@@ -182,7 +182,7 @@ def test_what_is_left_out_is_told(causal_base: str, folder: str, tmp_path: Path,
     good = (Path(folder) / "0.jsonl").read_text()
     path.write_text(good + "{\n" + good)
     told = Console(record=True, width=400, file=StringIO())
-    options = TINY | {"streaming": streaming, "max_corrupt": 0.05, "held_out": 8, "console": told}
+    options: dict[str, Any] = TINY | {"streaming": streaming, "max_corrupt": 0.05, "held_out": 8, "console": told}
     adapt(causal_base, str(path), tmp_path / "out", steps=8, **options)
     text = told.export_text()
     assert f"{path} line 21 is not JSON" in text and "records cannot be read" in text
@@ -198,7 +198,7 @@ def test_rows_of_several_processes_are_each_read_once(folder: str, tmp_path: Pat
     found: Counter[str] = Counter()
     for rank in range(2):
         found.update(_dealt(rows, rank))
-    assert set(found) == {str(row["tokens"]) for row in rows} and sum(found.values()) - len(rows) < 2 * 7
+    assert set(found) == {str(dict(row)["tokens"]) for row in rows} and sum(found.values()) - len(rows) < 2 * 7
 
 
 def _dealt(rows: Dataset, rank: int) -> list[str]:

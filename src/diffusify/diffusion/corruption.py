@@ -133,8 +133,8 @@ class Noised:
         return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar[rows], self.views)
 
     def to(self, device: torch.device | str) -> "Noised":
-        parts = (part.to(device) for part in (self.canvas, self.clean, self.t, self.ar))
-        return Noised(*parts, self.views)
+        clean, t, ar = (part.to(device) for part in (self.clean, self.t, self.ar))
+        return Noised(self.canvas.to(device), clean, t, ar, self.views)
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _denoiser(subject: Subject) -> Denoiser:
         without_dropout(network)
         if subject.lora is not None:
             add_lora(network, subject.lora, 0, "")
-        kernel = network.config._attn_implementation
+        kernel: Any = network.config._attn_implementation
         quicken(network)
         network.set_attn_implementation(kernel)  # tiles are for a CPU, and look at what masks say
         return Denoiser(network, subject.recipe.card(type(network).__name__, 0, ""))

@@ -70,7 +70,8 @@ def _write(
 ) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
-    network = copy.deepcopy(base.network).to(device=device, dtype=dtype).eval()
+    network: Any = copy.deepcopy(base.network)
+    network.to(device=device, dtype=dtype).eval()
     done = len(draft.read_text(encoding="utf-8").splitlines()) if draft.is_file() else 0
     done -= done % TOGETHER
     kept = "".join(draft.read_text(encoding="utf-8").splitlines(keepends=True)[:done]) if done else ""
@@ -81,7 +82,7 @@ def _write(
         for at in range(done, len(pieces), TOGETHER):
             torch.manual_seed(seed + at)
             given = torch.tensor(pieces[at : at + TOGETHER], device=device)
-            written = network.generate(  # pyright: ignore[reportCallIssue]
+            written = network.generate(
                 given,
                 attention_mask=torch.ones_like(given),
                 do_sample=True,
