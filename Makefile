@@ -47,6 +47,7 @@ bench: $(DEMOS) $(INFILLER)
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
+	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 48
 	$(BENCH)/likelihood.py runs/infiller $(DATA)/eval-dev --plain 4
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \

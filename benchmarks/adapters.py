@@ -38,7 +38,7 @@ def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
     """A small folder of what was trained: bfloat16 adapters and what is needed to open them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "curve.png"):
+    for name in ("adapter_config.json", "curve.png"):  # the tokenizer is the base's
         shutil.copy(run / name, folder / name)
     weights = load_file(run / "adapter_model.safetensors")
     save_file({name: w.bfloat16().contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
@@ -83,7 +83,7 @@ def main() -> None:
         "mib": round(sum(path.stat().st_size for path in folder.iterdir()) / 2**20, 1),
     } | measured(chosen.name)
     print(json.dumps(found, indent=2))
-    print("wrote", save(chosen.name, command, 0, found))
+    print("wrote", save("adapters", command, 0, {chosen.name: found}))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def _adapted(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
         )
     open_lora(base.network, folder)
     merge_lora(base.network)
-    return replace(base, tokenizer=load_tokenizer(folder, str(folder)))
+    has_own = (folder / "tokenizer_config.json").is_file()  # else the base's will do
+    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_own else base
 
 
 def _check_architecture(folder: Path, card: DiffusionConfig, found: list[str]) -> None:
