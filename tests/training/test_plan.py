@@ -96,12 +96,12 @@ def test_what_recipes_ask(recipe: Recipe, views: int, open: float, also: float) 
     assert int(recipe.objective.asks_ar(given).sum()) / answerable == pytest.approx(also, abs=0.03)
 
 
-def step(denoiser: Denoiser, recipe: Recipe, given: Noised) -> None:
-    asks = recipe.objective.asks_ar(given)
-    told = denoiser(
-        given.canvas, given.clean, ask=given.canvas.open, ar=asks,
-        loss=lambda answers, ar_answers: recipe.objective(answers, ar_answers, given, recipe.schedule),
-    )  # fmt: skip
+def step(denoiser: Denoiser, recipe: Recipe, given: Noised, *, half: bool = False) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        told = denoiser(
+            given.canvas, given.text, ask=given.canvas.open, ar=recipe.objective.asks_ar(given),
+            loss=lambda answers, ar_answers: recipe.objective(answers, ar_answers, given, recipe.schedule),
+        )  # fmt: skip
     assert told.loss is not None
     told.loss.total.backward()
 
@@ -113,7 +113,8 @@ def real_denoiser(name: str, recipe: Recipe) -> Denoiser:
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [(name, recipe_for(name)) for name in NETWORKS] + [("llama", block(4)), ("gpt2", block(4, distill=0.0))],
+    [(name, recipe_for(name)) for name in NETWORKS]
+    + [("llama", block(4)), ("gpt2", block(4, distill=0.0)), ("qwen3", block(4, complement=True))],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_flops_are_those_of_a_real_step(name: str, recipe: Recipe) -> None:
@@ -171,12 +172,12 @@ def test_memory_is_that_of_a_real_step(name: str, recipe: Recipe, checkpointing:
         denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for weight in denoiser.parameters():
         weight.grad = torch.zeros_like(weight)
-    with _Watch(denoiser) as real, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        step(denoiser, recipe, draw(it, ROWS))
+    with _Watch(denoiser) as real:
+        step(denoiser, recipe, draw(it, ROWS), half=dtype == "bfloat16")
     found = footprint(it, ROWS, checkpointing=checkpointing)
     planned = found.copies + found.activations + found.logits
-    # What is recomputed is told less exactly: without contents, sums in place and cycles are not what they are with.
-    assert real.peak * (0.7 if checkpointing else 0.9) < planned < real.peak * (1.4 if checkpointing else 1.1)
+    # What is recomputed is told as somewhat more: without contents, gradients are not summed in place.
+    assert real.peak * 0.9 < planned < real.peak * (1.4 if checkpointing else 1.1)
 
 
 def test_what_stays_is_what_a_real_model_and_its_optimizer_hold() -> None:

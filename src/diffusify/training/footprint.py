@@ -125,9 +125,10 @@ class _Counted:
 def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool | None = None) -> _Counted:
     """A step, recomputing activations in either way, or keeping them."""
     recipe, half, noise = subject.recipe, DTYPES[subject.dtype], draw(subject, rows)
-    drawn = recipe.attention(noise.canvas, noise.clean, shift=recipe.shift)
+    drawn = recipe.attention(noise.canvas, noise.text, shift=recipe.shift)
     if isinstance(recipe.attention, BlockCausal):
-        drawn = drawn.only(recipe.attention.read(noise.canvas, noise.canvas.open, shift=recipe.shift))
+        read = recipe.attention.read(noise.canvas, noise.canvas.open, views=noise.views, shift=recipe.shift)
+        drawn = drawn.only(read)
     asked, also, ar = (int(part.sum()) for part in (noise.canvas.open, recipe.objective.asks_ar(noise), noise.ar))
     denoiser = _denoiser(subject).train()
     if reentrant is not None:

@@ -272,8 +272,7 @@ def _remedies(subject: Subject, counted: Sizes, fleet: Fleet, batch: int | None)
         if device.memory > fleet.device.memory and (layout := fitting(subject, counted, replace(fleet, device=device))):
             yield Remedy(f"larger devices, with {how(layout)}", f"--gpus {Fleet(device, fleet.count)}")
             break
-    lengths = [subject.length >> k for k in range(1, 6) if subject.length >> k >= 32]
-    for length in lengths:
+    for length in (subject.length >> k for k in (1, 2, 3) if subject.length >> k >= 32):
         if layout := fitting(replace(subject, length=length), counted, fleet):
             yield Remedy(f"shorter rows, with {how(layout)}", f"--length {length}")
             break
