@@ -35,8 +35,8 @@ def cached_rows(
     """Rows to train on and rows held out, on disk; what could not be read; and whether they were there already.
 
     As `split_off` and `pack` make them, but the documents held out are those with the lowest hashes. A folder of the
-    cache belongs to the source with the sizes and times of its `files`, the tokenizer, all arguments, and this code;
-    it may be deleted at any time. Of several processes on a machine one makes it, and the others wait.
+    cache belongs to the source with the sizes and times of its `files`, the tokenizer, the settings, and this code; it
+    may be deleted at any time. Of several processes on a machine one makes it, and the others wait.
     """
     folder = cache_folder() / f"rows-{_key(source, files, tokenizer, length, held_out, seed)}"
     while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not folder.is_dir():

@@ -29,7 +29,7 @@ class Corpus:
 
 
 def open_corpus(
-    source: str | Dataset,
+    source: str,
     tokenizer: TextTokenizer,
     length: int,
     *,
@@ -38,7 +38,7 @@ def open_corpus(
     streaming: bool | None = None,
     max_corrupt: float = 0.01,
 ) -> Corpus:
-    """A source of texts (see `load_texts`), or texts themselves, as rows of `length` tokens.
+    """A source of texts (see `load_texts`) as rows of `length` tokens, and rows to measure on.
 
     Small sources are packed in memory, larger ones on disk (see `cached_rows`), and hubs and sources of more than
     STREAMED bytes are read while they are used (see `RowStream`), which `streaming` asks for or forbids. About
@@ -48,8 +48,6 @@ def open_corpus(
     check_limit(max_corrupt)
     if held_out < 1:
         raise ValueError(f"held_out={held_out} must be at least 1, or there is nothing to measure on")
-    if isinstance(source, Dataset):
-        return _in_memory(source, tokenizer, length, held_out, seed, Tally())
     files = files_of(source)
     if files is None and streaming is False:
         raise ValueError(f"data source {source} is on a hub, which is always streamed; leave streaming unset")
@@ -68,11 +66,7 @@ def open_corpus(
     tally.close(max_corrupt)
     if not texts:
         raise ValueError(no_documents(source))
-    return _in_memory(Dataset.from_dict({"text": texts}), tokenizer, length, held_out, seed, tally)
-
-
-def _in_memory(texts: Dataset, tokenizer: TextTokenizer, length: int, held_out: int, seed: int, tally: Tally) -> Corpus:
-    train, held = split_off(texts, held_out, tokenizer, seed=seed)
+    train, held = split_off(Dataset.from_dict({"text": texts}), held_out, tokenizer, seed=seed)
     packed = pack(held, tokenizer, length, keep_tail=True)
     return Corpus(pack(train, tokenizer, length), _enough(packed, held_out, length), tally)
 
