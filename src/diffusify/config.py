@@ -3,7 +3,7 @@
 import json
 import os
 import types
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -90,6 +90,7 @@ class DiffusionConfig:
     schedule: NoiseSchedule = Linear()
     objective: Objective = Objective()
     policy: Policy = Unmask()
+    infilling: AttentionPattern | None = None  # who may look at whom where holes are filled, if that is another pattern
     longest_answer: int | None = None  # the longest that the length head tells; no head if unset
 
     def __post_init__(self) -> None:
@@ -101,8 +102,13 @@ class DiffusionConfig:
         return self.attention.size if isinstance(self.attention, BlockCausal) else None
 
     @property
+    def infiller(self) -> "DiffusionConfig":
+        """The card by which holes are filled: this one, unless that is done under a pattern of its own."""
+        return self if self.infilling is None else replace(self, attention=self.infilling, infilling=None)
+
+    @property
     def sees_right_context(self) -> bool:
-        return sees_right_context(self.attention)
+        return sees_right_context(self.infiller.attention)
 
     @property
     def keeps_left_to_right(self) -> bool:

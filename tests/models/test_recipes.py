@@ -25,10 +25,11 @@ def test_rows() -> None:
 
 def test_annealing_opens_the_future_linearly_and_repeats_itself() -> None:
     recipe = ar(annealing_steps=10)
-    shares = [p.share if isinstance(p, Annealed) else 1.0 for p in map(recipe.attention_at, range(12))]
+    patterns = [recipe.at(step, 0.0).attention for step in range(12)]
+    shares = [pattern.share if isinstance(pattern, Annealed) else 1.0 for pattern in patterns]
     assert shares == pytest.approx([min(1, (step + 1) / 10) for step in range(12)])
-    assert recipe.attention_at(4) == recipe.attention_at(4) != recipe.attention_at(5)
-    assert ar(annealing_steps=0).attention_at(0) == Bidirectional()
+    assert recipe.at(4, 0.0) == recipe.at(4, 0.5) != recipe.at(5, 0.0)
+    assert ar(annealing_steps=0).at(0, 0.0).attention == Bidirectional()
 
 
 def test_the_annealed_share_of_looks_ahead_is_allowed() -> None:
@@ -68,18 +69,34 @@ def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
     assert mlm(label_smoothing=0.1).objective.label_smoothing == 0.1
 
 
-@pytest.mark.parametrize("recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True)])
+@pytest.mark.parametrize(
+    "recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True), block(4, infilling=0.25)]
+)
 def test_a_card_is_enough_to_go_on(recipe: Recipe) -> None:
     assert of_card(recipe.card("X", 7, "some/base")) == recipe
 
 
 def test_a_curriculum_grows_and_ends_with_the_size_itself() -> None:
     recipe = block(8, curriculum=(1, 2, 4), complement=True)
-    stages = [recipe.at(progress / 20) for progress in range(21)]
+    stages = [recipe.at(3, progress / 20) for progress in range(21)]
     sizes = [stage.attention.size for stage in stages if isinstance(stage.attention, BlockCausal)]
     assert sizes == [1, 1, 1, 2, 2, 2, 4, 4] + [8] * 13
     assert all(stage.time == PerBlock(size, complement=True) for stage, size in zip(stages, sizes, strict=True))
-    assert block(8).at(0.0) == block(8) and recipe.at(1.0) is recipe
+    assert block(8).at(0, 0.0) == block(8) and recipe.at(9, 1.0) is recipe
+
+
+def test_steps_of_infilling_are_spread_evenly_and_like_those_of_ar() -> None:
+    recipe = block(4, infilling=0.3, curriculum=(1,))
+    steps = [recipe.at(step, 0.0) for step in range(100)]
+    full = [step.attention == Bidirectional() for step in steps]
+    assert [sum(full[start : start + 10]) for start in range(0, 100, 10)] == [3] * 10
+    ours = next(step for step in steps if step.attention == Bidirectional())
+    assert (ours.time, ours.objective) == (ar().time, ar().objective)
+    assert {step.attention for step, whole in zip(steps, full, strict=True) if not whole} == {BlockCausal(1, "token")}
+    card = recipe.card("LlamaForCausalLM", 7, "some/base")
+    assert card.sees_right_context and card.block_size == 4 and card.keeps_left_to_right
+    assert (card.infiller.attention, card.infiller.block_size) == (Bidirectional(), None)
+    assert block().card("X", 7, "b").infiller.attention == BlockCausal(4, "token")
 
 
 def test_what_does_not_go_together_in_blocks_is_refused() -> None:
@@ -87,5 +104,12 @@ def test_what_does_not_go_together_in_blocks_is_refused() -> None:
         replace(ar(), curriculum=(2,))
     with pytest.raises(ValueError, match="complement=True"):
         replace(block(4, complement=True), schedule=Cosine())
+    with pytest.raises(ValueError, match="annealing_steps=5 lead to full attention"):
+        replace(block(4), annealing_steps=5)
+    for base, share in ((block(4), 1.0), (ar(), 0.2)):
+        with pytest.raises(ValueError, match=f"infilling={share} is a share of block"):
+            replace(base, infilling=share)
+    with pytest.raises(ValueError, match=r"distill=0.5 is taught by a left-to-right network"):
+        block(4, masked=True, distill=0.5, teacher="base")
     with pytest.raises(ValueError, match="tilt=0"):
         block(4, tilt=0.0)

@@ -42,6 +42,22 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(attention, policy) -> None
     assert all(result.text == prompt + (result.completion or "") for result, prompt in zip(alone, PROMPTS, strict=True))
 
 
+def test_a_model_of_blocks_that_learnt_to_fill_holes_does_both() -> None:
+    """Each is what a model of that kind alone would write, with the same weights."""
+    blocks, full = model(BlockCausal(4)), model(Bidirectional())
+    both = model(BlockCausal(4))
+    both.denoiser.diffusion = replace(both.config, infilling=Bidirectional())
+    for one in (full, both):
+        one.denoiser.network = blocks.denoiser.network
+    texts = ["The [[4]] sat on the mat", "so [[2-5]] it [[3]] is"]
+    assert [r.text for r in both.infill(texts)] == [r.text for r in full.infill(texts)]
+    assert [r.text for r in both.infill(texts, window=4)] == [r.text for r in full.infill(texts, window=4)]
+    for settings in ({}, {"tolerance": 0.0}):
+        theirs = blocks.generate(PROMPTS, max_new_tokens=9, **settings)
+        assert [r.text for r in both.generate(PROMPTS, max_new_tokens=9, **settings)] == [r.text for r in theirs]
+    assert both.config.sees_right_context and not blocks.config.sees_right_context
+
+
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
 @pytest.mark.parametrize("policy", [Unmask(rank=Random()), Ancestral(), Reparam(noise=1.0), Remask(eta=0.3)])
 def test_drawn_texts_do_not_depend_on_neighbours(attention: AttentionPattern, policy: Policy) -> None:

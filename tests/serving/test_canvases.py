@@ -3,13 +3,17 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from diffusify.diffusion.attention import Bidirectional
 from diffusify.sampling.generation import DiffusionLM
-from tests.serving.models import tiny_models
+from diffusify.sampling.settings import SamplingConfig
+from diffusify.serving.app import create_app
+from tests.serving.models import running, tiny_lm, tiny_models
 
 TEXT = "The [[3]] sat on [[2]] mat."
 
@@ -53,6 +57,24 @@ def test_infilling_is_the_model_s_own(client: httpx.Client, models: dict[str, Di
     assert "".join(token["text"] for token in told["tokens"] if "\ufffd" not in token["text"]) != ""
     assert [token["kind"] for token in told["tokens"]].count("written") == 5
     assert all((token["confidence"] is None) == (token["kind"] == "given") for token in told["tokens"])
+
+
+def test_blocks_and_holes_by_one_model() -> None:
+    lm = tiny_lm(infills=False)
+    lm.denoiser.diffusion = replace(lm.config, infilling=Bidirectional())
+    with running(create_app({"both": lm})) as address, httpx.Client(base_url=f"{address}/v1", timeout=60) as client:
+        for preset in ("balanced", "quality"):
+            told = ask(client, "infill", model="both", text=TEXT, preset=preset)["choices"][0]
+            alone = lm.infilling([TEXT], SamplingConfig.preset(preset, lm.config.infiller)).results()[0]
+            assert told["spans"] == list(alone.spans or ())
+            body = {"model": "both", "prompt": "The cat", "max_tokens": 9, "preset": preset, "temperature": 0}
+            written = ask(client, "completions", **body)["choices"][0]["text"]
+            settings = SamplingConfig.preset(preset, lm.config)
+            assert written == lm.continuing(["The cat"], 9, settings).results()[0].completion
+        beside = {"model": "both", "prompt": "The cat", "suffix": " mat", "max_tokens": 3, "preset": "balanced"}
+        assert len(ask(client, "completions", **beside)["choices"]) == 1
+        ids = [token["id"] for token in ask(client, "tokenize", model="both", text="The cat sat")["tokens"]]
+        assert len(ask(client, "alternatives", model="both", tokens=ids, position=1, top=3)["alternatives"]) == 3
 
 
 def test_ranges_are_tried_and_the_surest_kept(client: httpx.Client, models: dict[str, DiffusionLM]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
+from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe, ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.text.packing import pack
@@ -20,9 +21,12 @@ from diffusify.training.trainer import DiffusionTrainer
 from diffusify.training.validation import validate
 
 
-def trainer_for(base: str, corpus: str, out: Path, recipe: Recipe, **options: object) -> DiffusionTrainer:
+def trainer_for(
+    base: str, corpus: str, out: Path, recipe: Recipe, *, lora: Lora | None = None, **options: object
+) -> DiffusionTrainer:
     source = load_base(base)
-    denoiser, tokenizer = make_denoiser(source, recipe)
+    torch.manual_seed(0)
+    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
     texts = load_texts(corpus)
     assert isinstance(texts, Dataset)
     rows = pack(texts, tokenizer, 32)
@@ -73,6 +77,41 @@ def test_blocks_grow_by_the_curriculum(causal_base: str, corpus: str, tmp_path: 
     trainer.train()
     assert sizes == [1, 1, 2, 2] + [8] * 6
     assert trainer.denoiser.diffusion.block_size == 8
+
+
+def test_one_network_learns_blocks_and_holes_in_turns(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(causal_base, corpus, tmp_path, block(4, infilling=0.5), max_steps=60, learning_rate=3e-3)
+    rows = trainer.eval_dataset
+    assert isinstance(rows, Dataset)
+    before = [validate(model, rows)["bound"] for model in (trainer.denoiser, trainer.denoiser.infiller)]
+    trainer.train()
+    after = [validate(model, rows)["bound"] for model in (trainer.denoiser, trainer.denoiser.infiller)]
+    assert after[0] < 0.75 * before[0] and after[1] < 0.8 * before[1]
+
+
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("lora", [None, Lora(4)])
+def test_the_base_teaches_what_it_was_when_the_run_began(
+    causal_base: str, corpus: str, tmp_path: Path, lora: Lora | None, complement: bool
+) -> None:
+    """At the first step the network's own left-to-right half is the base still."""
+    recipes = [block(4, teacher=teacher, complement=complement) for teacher in ("own", "base")]
+    own, base = (trainer_for(causal_base, corpus, tmp_path, recipe, lora=lora, max_steps=2) for recipe in recipes)
+    assert own.teacher is None and base.teacher is not None
+    losses: list[list[float]] = [[], []]
+    for trainer, seen in zip((own, base), losses, strict=True):
+        real = trainer.compute_loss
+        trainer.compute_loss = lambda *a, real=real, seen=seen, **k: seen.append(loss := real(*a, **k)) or loss
+    asked = Canvas.clean(torch.arange(5, 15)[None])
+    first = base.teacher.denoiser(asked).logits
+    own.train()
+    base.train()
+    torch.testing.assert_close(losses[0][0], losses[1][0])
+    assert losses[0][1] != losses[1][1]
+    assert torch.equal(base.teacher.denoiser(asked).logits, first)
+    weights = dict(base.denoiser.named_parameters())
+    shared = [weights[name] is weight for name, weight in base.teacher.denoiser.named_parameters()]
+    assert sum(shared) == (0 if lora is None else len([w for w in weights.values() if not w.requires_grad]))
 
 
 def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: str, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def infill(
     with clear_errors():
         from diffusify.text.prompts import parse_holes
 
-        chosen = sampling(model, locals())
+        chosen = sampling(model, locals(), holes=True)
         parse_holes(text)
         lm = open_model(model)
         write(lm, lm.infilling([text], chosen), watch=watch, as_json=as_json)
@@ -200,8 +200,11 @@ def show(model: Model, as_json: AsJson = False) -> None:
         Console().print(table)
 
 
-def sampling(model: str, options: dict[str, Any]) -> "SamplingConfig":
-    """The settings of a command, before weights are read: a preset's or a file's, and what its options change."""
+def sampling(model: str, options: dict[str, Any], *, holes: bool = False) -> "SamplingConfig":
+    """The settings of a command that continues a text, or fills its `holes`, before weights are read.
+
+    They are a preset's or a file's, and what the command's options change.
+    """
     from dataclasses import fields, replace
 
     from diffusify.config import DiffusionConfig, from_plain
@@ -213,7 +216,8 @@ def sampling(model: str, options: dict[str, Any]) -> "SamplingConfig":
         raise ValueError(f"--preset {options['preset']} and --settings {options['settings']}: give one of the two")
     start = SamplingConfig()
     if options["preset"]:
-        start = SamplingConfig.preset(options["preset"], DiffusionConfig.load(located(model)))
+        card = DiffusionConfig.load(located(model))
+        start = SamplingConfig.preset(options["preset"], card.infiller if holes else card)
     elif options["settings"]:
         start = SamplingConfig.load(options["settings"])
     names = [field.name for field in fields(SamplingConfig)]

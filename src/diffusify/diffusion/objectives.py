@@ -140,8 +140,9 @@ class Objective:
     """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
 
     `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
-    `distill` is the share of the loss at open positions that takes the clean text's next-token distribution for the
-    truth, rather than the next token: self-distillation (forward KL) from the left-to-right half.
+    `distill` is the share of the loss at open positions that takes a left-to-right model's next-token distribution for
+    the truth, rather than the next token (forward KL): that of the network's `own` left-to-right half as it is by then,
+    or that of the `base` as it was when the run began.
     `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is what the length head's loss counts
     for beside it, where there is one.
     """
@@ -151,6 +152,7 @@ class Objective:
     ar_weight: float = 0.0
     ar_share: float = 0.25
     distill: float = 0.0
+    teacher: Literal["own", "base"] = "own"
     label_smoothing: float = 0.0
     length_weight: float = 0.1
 
@@ -175,7 +177,7 @@ class Objective:
 
     def asks_ar(self, noised: Noised) -> Bool[Tensor, "b n"]:
         """Where the clean text's next-token logits are wanted."""
-        return noised.ar | noised.canvas.open if self.distill else noised.ar
+        return noised.ar | noised.canvas.open if self.distill and self.teacher == "own" else noised.ar
 
     def __call__(
         self,
@@ -183,22 +185,26 @@ class Objective:
         ar_logits: LazyLogits,
         noised: Noised,
         schedule: NoiseSchedule,
+        taught: LazyLogits | None = None,
     ) -> Loss:
-        """The loss of logits at the open positions, and of the clean text's where `asks_ar` says."""
+        """The loss of logits at the open positions, and of the clean text's where `asks_ar` says.
+
+        `taught` are those of another teacher than the network itself, about the open positions.
+        """
         canvas, open = noised.canvas, noised.canvas.open
         share = torch.ones_like(noised.t)
         if self.per == "text":
             share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
         targets, worth = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
         asked = self.asks_ar(noised)
-        teacher = torch.where(open[asked])[0]  # which of the clean text's answers are about open positions
+        own = torch.where(open[asked])[0]  # which of the clean text's answers are about open positions
 
         def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             error = cross_entropy(logits, targets[index], self.label_smoothing)
             nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else error.detach()
             if self.distill:
-                told = divergence(logits, ar_logits.raw(teacher[index]))
-                error = (1 - self.distill) * error + self.distill * told
+                told = ar_logits.raw(own[index]) if taught is None else taught.raw(index)
+                error = (1 - self.distill) * error + self.distill * divergence(logits, told)
             return (error * worth[index]).sum(), nll
 
         total, nll = logits.total(about)

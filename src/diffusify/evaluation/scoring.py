@@ -134,6 +134,8 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
     rooms = [min(len(encode(item.middle, continues=True)), fits) for item in items]
     each = [_seeded(sampling, item.before) for item in items]
     if ahead:
+        if lm.config.infilling is not None:  # drafts are for the other way that this model writes
+            each = [replace(one, tolerance=None) for one in each]
         near = [_near(lm, item, fits - room) for item, room in zip(items, rooms, strict=True)]
         texts = [f"{_plain(a)}[[{room}]]{_plain(b)}" for (a, b, _), room in zip(near, rooms, strict=True)]
         made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, each).results()]

@@ -6,6 +6,7 @@ Axes: b texts, n canvas positions, k asked positions, j positions of the AR co-l
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,13 @@ class Denoiser(nn.Module):
         """How many tokens fit, as far as the network says."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else limit - self._offset
+
+    @property
+    def infiller(self) -> "Denoiser":
+        """This network under the card by which it fills holes."""
+        other = copy(self)
+        other.diffusion = self.diffusion.infiller
+        return other
 
     def answerable(self, clean: Canvas) -> Canvas:
         """The canvas with only those positions editable that have an answer: under shift, not a document's first."""

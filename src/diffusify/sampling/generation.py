@@ -113,17 +113,19 @@ class DiffusionLM:
         if not self.config.sees_right_context:
             raise ValueError(
                 f"this model ({self.config.recipe} recipe, {self.config.attention}) writes a hole without seeing the "
-                "text behind it, so it cannot infill; adapt the base with `--recipe ar` (or `mlm` for a masked model)"
+                "text behind it, so it cannot infill; adapt the base with `--recipe ar`, with `-o infilling=0.25`, or "
+                "with `--recipe mlm` for a masked model"
             )
 
         def tell(canvas: Canvas) -> dict[str, Any]:
             return {"text": self.read(canvas), "spans": tuple(read_spans(self.tokenizer, canvas)[0])}
 
         ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
-        each, choices = _one_each(settings, len(texts), self.config), hole_choices(texts)
+        denoiser = self.denoiser.infiller
+        each, choices = _one_each(settings, len(texts), denoiser.diffusion), hole_choices(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context, choices=choices)
         banned, forms = tuple(sorted(ends)), self._forms(each)
-        return Writing(self.denoiser, canvas, each, tell, banned=banned, beam=choices, forms=forms)
+        return Writing(denoiser, canvas, each, tell, banned=banned, beam=choices, forms=forms)
 
     def _form(self, regex: str) -> Automaton:
         """The automaton of the texts that match a regular expression. ValueError for one that cannot be followed."""

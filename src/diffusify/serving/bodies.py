@@ -77,9 +77,10 @@ class Wishes(Body):
         """The regular expression that is to be followed."""
         return self.regex
 
-    def settings(self, lm: DiffusionLM) -> SamplingConfig:
-        """Of the first text. ValueError for what does not go together, or not with the model."""
-        start = SamplingConfig() if self.preset is None else SamplingConfig.preset(self.preset, lm.config)
+    def settings(self, lm: DiffusionLM, *, holes: bool = False) -> SamplingConfig:
+        """Of the first text, which is continued or has holes. ValueError for what does not go together."""
+        card = lm.config.infiller if holes else lm.config
+        start = SamplingConfig() if self.preset is None else SamplingConfig.preset(self.preset, card)
         names = [
             "steps",
             "threshold",
@@ -97,7 +98,7 @@ class Wishes(Body):
         stepwise = {"regex": self.form, "logits_processor": self.penalties()}
         if self.preset and any(stepwise.values()):
             start = replace(start, tolerance=None)
-        if isinstance(lm.config.attention, Causal) and not any(stepwise.values()):
+        if isinstance(card.attention, Causal) and not any(stepwise.values()):
             changes = {name: value for name, value in changes.items() if name in ("top_k", "tolerance")}
             start = SamplingConfig(tolerance=0.0)
         seed = secrets.randbits(31) if self.seed is None else self.seed

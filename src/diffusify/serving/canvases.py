@@ -30,7 +30,7 @@ async def infill(body: InfillBody, request: Request) -> Response:
     closed = lm.config.sees_right_context
 
     def prepare(lm: DiffusionLM) -> Writing:
-        settings = body.settings(lm)
+        settings = body.settings(lm, holes=closed)
         if body.tokens is None:
             return lm.infilling([body.text or ""], settings)
         if closed:
@@ -121,7 +121,7 @@ class Look:
         self.canvas = Canvas.room([before + after], noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)
         self._ask = torch.zeros_like(self.canvas.open)
         self._ask[0, at + 1] = True
-        self._denoiser, self._never = lm.denoiser, [start, end] if closed else []
+        self._denoiser, self._never = lm.denoiser.infiller, [start, end] if closed else []
         self._top, self.found = body.top, []
 
     def __iter__(self) -> Iterator[None]:

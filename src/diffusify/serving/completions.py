@@ -114,7 +114,7 @@ def _between(lm: DiffusionLM, body: CompletionBody, prompts: list[str | list[int
     def prepare(lm: DiffusionLM) -> Writing:
         sizes = range(most, most + 1) if body.form else range(1, most + 1)
         holed = [[prompt, sizes, suffix] for prompt in prompts]
-        return lm.infilling(holed, body.watched(body.settings(lm), lm))
+        return lm.infilling(holed, body.watched(body.settings(lm, holes=True), lm))
 
     spaced = isinstance(prompts[0], str) and prompts[0].endswith(" ")  # the hole has taken the space
 

@@ -52,12 +52,12 @@ class OpenAI(Wishes):
         found = Penalties(bias, self.presence_penalty, self.frequency_penalty)
         return None if found == Penalties() else found
 
-    def settings(self, lm: DiffusionLM) -> SamplingConfig:
+    def settings(self, lm: DiffusionLM, *, holes: bool = False) -> SamplingConfig:
         rows = lm.denoiser.vocabulary
         for token, _ in (self.penalties() or Penalties()).bias:
             if token >= rows:
                 raise ValueError(f"logit_bias: token {token} is beyond the {rows} that the model knows")
-        return super().settings(lm)
+        return super().settings(lm, holes=holes)
 
     def watched(self, settings: SamplingConfig, lm: DiffusionLM) -> SamplingConfig:
         """The settings, with the likeliest tokens taken down, where they are to be told."""

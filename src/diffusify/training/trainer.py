@@ -22,6 +22,7 @@ from diffusify.training.budget import Budget
 from diffusify.training.ranks import Shuffled, gathered, places
 from diffusify.training.steady import SteadyTrainer
 from diffusify.training.streaming import StreamLoader
+from diffusify.training.teacher import Teacher
 from diffusify.training.validation import validate
 
 
@@ -71,6 +72,8 @@ class DiffusionTrainer(SteadyTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
+        distils = recipe.objective.distill and recipe.objective.teacher == "base"
+        self.teacher = Teacher(denoiser) if distils else None
         quicken(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
@@ -116,7 +119,7 @@ class DiffusionTrainer(SteadyTrainer):
         if not batches:
             return [], None
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536
-        recipe = self.recipe.at(self._progress)
+        recipe = self.recipe.at(self.state.global_step, self._progress)
         objective, schedule = recipe.objective, recipe.schedule
         rows = [len(batch["tokens"]) for batch in batches]
         text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
@@ -143,14 +146,15 @@ class DiffusionTrainer(SteadyTrainer):
     ) -> Any:
         batch, recipe = inputs["noised"].to(self.args.device), inputs["recipe"]
         objective = recipe.objective
+        taught = self.teacher(batch) if self.teacher and objective.distill else None
         prediction = model(
             batch.canvas,
             batch.text,
             ask=batch.canvas.open,
             ar=objective.asks_ar(batch),
-            attention=recipe.attention_at(self.state.global_step),
+            attention=recipe.attention,
             lengths=self.denoiser.length_head is not None,
-            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule),
+            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule, taught),
         )
         loss = prediction.loss
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
