@@ -26,7 +26,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
-from diffusify.models.compute import keep_memory, quicken
+from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import load_base, load_config, network_class
 from diffusify.models.recipes import Recipe, ar, block
@@ -80,7 +80,6 @@ def planned(case: Case) -> dict[str, float]:
 
 
 def measured(case: Case, rounds: int) -> dict[str, float]:
-    keep_memory()
     generator = torch.Generator().manual_seed(SEED)
     small = Case(case.recipe, 2, 16, lambda: LlamaConfig(vocab_size=9000, hidden_size=32, num_hidden_layers=1))
     warm = made(small).to(DEVICE)

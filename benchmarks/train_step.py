@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
-from diffusify.models.compute import keep_memory, quicken
+from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import ensure_mask_token, load_base
 from diffusify.models.recipes import Recipe, ar, block
@@ -70,7 +70,6 @@ def work(name: str, way: str) -> None:
     mask = ensure_mask_token(base)
     denoiser = Denoiser(base.network, recipe.card("LlamaForCausalLM", mask, base.source)).train()
     if way != "plain":
-        keep_memory()
         quicken(denoiser.network, compiled="compiled" in way)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(SEED)

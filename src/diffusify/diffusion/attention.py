@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from diffusify.canvas import Canvas
 
@@ -83,6 +84,17 @@ class Scene:
         """The rule as an additive bias, which `sdpa` and `eager` both obey (`eager` adds a boolean one as 0/1)."""
         seen = self.visible(window)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        """The rule as flex attention takes it, which leaves out what nobody looks at."""
+        b, m = self.tokens.shape
+        looks, rows, width = self.rule, b if self.ragged else 1, m
+        if window is not None or self.columns is not None or isinstance(self, Crowd):  # the rule does not say it all
+            seen = self.visible(window)
+            (rows, _, width), looks = seen.shape, lambda b, h, q, k: seen[b, q, k]
+        return create_block_mask(
+            lambda b, h, q, k: looks(b, h, q, k), rows, None, m, width, device=self.tokens.device
+        )  # its arguments are counted, which a decorated rule may hide
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 TOGETHER = 128  # positions
 LEARNT = 512  # positions whose logits exist at once while they are learnt from
+EVEN = 64  # positions: one part has fewer, all others a multiple
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (logits, numbers) -> (a sum, something for each position)
 
@@ -92,6 +93,12 @@ class LazyLogits:
         return torch.cat(list(self.parts()))
 
 
+def _sizes(k: int) -> list[int]:
+    """How many positions each part has, in few sizes: a kernel is kept for each that was ever met, between tensors."""
+    rest = k % LEARNT
+    return [LEARNT] * (k // LEARNT) + [size for size in (rest - rest % EVEN, rest % EVEN) if size] or [0]
+
+
 class _Total(torch.autograd.Function):
     """See `LazyLogits.total`."""
 
@@ -102,7 +109,8 @@ class _Total(torch.autograd.Function):
         sums, told, of_hidden = [], [], []
         of_weights: list[Tensor | None] = [None] * len(weights)
         numbers = torch.arange(len(hidden), device=hidden.device)
-        for part, index in zip(hidden.split(LEARNT), numbers.split(LEARNT), strict=True):
+        sizes = _sizes(len(hidden))
+        for part, index in zip(hidden.split(sizes), numbers.split(sizes), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 worth, values = measure(head(part, index), index)

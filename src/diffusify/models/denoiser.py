@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class Denoiser(nn.Module):
     def __init__(self, network: PreTrainedModel, config: DiffusionConfig) -> None:
         super().__init__()
         kernel = network.config._attn_implementation
-        if kernel not in ("sdpa", "eager"):
-            raise ValueError(f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa or eager")
+        if kernel not in ("sdpa", "eager", "flex_attention"):
+            raise ValueError(
+                f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa, eager or flex_attention"
+            )
         self.network, self.diffusion = network, config
         accepts = inspect.signature(network.forward).parameters
         if "position_ids" not in accepts:
@@ -195,9 +198,16 @@ class Denoiser(nn.Module):
             return self.network.base_model(
                 input_ids=scene.tokens,
                 position_ids=scene.positions + self._offset,
-                attention_mask=None if shown is None else _bias(shown, self.network.dtype, windows if limited else {}),
+                attention_mask=None if shown is None else self._mask(shown, windows if limited else {}),
                 **settings,
             )
+
+    def _mask(self, scene: Scene, windows: dict[str, int | None]) -> Any:
+        """A scene's mask as the attention kernel takes it, or one for each kind of layer where some see a window."""
+        flex = self.network.config._attn_implementation == "flex_attention"
+        make = scene.block_mask if flex else partial(scene.bias, self.network.dtype)
+        masks = {kind: make(window) for kind, window in windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values())) if masks else make()
 
     def add_length_head(self, longest: int) -> None:
         """From now on the model also learns to tell an answer's length, up to `longest` tokens."""
@@ -244,14 +254,6 @@ def _unmasked(network: PreTrainedModel) -> Iterator[None]:
             part.is_causal = True
         if silent:
             del config.is_causal
-
-
-def _bias(scene: Scene, dtype: torch.dtype, windows: dict[str, int | None]) -> Tensor | dict[str, Tensor]:
-    """An additive bias, or one for each kind of layer where only some layers see a window."""
-    biases = {kind: scene.bias(dtype, window) for kind, window in windows.items()}
-    if not biases:
-        return scene.bias(dtype)
-    return biases if len(biases) > 1 else next(iter(biases.values()))
 
 
 def _position_offset(network: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Share, noised
-from diffusify.models.compute import keep_memory, quicken
+from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.recipes import Recipe
 from diffusify.text.packing import collate
@@ -57,7 +57,6 @@ class DiffusionTrainer(SteadyTrainer):
         args.label_names = []
         compiled = args.torch_compile  # by us: layer after layer, where shapes are few
         args.torch_compile, args.torch_compile_backend = False, None
-        keep_memory()
         super().__init__(
             denoiser,
             args,
