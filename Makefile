@@ -22,7 +22,7 @@ docs: .venv/stamp
 	$(BIN)/python -m mkdocs build --strict
 
 # The README's tables, again; see benchmarks/README.md. DATA=FOLDER runs those that need data, too.
-DEMOS := $(foreach minutes,5 10 30,runs/$(minutes)/diffusion_config.json)
+DEMOS := $(foreach minutes,5 10 30 180,runs/$(minutes)/diffusion_config.json)
 INFILLER := runs/infiller/diffusion_config.json
 BENCH := $(BIN)/python benchmarks
 
@@ -38,9 +38,12 @@ bench: $(DEMOS) $(INFILLER)
 	$(BIN)/pip install -q --no-deps rxnmapper==0.4.3 rxnfp==0.1.0
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
-	$(BENCH)/decoding.py runs/5 runs/10 runs/30
+	$(BENCH)/decoding.py runs/5 runs/10 runs/30 runs/180
 	$(BENCH)/caches.py runs/infiller
 	$(BENCH)/train_step.py --rounds 5
+	$(BENCH)/scale.py
+	$(BENCH)/plan.py
+	$(BENCH)/recipes.py --minutes 3
 	$(BENCH)/data.py
 	$(BENCH)/serving.py runs/5
 	$(BENCH)/reactions.py

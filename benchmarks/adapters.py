@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from machine import save
+from machine import RESULTS, save
 from safetensors.torch import load_file, save_file
 
 import diffusify
@@ -83,7 +83,9 @@ def main() -> None:
         "mib": round(sum(path.stat().st_size for path in folder.iterdir()) / 2**20, 1),
     } | measured(chosen.name)
     print(json.dumps(found, indent=2))
-    print("wrote", save("adapters", command, 0, {chosen.name: found}))
+    there = RESULTS / "adapters.json"
+    others = json.loads(there.read_text(encoding="utf-8"))["result"] if there.is_file() else {}
+    print("wrote", save("adapters", command, 0, others | {chosen.name: found | {"command": command}}))
 
 
 if __name__ == "__main__":

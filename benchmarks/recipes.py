@@ -21,6 +21,7 @@ from machine import save
 from rich.console import Console
 
 import diffusify
+from diffusify.config import cache_folder
 from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import ar, block
@@ -48,17 +49,23 @@ ARMS = {
 }
 
 
+def own_texts() -> int:
+    """How many files of text that a base wrote there are."""
+    return len(list(cache_folder().glob("self-*")))
+
+
 def work(arm: str, minutes: float, out: Path) -> None:
     """Train one arm, measure it, and write what was found beside its model."""
     recipe, data = ARMS[arm]
     torch.set_num_threads(1)
     budget.perf_counter = process_time  # pyright: ignore[reportPrivateImportUsage]
-    console, written = Console(stderr=True), 0.0
+    console, written = Console(stderr=True), None
     if data.startswith("self:"):
-        begun = process_time()
+        begun, there = process_time(), own_texts()
         source = load_base(BASE)
         with_own_texts(data, source, make_denoiser(source, recipe)[1], LENGTH, 0, console)
-        written = process_time() - begun
+        if own_texts() > there:
+            written = round(process_time() - begun)
         del source
     folder = adapt(
         BASE, data, out, recipe=recipe, minutes=minutes, length=LENGTH, console=console, per_device_train_batch_size=2
@@ -69,7 +76,9 @@ def work(arm: str, minutes: float, out: Path) -> None:
     texts, held = split_off(load_texts(DATA), 8192, lm.tokenizer)
     rows = pack(held, lm.tokenizer, LENGTH, keep_tail=True)
     rows = rows.select(range(min(32, len(rows))))
-    found: dict = {"training_tokens": tokens, "seconds_of_writing": round(written)}
+    found: dict = {"training_tokens": tokens}
+    if data.startswith("self:"):
+        found["seconds_of_writing"] = written  # none where it was written before
     if lm.config.sees_right_context:
         found["bound_in_full"] = round(validate(lm.denoiser.infiller, rows, batch_size=4)["bound"], 3)
     if lm.config.reads_left_to_right:

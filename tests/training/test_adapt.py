@@ -3,10 +3,12 @@
 import json
 import shutil
 import signal
+from io import StringIO
 from pathlib import Path
 
 import datasets
 import pytest
+from rich.console import Console
 
 import diffusify
 from diffusify.models.lora import Lora
@@ -48,6 +50,23 @@ def test_another_run_in_the_same_folder_is_refused(causal_base: str, corpus: str
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds other files"):
         adapt(causal_base, corpus, tmp_path / "mine", steps=1, **TINY)
+
+
+def test_a_run_of_an_earlier_version_is_known_again(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, corpus, tmp_path / "run", steps=1, **TINY)
+    run = json.loads((out / "run.json").read_text())
+    del run["recipe"]["infilling"], run["recipe"]["objective"]["teacher"]  # what had not been thought of yet
+    (out / "run.json").write_text(json.dumps(run))
+    assert adapt(causal_base, corpus, out, steps=1, **TINY) == out
+    with pytest.raises(ValueError, match="holds another run .*recipe"):
+        adapt(causal_base, corpus, out, recipe=block(4, infilling=0.5), steps=1, **TINY)
+
+
+def test_a_log_file_tells_of_rate_and_time_left(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    console = Console(file=(said := StringIO()), width=80)
+    adapt(causal_base, corpus, tmp_path / "run", steps=6, console=console, logging_steps=2, **TINY)
+    [line] = [line for line in said.getvalue().splitlines() if "tok/s" in line]  # one a minute, the first at once
+    assert line.strip().startswith("33.3%  step 2  loss ") and line.endswith(" left")
 
 
 def test_an_interrupted_run_goes_on(

@@ -1,5 +1,7 @@
 """What a person sees while a model trains."""
 
+from math import inf
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
@@ -9,12 +11,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from diffusify.training.budget import Budget
 
 
+LINE_SECONDS = 60.0
+
+
 class TrainingProgress(TrainerCallback):
-    """A bar with rate, loss and time left, and a line for every evaluation."""
+    """A bar with rate, loss and time left, and a line for every evaluation; lines now and then where no bar is seen."""
 
     def __init__(self, budget: Budget, tokens_per_step: int, console: Console) -> None:
         self.budget, self.tokens_per_step, self.console = budget, tokens_per_step, console
-        self.first_step, self.first_second = 0, 0.0
+        self.first_step, self.first_second, self.told = 0, 0.0, -inf
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("adapting"),
@@ -42,6 +47,9 @@ class TrainingProgress(TrainerCallback):
         said = f"loss {logs['loss']:.2f}{ar}{skipped}"
         note = f"step {state.global_step}  {said}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
         self.bar.update(self.task, completed=self.budget.progress, note=note)
+        if not self.console.is_terminal and monotonic() - self.told >= LINE_SECONDS:  # a log file
+            self.told = monotonic()
+            self.console.print(f"{self.budget.progress:>6.1%}  {note}", soft_wrap=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any

@@ -12,8 +12,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from diffusify.config import from_plain, nearest
+from diffusify.config import from_plain, nearest, to_plain
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe
 from diffusify.models.saving import sync
 from diffusify.training.budget import Budget
@@ -116,6 +117,9 @@ def _check_same(out: Path, record: dict[str, Any]) -> None:
     if not there.is_file():
         raise ValueError(f"{out} holds other files; give an empty or new folder")
     before, here = json.loads(there.read_text(encoding="utf-8")), json.loads(json.dumps(record))
+    for name, kind in (("recipe", Recipe), ("lora", Lora)):
+        if before.get(name) is not None:  # an earlier version wrote no fields that it did not have
+            before[name] = to_plain(from_plain(before[name], kind, f"{there}: {name}"))
     for run in (before, here):
         run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _DEALING}
     differing = [name for name in here if before.get(name) != here[name]]
