@@ -42,7 +42,7 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/caches.py runs/infiller
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py
-	$(BENCH)/plan.py
+	$(BENCH)/plan.py --rounds 2
 	$(BENCH)/recipes.py --minutes 3
 	$(BENCH)/data.py
 	$(BENCH)/serving.py runs/5

@@ -21,6 +21,7 @@ import numpy
 import torch
 from machine import save
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffusify.canvas import Canvas
@@ -113,6 +114,7 @@ def draw(found: dict[str, Any]) -> None:
         axes[1, column].set_xlabel(axis)
         for row in axes[:, column]:
             row.grid(alpha=0.3)
+            row.xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("tokens/s")
     axes[1, 0].set_ylabel("GiB of a step")
     axes[0, 0].legend()
