@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: P
     # Adam and clipping would hide a wrong scale, and Adam makes small gradients' rounding errors as large as others.
     plain = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
     whole = trainer_for(causal_base, corpus, tmp_path, recipe, **plain)
-    apart = plain | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    apart: dict[str, Any] = plain | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     parts = trainer_for(causal_base, corpus, tmp_path, recipe, **apart)
     whole.train()
     parts.train()
