@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py
 
-A random Llama of four layers (hidden size 256), so that what grows is not hidden behind weights. Each size has a process
-of its own for its peak memory: what is told is what a step takes beyond the process before it, weights and optimizer
-included. Laws are least-squares fits of the relative error. Draws `docs/scale.png`.
+A random Llama of four layers (hidden size 256), so that what grows is not hidden behind weights. Each size has a
+process of its own for its peak memory: what is told is what a step takes beyond the process before it, weights and
+optimizer included. Laws are least-squares fits of the relative error. Draws `docs/scale.png`.
 """
 
 import argparse

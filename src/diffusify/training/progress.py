@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from diffusify.training.budget import Budget
 
-
 LINE_SECONDS = 60.0
 
 
