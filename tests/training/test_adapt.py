@@ -16,6 +16,7 @@ from diffusify.models.recipes import ar, block, mlm
 from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
+from diffusify.training.runs import claim
 
 TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
 
@@ -60,6 +61,16 @@ def test_a_run_of_an_earlier_version_is_known_again(causal_base: str, corpus: st
     assert adapt(causal_base, corpus, out, steps=1, **TINY) == out
     with pytest.raises(ValueError, match="holds another run .*recipe"):
         adapt(causal_base, corpus, out, recipe=block(4, infilling=0.5), steps=1, **TINY)
+
+
+def test_a_run_with_a_choice_of_one_s_own_is_known_again(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, corpus, tmp_path / "run", steps=1, **TINY)
+    run = json.loads((out / "run.json").read_text())
+    run["recipe"]["objective"]["weight"] = {"type": "Halfway"}  # which the library does not know
+    (out / "run.json").write_text(json.dumps(run))
+    assert claim(out, run)
+    with pytest.raises(ValueError, match="holds another run .*recipe"):
+        adapt(causal_base, corpus, out, steps=1, **TINY)
 
 
 def test_a_log_file_tells_of_rate_and_time_left(causal_base: str, corpus: str, tmp_path: Path) -> None:

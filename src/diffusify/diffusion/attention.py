@@ -87,14 +87,17 @@ class Scene:
 
     def block_mask(self, window: int | None = None) -> BlockMask:
         """The rule as flex attention takes it, which leaves out what nobody looks at."""
-        b, m = self.tokens.shape
-        looks, rows, width = self.rule, b if self.ragged else 1, m
-        if window is not None or self.columns is not None or isinstance(self, Crowd):  # the rule does not say it all
-            seen = self.visible(window)
-            (rows, _, width), looks = seen.shape, lambda b, h, q, k: seen[b, q, k]
-        return create_block_mask(
-            lambda b, h, q, k: looks(b, h, q, k), rows, None, m, width, device=self.tokens.device
-        )  # its arguments are counted, which a decorated rule may hide
+        if window is not None or self.columns is not None:
+            return _looked_up(self.visible(window))
+        (b, m), rule = self.tokens.shape, self.rule
+        looks: Rule = lambda b, h, q, k: rule(b, h, q, k)  # noqa: E731  (arguments are counted; a rule may hide them)
+        return create_block_mask(looks, b if self.ragged else 1, None, m, m, device=self.tokens.device)
+
+
+def _looked_up(seen: Bool[Tensor, "rows m w"]) -> BlockMask:
+    """A matrix as flex attention takes it."""
+    rows, m, w = seen.shape
+    return create_block_mask(lambda b, h, q, k: seen[b, q, k], rows, None, m, w, device=seen.device)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,9 @@ class Crowd(Scene):
         w = m if self.there is None else self.there.shape[1]
         seen = [part.visible(window).expand(len(part.tokens), -1, -1) for part in self.parts]
         return torch.cat([functional.pad(rows, (0, w - rows.shape[2], 0, m - rows.shape[1])) for rows in seen])
+
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        return _looked_up(self.visible(window))
 
 
 def _alone(canvas: Canvas, shift: int, rule: Rule, *, ragged: bool = False, unmasked: bool = False) -> Scene:

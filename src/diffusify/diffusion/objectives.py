@@ -177,7 +177,11 @@ class Objective:
 
     def asks_ar(self, noised: Noised) -> Bool[Tensor, "b n"]:
         """Where the clean text's next-token logits are wanted."""
-        return noised.ar | noised.canvas.open if self.distill and self.teacher == "own" else noised.ar
+        return noised.ar | noised.canvas.open if self.taught_by("own") else noised.ar
+
+    def taught_by(self, teacher: Literal["own", "base"]) -> bool:
+        """Whether this teacher is asked about open positions."""
+        return self.distill > 0 and self.teacher == teacher
 
     def __call__(
         self,

@@ -37,8 +37,8 @@ class Recipe:
     infilling: float = 0.0
 
     def __post_init__(self) -> None:
-        ar_weight, distill, own = self.objective.ar_weight, self.objective.distill, self.objective.teacher == "own"
-        if (ar_weight or (distill and own)) and not keeps_left_to_right(self.attention, self.shift):
+        ar_weight, distill = self.objective.ar_weight, self.objective.distill
+        if (ar_weight or self.objective.taught_by("own")) and not keeps_left_to_right(self.attention, self.shift):
             raise ValueError(
                 f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half to read AR "
                 "answers from; use block(size) on a left-to-right network, or leave both at 0.0"

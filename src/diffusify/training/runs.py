@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -118,8 +118,9 @@ def _check_same(out: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds other files; give an empty or new folder")
     before, here = json.loads(there.read_text(encoding="utf-8")), json.loads(json.dumps(record))
     for name, kind in (("recipe", Recipe), ("lora", Lora)):
-        if before.get(name) is not None:  # an earlier version wrote no fields that it did not have
-            before[name] = to_plain(from_plain(before[name], kind, f"{there}: {name}"))
+        if before.get(name) not in (None, here.get(name)):  # an earlier version wrote no fields that it did not have
+            with suppress(ValueError):  # a choice of one's own does not read
+                before[name] = to_plain(from_plain(before[name], kind, name))
     for run in (before, here):
         run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _DEALING}
     differing = [name for name in here if before.get(name) != here[name]]

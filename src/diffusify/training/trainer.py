@@ -71,8 +71,7 @@ class DiffusionTrainer(SteadyTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
-        distils = recipe.objective.distill and recipe.objective.teacher == "base"
-        self.teacher = Teacher(denoiser) if distils else None
+        self.teacher = Teacher(denoiser) if recipe.objective.taught_by("base") else None
         quicken(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
