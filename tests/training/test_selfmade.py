@@ -1,19 +1,24 @@
 """A base writes its own training text, once, and goes on where it was stopped."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import block, mlm
+from diffusify.models.recipes import ar, block, mlm
+from diffusify.text.examples import Template
 from diffusify.text.sources import load_texts
 from diffusify.training import selfmade
 from diffusify.training.adapt import adapt, make_denoiser
-from diffusify.training.selfmade import with_own_texts
+from diffusify.training.selfmade import Writer, with_own_texts
+from diffusify.training.tune import tune
+from tests.families import tiny_network
 
-TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
+TINY: dict[str, Any] = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +69,75 @@ def test_what_cannot_be_written_is_refused(causal_base: str, masked_base: str, c
         adapt(causal_base, "self:nowhere.txt", tmp_path / "run", steps=1, **TINY)
     with pytest.raises(ValueError, match="no text of 4000 tokens"):
         written(causal_base, f"self:{corpus}", length=4000)
+
+
+@pytest.fixture
+def wide_base(causal_base: str, tmp_path: Path) -> str:
+    """The tiny Llama with room for a chat."""
+    folder = shutil.copytree(causal_base, tmp_path / "wide")
+    network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=256)
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> str:
+    """Six chats and twenty pairs without an answer."""
+    path = tmp_path / "questions.jsonl"
+    chats = [[{"role": "user", "content": word}, {"role": "assistant", "content": "no"}] for word in "abcdef"]
+    pairs = [{"instruction": f"say {word}", "output": None} for word in "ghijklmnopqrstuvwxyz"]
+    records = [{"messages": chat} for chat in chats] + pairs
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_a_model_answers_questions_and_is_tuned_on_that(
+    wide_base: str, asked: str, cache: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = TINY | {"length": 192}
+    out = tune(wide_base, f"self:{asked}", tmp_path / "run", recipe=block(4), steps=1, **options)
+    assert json.loads((out / "run.json").read_text())["data"] == f"self:{asked}"
+    (path,) = cache.glob("self-*.jsonl")
+    chats = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert 4 < len(chats) < 26  # those that came to an end
+    assert all([message["role"] for message in chat] == ["user", "assistant"] for chat in chats)
+    contents = [chat[0]["content"] for chat in chats]
+    everything = [*"abcdef", *(f"say {word}" for word in "ghijklmnopqrstuvwxyz")]
+    assert len(set(contents)) == len(contents) and set(contents) < set(everything)
+    assert all(chat[1]["content"].strip() not in ("", "no") for chat in chats)
+
+
+def test_what_is_written_does_not_depend_on_what_is_written_beside_it(
+    causal_base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = load_base(causal_base)
+    tokenizer = make_denoiser(source, block())[1]
+    writer = Writer(source.network, tokenizer, [*range(0, 320, 9)], 48, 0, Console(quiet=True))
+    prompts = [tokenizer.encode("the cat sat on the mat"[:size]) for size in range(2, 20, 3)]
+    monkeypatch.setattr(selfmade, "TEMPERATURE", 1e-6)  # the likeliest token
+    monkeypatch.setattr(selfmade, "fast_bfloat16", lambda: False)
+    found = []
+    for together in (1, 4):
+        monkeypatch.setattr(selfmade, "TOGETHER", together)
+        path = writer.file([together], prompts, lambda n, ids: {"n": n, "ids": ids})
+        found.append([json.loads(line) for line in path.read_text().splitlines()])
+    assert len(found[0]) == len(found[1]) == len(prompts)
+    for alone, beside in zip(*found, strict=True):
+        size = len(beside["ids"])  # padding takes room
+        assert size and alone["ids"][:size] == beside["ids"]
+        assert all(token_id % 9 for token_id in alone["ids"][:-1])  # nothing behind an end
+
+
+def test_a_model_without_a_left_to_right_half_cannot_answer(
+    causal_base: str, masked_base: str, corpus: str, asked: str, tmp_path: Path
+) -> None:
+    infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
+    with pytest.raises(ValueError, match="does not write from left to right and cannot answer"):
+        tune(str(infiller), f"self:{asked}", tmp_path / "no", steps=1, **TINY)
+    with pytest.raises(ValueError, match="does not write from left to right and cannot answer"):
+        tune(masked_base, f"self:{asked}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
+    with pytest.raises(ValueError, match="need no template"):
+        template = Template("{instruction}", "{output}")
+        tune(causal_base, f"self:{asked}", tmp_path / "no", recipe=block(), template=template, steps=1, **TINY)
+    with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
+        tune(causal_base, "self:nowhere.jsonl", tmp_path / "no", recipe=block(), steps=1, **TINY)

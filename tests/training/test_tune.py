@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import diffusify
 from diffusify.canvas import Canvas
-from diffusify.models.lora import Lora
+from diffusify.config import DiffusionConfig
+from diffusify.models.lora import Lora, base_of
 from diffusify.models.recipes import block, mlm
 from diffusify.models.saving import load_denoiser, merge_adapters
 from diffusify.text.examples import Template
@@ -110,10 +111,24 @@ def test_adapters_open_by_themselves_and_merge(blocks: str, chats: str, tmp_path
     assert texts[0] == texts[1]
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (blocks, merged))
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(ValueError, match="holds adapters; make whole weights"):
-        tune(str(out), chats, tmp_path / "more", steps=1)
     with pytest.raises(ValueError, match="holds no adapters"):
         merge_adapters(merged, tmp_path / "again")
+
+
+def test_adapters_are_trained_on(blocks: str, chats: str, tmp_path: Path) -> None:
+    first = tune(blocks, chats, tmp_path / "first", lora=Lora(4), steps=3, **WIDE)
+    still, more = (
+        tune(str(first), chats, tmp_path / name, steps=2, seed=1, **options)
+        for name, options in (("still", WIDE | {"learning_rate": 0.0}), ("more", WIDE))
+    )
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, still, more)]
+    assert weights[0].keys() == weights[1].keys() == weights[2].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert base_of(more) == base_of(first) and not (more / "model.safetensors").exists()
+    assert DiffusionConfig.load(more) == DiffusionConfig.load(first)
+    with pytest.raises(ValueError, match="holds adapters, which are trained on; leave --lora out"):
+        tune(str(first), chats, tmp_path / "twice", lora=Lora(2), steps=1, **WIDE)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(4)], ids=["all", "lora"])

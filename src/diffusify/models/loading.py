@@ -282,7 +282,8 @@ def _idle_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def embedding_rows(network: PreTrainedModel) -> int:
     """Token ids that a network has embeddings for: its tokenizer's, and padding."""
-    return network.get_input_embeddings().get_parameter("weight").shape[0]
+    embeddings: Any = network.get_input_embeddings()  # which adapters may stand around
+    return embeddings.weight.shape[0]
 
 
 @torch.no_grad()

@@ -88,10 +88,29 @@ def load_denoiser(
     """
     folder = located(folder)
     card = DiffusionConfig.load(folder)
-    base = _adapted(folder, card, dtype) if base_of(folder) else _whole(folder, card, dtype)
+    base = open_adapted(folder, dtype=dtype) if base_of(folder) else _whole(folder, card, dtype)
+    merge_lora(base.network)
     denoiser = Denoiser(base.network, card)
     _load_length_head(denoiser, folder)
     return denoiser.to(device).eval(), base.tokenizer
+
+
+def open_adapted(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+    """The base that a folder of adapters stands on, with these in it; ValueError when the two do not fit."""
+    card, source = DiffusionConfig.load(folder), base_of(folder)
+    assert source is not None, "a folder of adapters"
+    try:
+        base = load_base(source, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters for the base {source}, which does not open: {error}") from error
+    _check_architecture(folder, card, [type(base.network).__name__])
+    if ensure_mask_token(base) != card.mask_token_id:
+        raise ValueError(
+            f"{folder} holds adapters for a base with mask_token_id={card.mask_token_id}; {source} differs"
+        )
+    open_lora(base.network, folder)
+    has_own = (folder / "tokenizer_config.json").is_file()  # else the base's will do
+    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_own else base
 
 
 def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
@@ -123,24 +142,6 @@ def _whole(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
     if not 0 <= card.mask_token_id < rows:
         raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
     return base
-
-
-def _adapted(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
-    source = base_of(folder)
-    assert source is not None
-    try:
-        base = load_base(source, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{folder} holds adapters for the base {source}, which does not open: {error}") from error
-    _check_architecture(folder, card, [type(base.network).__name__])
-    if ensure_mask_token(base) != card.mask_token_id:
-        raise ValueError(
-            f"{folder} holds adapters for a base with mask_token_id={card.mask_token_id}; {source} differs"
-        )
-    open_lora(base.network, folder)
-    merge_lora(base.network)
-    has_own = (folder / "tokenizer_config.json").is_file()  # else the base's will do
-    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_own else base
 
 
 def _check_architecture(folder: Path, card: DiffusionConfig, found: list[str]) -> None:

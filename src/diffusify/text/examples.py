@@ -116,6 +116,15 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
+def question(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record as a chat that ends with a question; a pair may lack its answer. ValueError as `make_examples`'."""
+    fields = [answer for asked, answer in PAIRS if isinstance(record.get(asked), str)]
+    messages = _messages(dict.fromkeys(fields, "") | {k: v for k, v in record.items() if v is not None})
+    while messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
 def _message(message: Any) -> dict[str, Any]:
     """A message with `role` and `content`; ShareGPT says `from` and `value`."""
     if not isinstance(message, dict):

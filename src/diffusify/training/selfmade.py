@@ -1,10 +1,12 @@
-"""Text that a base writes itself, to be adapted on: what its drafts are to agree with is its own way of writing."""
+"""Text that a model writes itself, to be trained on: what its drafts are to agree with is its own way of writing."""
 
 import copy
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from diffusify.config import cache_folder
 from diffusify.models.loading import Base
-from diffusify.text.sources import load_texts
+from diffusify.text.dialogue import Dialogue
+from diffusify.text.examples import question
+from diffusify.text.sources import load_records, load_texts
 from diffusify.text.tokens import TextTokenizer
 from diffusify.training.runs import fast_bfloat16
 
@@ -35,27 +39,130 @@ def with_own_texts(data: str, base: Base, tokenizer: TextTokenizer, length: int,
     """
     if OWN.search(data) and base.masked:
         raise ValueError(f"{data}: {base.source} is a masked model, which does not write from left to right")
-    return OWN.sub(lambda found: str(_file(found[1].strip(), base, tokenizer, length, seed, console)), data)
+
+    def written(prompts: str) -> Path:
+        texts = load_texts(prompts, seed=seed)
+        if not isinstance(texts, Dataset):
+            raise ValueError(f"self:{prompts} has no end, and all of it would be gone on with; give a file or folder")
+        pieces = [piece for text in texts["text"] for piece in _pieces(tokenizer.document(text), length)]
+        if not pieces:
+            raise ValueError(
+                f"self:{prompts} has no text of {length} tokens to go on from; give longer ones, or less length"
+            )
+        writer = Writer(base.network, tokenizer, [tokenizer.end_token_id], length, seed, console)
+        path = writer.file([base.source, pieces], pieces, lambda n, ids: {"text": tokenizer.decode(pieces[n] + ids)})
+        console.print(f"{prompts}, gone on with by {base.source}: {len(pieces):,} texts in {path}", soft_wrap=True)
+        return path
+
+    return OWN.sub(lambda found: str(written(found[1].strip())), data)
 
 
-def _file(prompts: str, base: Base, tokenizer: TextTokenizer, length: int, seed: int, console: Console) -> Path:
-    texts = load_texts(prompts, seed=seed)
-    if not isinstance(texts, Dataset):
-        raise ValueError(f"self:{prompts} has no end, and all of it would be gone on with; give a file or folder")
-    pieces = [piece for text in texts["text"] for piece in _pieces(tokenizer.document(text), length)]
-    if not pieces:
-        raise ValueError(
-            f"self:{prompts} has no text of {length} tokens to go on from; give longer ones, or less length"
-        )
-    what = json.dumps([base.source, pieces, length, TEMPERATURE, seed])
-    path = cache_folder() / f"self-{hashlib.sha256(what.encode()).hexdigest()[:16]}.jsonl"
-    if not path.is_file():
-        draft = path.with_suffix(".unfinished")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        _write(draft, pieces, base, tokenizer, length, seed, console)
-        os.replace(draft, path)
-    console.print(f"{prompts}, gone on with by {base.source}: {len(pieces):,} texts in {path}", soft_wrap=True)
-    return path
+def with_own_answers(
+    data: str, model: str, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int, console: Console
+) -> str:
+    """A source of records in which every `self:PROMPTS` has become a file of chats that the model has answered itself.
+
+    Of each record of PROMPTS the chat up to the last question counts, or the first field of a pair; what is answered
+    there does not. A network that writes from left to right is drawn from at temperature 0.7. An answer that does not
+    end within `length` tokens, the question's included, is left out. Files are kept and gone on with, as of
+    `with_own_texts`.
+    """
+    dialogue = Dialogue(tokenizer)
+
+    def written(prompts: str) -> Path:
+        chats = [question(json.loads(record)) for record in load_records(prompts, seed=seed)["record"][:]]
+        asked = [(chat, ids) for chat in chats if len(ids := dialogue.prompt(chat)) <= length // 2]
+        if not asked:
+            raise ValueError(f"self:{prompts} has no question of up to {length // 2} tokens; give more length")
+        asked.sort(key=lambda pair: len(pair[1]))  # alike in length, the written together need little padding
+        ends = [dialogue.end_token_id, tokenizer.end_token_id]
+
+        def told(n: int, ids: list[int]) -> dict[str, Any]:
+            answer = dialogue.read(ids)
+            if not answer or ids[-1] not in ends:
+                return {}
+            return {"messages": [*asked[n][0], {"role": "assistant", "content": answer}]}
+
+        writer = Writer(network, tokenizer, ends, length, seed, console)
+        path = writer.file([_fingerprint(network), asked], [ids for _, ids in asked], told)
+        console.print(f"{prompts}, answered by {model}: {len(asked):,} questions in {path}", soft_wrap=True)
+        return path
+
+    return OWN.sub(lambda found: str(written(found[1].strip())), data)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A network that writes from left to right until one of the `ends`, or `length` tokens with the prompt's."""
+
+    network: PreTrainedModel
+    tokenizer: TextTokenizer
+    ends: list[int]
+    length: int
+    seed: int
+    console: Console
+
+    def file(self, what: Any, prompts: list[list[int]], told: Callable[[int, list[int]], dict[str, Any]]) -> Path:
+        """What is `told` of each prompt, by its number and the ids behind it; a line each, if there is something.
+
+        Its name in the cache folder follows from `what` is to be written, so that it is written once.
+        """
+        name = hashlib.sha256(json.dumps([*what, self.length, TEMPERATURE, self.seed]).encode()).hexdigest()[:16]
+        path = cache_folder() / f"self-{name}.jsonl"
+        if not path.is_file():
+            draft = path.with_suffix(".unfinished")
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            self._write(draft, prompts, told)
+            lines = [line for line in draft.read_text(encoding="utf-8").splitlines(keepends=True) if line != "{}\n"]
+            draft.write_text("".join(lines), encoding="utf-8")
+            os.replace(draft, path)
+        return path
+
+    @torch.inference_mode()
+    def _write(self, draft: Path, prompts: list[list[int]], told: Callable[[int, list[int]], dict[str, Any]]) -> None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        network: Any = copy.deepcopy(self.network)
+        network.to(device=device, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32).eval()
+        done = draft.read_text(encoding="utf-8").splitlines(keepends=True) if draft.is_file() else []
+        done = done[: len(done) - len(done) % TOGETHER]
+        draft.write_text("".join(done), encoding="utf-8")
+        columns = (TextColumn("the model writes"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar, draft.open("a", encoding="utf-8") as file:
+            task = bar.add_task("", total=len(prompts), completed=len(done))
+            for at in range(len(done), len(prompts), TOGETHER):
+                torch.manual_seed(self.seed + at)
+                together = prompts[at : at + TOGETHER]
+                width = max(map(len, together))
+                given = [[self.tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in together]
+                real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in together]
+                written = network.generate(
+                    torch.tensor(given, device=device),
+                    attention_mask=torch.tensor(real, device=device),
+                    do_sample=True,
+                    temperature=TEMPERATURE,
+                    top_k=0,
+                    max_new_tokens=self.length - width,
+                    eos_token_id=self.ends,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    suppress_tokens=[self.tokenizer.mask_token_id],
+                )
+                behind = [self._ended(row) for row in written[:, width:].tolist()]
+                file.writelines(json.dumps(told(at + n, ids)) + "\n" for n, ids in enumerate(behind))
+                file.flush()
+                bar.advance(task, len(together))
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Up to the first end, which stays."""
+        stops = [at + 1 for at, token_id in enumerate(ids) if token_id in self.ends]
+        return ids[: stops[0]] if stops else ids
+
+
+def _fingerprint(network: PreTrainedModel) -> str:
+    """What tells a network from another one: a hash of its weights."""
+    whole = hashlib.sha256()
+    for weight in network.state_dict().values():
+        whole.update(weight.detach().cpu().float().sum(0).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
@@ -63,44 +170,3 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
     given = max(1, length // PROMPT)
     starts = range(0, max(1, len(ids) - length // 2), length)
     return [ids[at : at + given] for at in starts if len(ids) >= at + given]
-
-
-@torch.inference_mode()
-def _write(
-    draft: Path, pieces: list[list[int]], base: Base, tokenizer: TextTokenizer, length: int, seed: int, console: Console
-) -> None:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
-    network: Any = copy.deepcopy(base.network)
-    network.to(device=device, dtype=dtype).eval()
-    done = len(draft.read_text(encoding="utf-8").splitlines()) if draft.is_file() else 0
-    done -= done % TOGETHER
-    kept = "".join(draft.read_text(encoding="utf-8").splitlines(keepends=True)[:done]) if done else ""
-    draft.write_text(kept, encoding="utf-8")
-    columns = (TextColumn("the base writes"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar, draft.open("a", encoding="utf-8") as file:
-        task = bar.add_task("", total=len(pieces), completed=done)
-        for at in range(done, len(pieces), TOGETHER):
-            torch.manual_seed(seed + at)
-            given = torch.tensor(pieces[at : at + TOGETHER], device=device)
-            written = network.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=0,
-                max_new_tokens=length - given.shape[1],
-                eos_token_id=tokenizer.end_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                suppress_tokens=[tokenizer.mask_token_id],
-            )
-            file.writelines(json.dumps({"text": _text(row, given.shape[1], tokenizer)}) + "\n" for row in written)
-            file.flush()
-            bar.advance(task, len(given))
-
-
-def _text(row: Tensor, given: int, tokenizer: TextTokenizer) -> str:
-    """What was given and written, up to the end."""
-    ids = row.tolist()
-    ends = [at for at in range(given, len(ids)) if ids[at] == tokenizer.end_token_id]
-    return tokenizer.decode(ids[: ends[0]] if ends else ids)

@@ -13,6 +13,7 @@ from diffusify.models.influence import check_attention
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, base_of
 from diffusify.models.recipes import Recipe, of_card
+from diffusify.models.saving import open_adapted
 from diffusify.models.shipped import located
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
@@ -20,6 +21,7 @@ from diffusify.text.sources import load_records
 from diffusify.training.adapt import make_denoiser
 from diffusify.training.budget import Budget
 from diffusify.training.runs import check_training_options, claim, train, training_arguments
+from diffusify.training.selfmade import OWN, with_own_answers
 
 
 def tune(
@@ -43,17 +45,26 @@ def tune(
 ) -> Path:
     """Finetune on prompts and what should be written after them; save the model in `out`.
 
-    `model` is a folder that `adapt` or `tune` made, which goes on as its card says, or a base with the `recipe` that
-    makes it a diffusion model (Diffusion-LLM's task finetuning). `data` as `load_records` takes it; the `template`
-    says what of a record is prompt and target, else its fields do. Only targets are noised and learnt, their end token
-    included. `lora` trains adapters instead of all weights. The `length_head` learns to tell a target's length from
-    its prompt. The budget is `steps` or `minutes`, else `epochs`. Examples of more than `length` tokens (512, or what
-    the model can see) are left out; `held_out` prompts are kept aside to measure the bound. ValueError for anything
-    that cannot work.
+    `model` is a folder that `adapt` or `tune` made, which goes on as its card says (where it holds adapters, these are
+    trained on), or a base with the `recipe` that makes it a diffusion model (Diffusion-LLM's task finetuning). `data`
+    as `load_records` takes it, and `self:DATA` are answers that the model writes itself to DATA's questions (see
+    `with_own_answers`); the `template` says what of a record is prompt and target, else its fields do. Only
+    targets are noised and learnt, their end token included. `lora` trains new adapters instead of all weights. The
+    `length_head` learns to tell a target's length from its prompt. The budget is `steps` or `minutes`, else `epochs`.
+    Examples of more than `length` tokens (512, or what the model can see) are left out; `held_out` prompts are kept
+    aside to measure the bound. ValueError for anything that cannot work.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training)
+    adapted, adapters = recipe is None, base_of(located(model)) is not None
     recipe = _recipe(model, recipe)
+    if adapters and lora is not None:
+        raise ValueError(
+            f"{model} holds adapters, which are trained on; leave --lora out, or make whole weights of them first: "
+            f"diffusify merge {model} --out DIR"
+        )
+    if template is not None and OWN.search(data):
+        raise ValueError(f"data {data}: what a model answers itself are chats, which need no template; leave it out")
     if length_head and not sees_right_context(recipe.attention):
         raise ValueError(f"{recipe.attention} writes from left to right and learns where to end; leave the length head")
     record = {
@@ -72,13 +83,18 @@ def tune(
     if claim(out, record):
         console.print(f"{out} holds this run already, finished")
         return out
-    records, base = load_records(data, seed=seed), load_base(model)
+    records = load_records(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
+    base = open_adapted(located(model)) if adapters else load_base(model)
     torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
     length = min(512, denoiser.context or 512) if length is None else length
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {model} can see; use less")
     check_attention(denoiser)
+    if OWN.search(data):
+        if base.masked or (adapted and not denoiser.diffusion.reads_left_to_right):
+            raise ValueError(f"data {data}: {model} does not write from left to right and cannot answer; leave self:")
+        records = load_records(with_own_answers(data, model, base.network, tokenizer, length, seed, console), seed=seed)
     examples, left_out = make_examples(
         records, tokenizer, template=template, each_turn=not sees_right_context(recipe.attention), length=length
     )
@@ -132,6 +148,4 @@ def _recipe(model: str, recipe: Recipe | None) -> Recipe:
         return recipe
     if recipe is not None:
         raise ValueError(f"{model} is a diffusion model already and goes on as its card says; leave --recipe out")
-    if base_of(folder):
-        raise ValueError(f"{model} holds adapters; make whole weights of them first: diffusify merge {model} --out DIR")
     return of_card(DiffusionConfig.load(folder))
