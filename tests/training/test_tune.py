@@ -117,10 +117,9 @@ def test_adapters_open_by_themselves_and_merge(blocks: str, chats: str, tmp_path
 
 def test_adapters_are_trained_on(blocks: str, chats: str, tmp_path: Path) -> None:
     first = tune(blocks, chats, tmp_path / "first", lora=Lora(4), steps=3, **WIDE)
-    still, more = (
-        tune(str(first), chats, tmp_path / name, steps=2, seed=1, **options)
-        for name, options in (("still", WIDE | {"learning_rate": 0.0}), ("more", WIDE))
-    )
+    frozen: dict[str, Any] = WIDE | {"learning_rate": 0.0}
+    still = tune(str(first), chats, tmp_path / "still", steps=2, seed=1, **frozen)
+    more = tune(str(first), chats, tmp_path / "more", steps=2, seed=1, **WIDE)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, still, more)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

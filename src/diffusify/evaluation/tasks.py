@@ -182,9 +182,16 @@ def sat_math(record: Record, protocol: Protocol) -> Item:
 
 
 def humaneval_infill(record: Record, protocol: Protocol) -> Item:
-    """One line of a program; the program's own tests tell whether it will do."""
+    """One line of a program; the program's own tests tell whether it will do.
+
+    The paper's hole ends with a line break. Others put each break before its line, with whose indentation most
+    tokenizers join it: else the tokens around the hole are such as no text has.
+    """
     check = f"{record['test']}\ncheck({record['entry_point']})\n"
-    return Hole(record["prompt"], record["canonical_solution"], record["suffix"], check)
+    before, line, after = record["prompt"], record["canonical_solution"], record["suffix"]
+    if protocol == "paper" or not (before.endswith("\n") and line.endswith("\n")):
+        return Hole(before, line, after, check)
+    return Hole(before[:-1], "\n" + line[:-1], "\n" + after, check)
 
 
 def _tidy(text: str) -> str:

