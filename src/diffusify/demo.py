@@ -91,7 +91,7 @@ def fill() -> None:
     lm = opened(INFILLER)
     for text in HOLES:
         filled = lm.infill(text)
-        say.print(f"  {' '.join(text.split())}  ->  {filled.spans[0].strip()}", markup=False)
+        say.print(f"  {' '.join(text.split())}  ->  {' '.join(filled.text.split())}", markup=False, soft_wrap=True)
 
 
 def opened(name: str) -> DiffusionLM:
