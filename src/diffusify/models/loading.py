@@ -182,6 +182,11 @@ def snapshot(name: str, patterns: list[str]) -> Path:
 def read_settings(folder: Path, source: str) -> dict[str, Any]:
     """What config.json says, as it stands there."""
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not file.is_file():
+        raise ValueError(
+            f"base {source} holds adapters; `diffusify tune` goes on with them, and whole weights come of "
+            f"`diffusify merge {source} --out DIR`"
+        )
     if not file.is_file():
         raise ValueError(f"base {source} has no config.json; {FORMS}")
     try:
