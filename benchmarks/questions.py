@@ -43,7 +43,7 @@ def questions() -> tuple[list[str], list[str]]:
     return [one for one in every if one not in apart], apart
 
 
-def write(path: Path) -> str:
+def write_questions(path: Path) -> str:
     """The questions to be learnt from, as a file of records."""
     lines = [json.dumps({"prompt": one, "completion": ""}) + "\n" for one in questions()[0]]
     path.write_text("".join(lines), encoding="utf-8")

@@ -14,6 +14,7 @@ from diffusify.evaluation.likelihood import Measure, best_measure
 from diffusify.evaluation.opening import suited
 from diffusify.evaluation.scoring import Scored, score
 from diffusify.evaluation.tasks import Item
+from diffusify.models.saving import checksum
 from diffusify.sampling.generation import DiffusionLM
 from diffusify.sampling.settings import SamplingConfig
 
@@ -60,7 +61,7 @@ def evaluate(
     """
     measure, sampling = measure or best_measure(lm.denoiser), suited(sampling, lm)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
-    _claim(folder, {name: to_plain(value) for name, value in settings.items()} | {"weights": _weights(lm)})
+    _claim(folder, {name: to_plain(value) for name, value in settings.items()} | {"weights": checksum(lm.denoiser)})
     results = {}
     for name, items in tasks.items():
         file = folder / f"{name}.jsonl"
@@ -77,12 +78,6 @@ def evaluate(
                 told(name, len(done))
         results[name] = done
     return results
-
-
-def _weights(lm: DiffusionLM) -> int:
-    """A checksum of the first numbers of every tensor: another training, other weights."""
-    parts = (weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in lm.denoiser.parameters())
-    return zlib.crc32(b"".join(parts))
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

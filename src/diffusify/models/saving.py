@@ -1,6 +1,7 @@
 """A diffusion model on disk: a standard `transformers` folder (or a PEFT one that names its base) plus the card."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
@@ -121,6 +122,12 @@ def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
         _load_length_head(denoiser, folder)
     else:
         denoiser.load_state_dict(load_denoiser(folder)[0].state_dict())
+
+
+def checksum(module: nn.Module) -> int:
+    """A checksum of the first numbers of every weight: another training, other weights."""
+    parts = (weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in module.parameters())
+    return zlib.crc32(b"".join(parts))
 
 
 def merge_adapters(adapters: Path | str, out: Path | str) -> Path:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from diffusify.config import cache_folder
 from diffusify.models.loading import Base
 from diffusify.models.lora import merge_lora
+from diffusify.models.saving import checksum
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.examples import question
 from diffusify.text.sources import load_records, load_texts
@@ -85,7 +86,7 @@ def with_own_answers(
             return {"messages": [*asked[n][0], {"role": "assistant", "content": answer}]}
 
         writer = Writer(network, tokenizer, ends, length, seed, console)
-        path = writer.file([_fingerprint(network), asked], [ids for _, ids in asked], told)
+        path = writer.file([checksum(network), asked], [ids for _, ids in asked], told)
         console.print(f"{prompts}, answered by {model}: {len(asked):,} questions in {path}", soft_wrap=True)
         return path
 
@@ -157,14 +158,6 @@ class Writer:
         """Up to the first end, which stays."""
         stops = [at + 1 for at, token_id in enumerate(ids) if token_id in self.ends]
         return ids[: stops[0]] if stops else ids
-
-
-def _fingerprint(network: PreTrainedModel) -> str:
-    """What tells a network from another one: a hash of its weights."""
-    whole = hashlib.sha256()
-    for weight in network.state_dict().values():
-        whole.update(weight.detach().cpu().float().sum(0).numpy().tobytes())
-    return whole.hexdigest()
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:

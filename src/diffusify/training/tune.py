@@ -56,7 +56,8 @@ def tune(
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training)
-    adapted, adapters = recipe is None, base_of(located(model)) is not None
+    adapted, folder = recipe is None, located(model)
+    adapters = base_of(folder) is not None
     recipe = _recipe(model, recipe)
     if adapters and lora is not None:
         raise ValueError(
@@ -84,7 +85,7 @@ def tune(
         console.print(f"{out} holds this run already, finished")
         return out
     records = load_records(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
-    base = open_adapted(located(model)) if adapters else load_base(model)
+    base = open_adapted(folder) if adapters else load_base(model)
     torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
     length = min(512, denoiser.context or 512) if length is None else length
