@@ -63,7 +63,7 @@ def work(arm: str, minutes: float, out: Path) -> None:
     if data.startswith("self:"):
         begun, there = process_time(), own_texts()
         source = load_base(BASE)
-        with_own_texts(data, source, make_denoiser(source, recipe)[1], LENGTH, 0, console)
+        with_own_texts(data, str(source.source), source.network, make_denoiser(source, recipe)[1], LENGTH, 0, console)
         if own_texts() > there:
             written = round(process_time() - begun)
         del source

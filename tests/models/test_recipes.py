@@ -1,6 +1,7 @@
 """Recipes are the rows of the design's table, and refuse what does not fit together."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, 
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
 from diffusify.diffusion.schedules import Cosine
-from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_card
+from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_model
 from tests.families import tiny_denoiser
 
 
@@ -72,8 +73,10 @@ def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
 @pytest.mark.parametrize(
     "recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True), block(4, infilling=0.25)]
 )
-def test_a_card_is_enough_to_go_on(recipe: Recipe) -> None:
-    assert of_card(recipe.card("X", 7, "some/base")) == recipe
+def test_a_card_is_enough_to_go_on(recipe: Recipe, tmp_path: Path) -> None:
+    assert of_model(str(tmp_path)) is None
+    recipe.card("X", 7, "some/base").save(tmp_path)
+    assert of_model(str(tmp_path)) == recipe
 
 
 def test_a_curriculum_grows_and_ends_with_the_size_itself() -> None:

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import diffusify
-from diffusify.models.lora import Lora
+from diffusify.config import DiffusionConfig
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.models.lora import Lora, base_of
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
@@ -41,6 +45,25 @@ def test_adapters_alone_are_trained(causal_base: str, corpus: str, tmp_path: Pat
     assert diffusify.load(out).generate("The cat", max_new_tokens=4).text.startswith("The cat")
     with pytest.raises(ValueError, match="holds another run .*lora"):
         adapt(causal_base, corpus, tmp_path / "run", steps=3, **TINY)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(2)], ids=["all", "lora"])
+def test_a_diffusion_model_is_trained_on(causal_base: str, corpus: str, tmp_path: Path, lora: Lora | None) -> None:
+    first = adapt(causal_base, corpus, tmp_path / "first", recipe=ar(), lora=lora, steps=2, **TINY)
+    still = adapt(str(first), corpus, tmp_path / "still", steps=1, seed=1, learning_rate=0.0, **TINY)
+    more = adapt(str(first), corpus, tmp_path / "more", steps=2, seed=1, **TINY)
+    other = adapt(str(first), corpus, tmp_path / "other", recipe=block(2), steps=1, **TINY)
+    file = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    weights = [load_file(folder / file) for folder in (first, still, more)]
+    assert weights[0].keys() == weights[1].keys() == weights[2].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    attention = [DiffusionConfig.load(folder).attention for folder in (first, more, other)]
+    assert attention == [Bidirectional(), Bidirectional(), BlockCausal(2)]
+    assert (base_of(more) is None) == (lora is None)
+    if lora:
+        with pytest.raises(ValueError, match="holds adapters, which are trained on; leave --lora out"):
+            adapt(str(first), corpus, tmp_path / "twice", lora=lora, steps=1, **TINY)
 
 
 def test_another_run_in_the_same_folder_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:

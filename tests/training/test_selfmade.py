@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def written(base: str, data: str, length: int = 32) -> str:
     source = load_base(base)
     tokenizer = make_denoiser(source, mlm() if source.masked else block())[1]
-    return with_own_texts(data, source, tokenizer, length, 0, Console(quiet=True))
+    return with_own_texts(data, base, source.network, tokenizer, length, 0, Console(quiet=True))
 
 
 def test_pieces_of_the_prompts_are_gone_on_with(causal_base: str, corpus: str, cache: Path) -> None:
@@ -63,8 +63,11 @@ def test_a_model_is_adapted_on_its_own_text(causal_base: str, corpus: str, tmp_p
 
 
 def test_what_cannot_be_written_is_refused(causal_base: str, masked_base: str, corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a masked model"):
-        written(masked_base, f"self:{corpus}")
+    infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
+    for model in (masked_base, str(infiller)):
+        recipe = mlm() if model == masked_base else None
+        with pytest.raises(ValueError, match=f"{model} does not write from left to right; leave self: out"):
+            adapt(model, f"self:{corpus}", tmp_path / "run", recipe=recipe, steps=1, **TINY)
     with pytest.raises(ValueError, match="nowhere.txt does not exist"):
         adapt(causal_base, "self:nowhere.txt", tmp_path / "run", steps=1, **TINY)
     with pytest.raises(ValueError, match="no text of 4000 tokens"):
@@ -132,9 +135,9 @@ def test_a_model_without_a_left_to_right_half_cannot_answer(
     causal_base: str, masked_base: str, corpus: str, asked: str, tmp_path: Path
 ) -> None:
     infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right and cannot answer"):
+    with pytest.raises(ValueError, match="does not write from left to right"):
         tune(str(infiller), f"self:{asked}", tmp_path / "no", steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right and cannot answer"):
+    with pytest.raises(ValueError, match="does not write from left to right"):
         tune(masked_base, f"self:{asked}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
     with pytest.raises(ValueError, match="need no template"):
         template = Template("{instruction}", "{output}")

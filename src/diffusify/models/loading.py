@@ -184,8 +184,7 @@ def read_settings(folder: Path, source: str) -> dict[str, Any]:
     file = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not file.is_file():
         raise ValueError(
-            f"base {source} holds adapters; `diffusify tune` goes on with them, and whole weights come of "
-            f"`diffusify merge {source} --out DIR`"
+            f"base {source} holds adapters; make whole weights of them first: diffusify merge {source} --out DIR"
         )
     if not file.is_file():
         raise ValueError(f"base {source} has no config.json; {FORMS}")

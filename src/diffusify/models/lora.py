@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diffusify.models.loading import embedding_rows
 from diffusify.models.quiet import quiet
+from diffusify.models.shipped import located
 
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
 
@@ -65,6 +66,15 @@ def base_of(folder: Path) -> str | None:
     if not (folder / "adapter_config.json").is_file():
         return None
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+
+
+def check_lora(model: str, lora: Lora | None) -> None:
+    """ValueError for new adapters where there are some: these are trained on."""
+    if lora is not None and base_of(located(model)) is not None:
+        raise ValueError(
+            f"{model} holds adapters, which are trained on; leave --lora out, or make whole weights of them first: "
+            f"diffusify merge {model} --out DIR"
+        )
 
 
 def open_lora(network: PreTrainedModel, folder: Path) -> None:

@@ -96,6 +96,12 @@ def load_denoiser(
     return denoiser.to(device).eval(), base.tokenizer
 
 
+def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
+    """What training begins with: any base that `load_base` takes, or one with the adapters that a folder holds."""
+    folder = located(model)
+    return load_base(model, dtype=dtype) if base_of(folder) is None else open_adapted(folder, dtype=dtype)
+
+
 def open_adapted(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
     """The base that a folder of adapters stands on, with these in it; ValueError when the two do not fit."""
     card, source = DiffusionConfig.load(folder), base_of(folder)

@@ -10,16 +10,17 @@ from torch import nn
 from diffusify.config import to_plain
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.influence import check_attention
-from diffusify.models.loading import Base, ensure_mask_token, load_base
-from diffusify.models.lora import Lora, add_lora
-from diffusify.models.recipes import Recipe, block
+from diffusify.models.loading import Base, ensure_mask_token
+from diffusify.models.lora import Lora, add_lora, check_lora
+from diffusify.models.recipes import Recipe, block, of_model
+from diffusify.models.saving import open_base
 from diffusify.text.corpus import open_corpus
 from diffusify.text.sources import files_of
 from diffusify.text.tally import check_limit
 from diffusify.text.tokens import TextTokenizer
 from diffusify.training.budget import Budget
 from diffusify.training.runs import check_training_options, claim, train
-from diffusify.training.selfmade import OWN, with_own_texts
+from diffusify.training.selfmade import OWN, check_writer, with_own_texts
 
 
 def adapt(
@@ -40,20 +41,23 @@ def adapt(
     console: Console | None = None,
     **training: Any,
 ) -> Path:
-    """Turn a pretrained language model into a diffusion model and save it in `out`.
+    """Turn a pretrained language model into a diffusion model and save it in `out`; or go on with one.
 
-    `base` and `data` as `load_base` and `load_texts` take them, and `self:DATA` is text that the base writes itself,
-    going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of `length`
-    tokens; `held_out` tokens are kept aside to measure the bound. `streaming` reads texts while they are trained on, as
-    hubs and files of over a GiB are anyway; other texts of over 16 MiB are packed once and kept on disk (see
-    `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
+    `base` as `load_base` takes it, or a diffusion model, which goes on as its card says unless there is a `recipe`, and
+    with its adapters where it has some. `data` as `load_texts` takes it, and `self:DATA` is text that the base writes
+    itself, going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of
+    `length` tokens; `held_out` tokens are kept aside to measure the bound. `streaming` reads texts while they are
+    trained on, as hubs and files of over a GiB are anyway; other texts of over 16 MiB are packed once and kept on disk
+    (see `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
     budget is `steps` or `minutes` (200 steps when neither is given). `training` are fields of
     `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted run goes on
     where its last checkpoint stands; a finished one is returned as it is. Steps that are not finite are skipped, and
     `max_skipped` of them in a row end the run (FloatingPointError). ValueError for anything that cannot work; what is
     not there is refused before weights are read.
     """
-    recipe, out, console = recipe or block(), Path(out), console or Console(stderr=True, highlight=False)
+    recipe, out = recipe or of_model(base) or block(), Path(out)
+    console = console or Console(stderr=True, highlight=False)
+    check_lora(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
     training = check_training_options(training)
     record = {
@@ -73,13 +77,14 @@ def adapt(
         return out
     check_limit(max_corrupt)
     files_of(OWN.sub(r"\1", data))  # refuses what is not there
-    source = load_base(base)
+    source = open_base(base)
+    check_writer(data, base, masked=source.masked)
     torch.manual_seed(seed)  # adapters begin alike on every rank and after a resume
     denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
     check_attention(denoiser)
-    texts = with_own_texts(data, source, tokenizer, length, seed, console)
+    texts = with_own_texts(data, base, source.network, tokenizer, length, seed, console)
     corpus = open_corpus(
         texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
     )

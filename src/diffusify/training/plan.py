@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from diffusify.config import DiffusionConfig, nearest, to_plain
+from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe, block, of_card
+from diffusify.models.recipes import Recipe, block, of_model
 from diffusify.training.adapt import check_fit
 from diffusify.training.devices import DEVICES, Fleet
 from diffusify.training.footprint import DTYPES, Footprint, Sizes, Subject, footprint, sizes
@@ -166,7 +165,7 @@ def plan(
     source = model if isinstance(model, str) else model.model_type
     config = load_config(model) if isinstance(model, str) else model
     kind, masked = network_class(config, source)
-    recipe = recipe or _own_recipe(source)
+    recipe = recipe or of_model(source) or block()
     check_fit(source, masked, recipe)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
@@ -286,12 +285,6 @@ def _most(subject: Subject, counted: Sizes, fleet: Fleet) -> Iterator[Layout]:
     """The layouts that take any row at all, those with most rows first."""
     found = [layout for layout in _until_it_fits(subject, counted, fleet, MOST_ROWS) if layout.rows]
     yield from sorted(found, key=lambda layout: -layout.rows)
-
-
-def _own_recipe(source: str) -> Recipe:
-    """What a diffusion model's card says; for a base, what `adapt` does if not told."""
-    has_card = (Path(source) / "diffusion_config.json").is_file()
-    return of_card(DiffusionConfig.load(source)) if has_card else block()
 
 
 def _check(**given: Any) -> None:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from diffusify.config import cache_folder
-from diffusify.models.loading import Base
+from diffusify.config import cache_folder, keeps_left_to_right
 from diffusify.models.lora import merge_lora
+from diffusify.models.recipes import of_model
 from diffusify.models.saving import checksum
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.examples import question
@@ -32,15 +32,21 @@ PROMPT = 4  # a quarter of each text is given
 TEMPERATURE = 0.7
 
 
-def with_own_texts(data: str, base: Base, tokenizer: TextTokenizer, length: int, seed: int, console: Console) -> str:
-    """A data source in which every `self:PROMPTS` has become a file that the base has written.
+def check_writer(data: str, model: str, *, masked: bool) -> None:
+    """ValueError if a model is to write its own data, and does not write from left to right."""
+    recipe = of_model(model)
+    if OWN.search(data) and (masked or (recipe and not keeps_left_to_right(recipe.attention, recipe.shift))):
+        raise ValueError(f"data {data}: {model} does not write from left to right; leave self: out")
 
-    The texts of PROMPTS are cut into pieces of `length` tokens; the base is given a quarter of each, and writes the
-    rest (temperature 0.7). Files are kept in the cache folder; one that was begun is gone on with. ValueError for a
-    base that does not write from left to right.
+
+def with_own_texts(
+    data: str, model: str, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int, console: Console
+) -> str:
+    """A data source in which every `self:PROMPTS` has become a file that the model has written.
+
+    The texts of PROMPTS are cut into pieces of `length` tokens; the network is given a quarter of each, and writes the
+    rest (temperature 0.7). Files are kept in the cache folder; one that was begun is gone on with.
     """
-    if OWN.search(data) and base.masked:
-        raise ValueError(f"{data}: {base.source} is a masked model, which does not write from left to right")
 
     def written(prompts: str) -> Path:
         texts = load_texts(prompts, seed=seed)
@@ -51,9 +57,9 @@ def with_own_texts(data: str, base: Base, tokenizer: TextTokenizer, length: int,
             raise ValueError(
                 f"self:{prompts} has no text of {length} tokens to go on from; give longer ones, or less length"
             )
-        writer = Writer(base.network, tokenizer, [tokenizer.end_token_id], length, seed, console)
-        path = writer.file([base.source, pieces], pieces, lambda n, ids: {"text": tokenizer.decode(pieces[n] + ids)})
-        console.print(f"{prompts}, gone on with by {base.source}: {len(pieces):,} texts in {path}", soft_wrap=True)
+        writer, what = Writer(network, tokenizer, [tokenizer.end_token_id], length, seed, console), checksum(network)
+        path = writer.file([what, pieces], pieces, lambda n, ids: {"text": tokenizer.decode(pieces[n] + ids)})
+        console.print(f"{prompts}, gone on with by {model}: {len(pieces):,} texts in {path}", soft_wrap=True)
         return path
 
     return OWN.sub(lambda found: str(written(found[1].strip())), data)

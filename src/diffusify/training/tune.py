@@ -8,20 +8,18 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from diffusify.config import DiffusionConfig, sees_right_context, to_plain
+from diffusify.config import sees_right_context, to_plain
 from diffusify.models.influence import check_attention
-from diffusify.models.loading import load_base
-from diffusify.models.lora import Lora, base_of
-from diffusify.models.recipes import Recipe, of_card
-from diffusify.models.saving import open_adapted
-from diffusify.models.shipped import located
+from diffusify.models.lora import Lora, check_lora
+from diffusify.models.recipes import Recipe, of_model
+from diffusify.models.saving import open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records
 from diffusify.training.adapt import make_denoiser
 from diffusify.training.budget import Budget
 from diffusify.training.runs import check_training_options, claim, train, training_arguments
-from diffusify.training.selfmade import OWN, with_own_answers
+from diffusify.training.selfmade import OWN, check_writer, with_own_answers
 
 
 def tune(
@@ -56,14 +54,8 @@ def tune(
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training)
-    adapted, folder = recipe is None, located(model)
-    adapters = base_of(folder) is not None
     recipe = _recipe(model, recipe)
-    if adapters and lora is not None:
-        raise ValueError(
-            f"{model} holds adapters, which are trained on; leave --lora out, or make whole weights of them first: "
-            f"diffusify merge {model} --out DIR"
-        )
+    check_lora(model, lora)
     if template is not None and OWN.search(data):
         raise ValueError(f"data {data}: what a model answers itself are chats, which need no template; leave it out")
     if length_head and not sees_right_context(recipe.attention):
@@ -85,7 +77,8 @@ def tune(
         console.print(f"{out} holds this run already, finished")
         return out
     records = load_records(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
-    base = open_adapted(folder) if adapters else load_base(model)
+    base = open_base(model)
+    check_writer(data, model, masked=base.masked)
     torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
     length = min(512, denoiser.context or 512) if length is None else length
@@ -93,8 +86,6 @@ def tune(
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {model} can see; use less")
     check_attention(denoiser)
     if OWN.search(data):
-        if base.masked or (adapted and not denoiser.diffusion.reads_left_to_right):
-            raise ValueError(f"data {data}: {model} does not write from left to right and cannot answer; leave self:")
         records = load_records(with_own_answers(data, model, base.network, tokenizer, length, seed, console), seed=seed)
     examples, left_out = make_examples(
         records, tokenizer, template=template, each_turn=not sees_right_context(recipe.attention), length=length
@@ -139,14 +130,12 @@ def split_off_prompts(examples: Dataset, count: int, *, seed: int = 0) -> tuple[
 
 def _recipe(model: str, recipe: Recipe | None) -> Recipe:
     """The recipe to go on with. ValueError when it is given twice or not at all."""
-    folder = located(model)
-    if not (folder / "diffusion_config.json").is_file():
-        if recipe is None:
-            raise ValueError(
-                f"{model} is no diffusion model yet; say how it becomes one with --recipe (mlm for a masked model, "
-                "block or ar for a left-to-right one), or run `diffusify adapt` first"
-            )
-        return recipe
-    if recipe is not None:
+    own = of_model(model)
+    if own and recipe:
         raise ValueError(f"{model} is a diffusion model already and goes on as its card says; leave --recipe out")
-    return of_card(DiffusionConfig.load(folder))
+    if found := own or recipe:
+        return found
+    raise ValueError(
+        f"{model} is no diffusion model yet; say how it becomes one with --recipe (mlm for a masked model, "
+        "block or ar for a left-to-right one), or run `diffusify adapt` first"
+    )
