@@ -6,7 +6,7 @@ EVAL is a folder of benchmark files, as `diffusify eval --data` takes it; TEXTS 
 same items by the paper's protocol. Choices are judged exactly where a model reads from left to right, and by the bound;
 texts and holes are written with the model's own defaults. The base fills holes twice: from what stands before alone,
 and from a prompt in which what stands behind comes first. Every item is kept in OUT, so that a second call goes on;
-with `--only` one model is measured and nothing is written.
+with `--only` one model is measured, and the others keep what `results/` has of them.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from machine import save
+from machine import RESULTS, save
 
 from diffusify.evaluation.evaluate import evaluate, row
-from diffusify.evaluation.likelihood import Measure, MonteCarlo
+from diffusify.evaluation.likelihood import Measure, MonteCarlo, OneByOne
 from diffusify.evaluation.opening import open_lm
 from diffusify.evaluation.records import items, tasks_in
 from diffusify.evaluation.tasks import Choice, Hole, Item, Protocol, Task
@@ -97,7 +97,12 @@ def main() -> None:
     texts = load_texts(chosen.texts)
     assert isinstance(texts, Dataset)
     texts = texts.select(range(200))
+    choices = {name: mine for name, mine in tasks.items() if isinstance(mine[0], Choice)}
     result: dict = {"limit": limit, "published": PUBLISHED, "models": {}}
+    if chosen.only:
+        result = json.loads((RESULTS / "models.json").read_text(encoding="utf-8"))["result"]
+        if result["limit"] != limit:
+            options.error(f"the others were measured with --limit {result['limit']}; so must be {chosen.only}")
     for name in [chosen.only] if chosen.only else ["base", *shipped()]:
         lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
         found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}
@@ -107,14 +112,13 @@ def main() -> None:
             untrained = make_denoiser(load_base(BASE, dtype=torch.bfloat16), block(4))[0].eval()
             lm = DiffusionLM(untrained, lm.tokenizer)
         if name == "smollm2-block":  # whose other half is not heard above
-            choices = {task: mine for task, mine in tasks.items() if isinstance(mine[0], Choice)}
             found["by_the_bound"] = scores(lm, choices, chosen.out / f"{name}-bound", MonteCarlo())
+        if name == "smollm2-infill":  # exactly, in one order of all that the bound is a mean of
+            found["one_by_one"] = scores(lm, choices, chosen.out / f"{name}-exact", OneByOne())
         found["texts"] = noise_levels(lm, texts)
         result["models"][name] = found
     print(json.dumps(result, indent=2))
-    if not chosen.only:
-        said = f"python benchmarks/models.py EVAL TEXTS --limit {limit}"
-        print("wrote", save("models", said, 0, result))
+    print("wrote", save("models", f"python benchmarks/models.py EVAL TEXTS --limit {limit}", 0, result))
 
 
 if __name__ == "__main__":

