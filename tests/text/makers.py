@@ -10,7 +10,7 @@ from diffusify.text.tokens import TextTokenizer
 WORDS = "The quick brown fox jumps over the lazy dog, and the cat sat on the mat. (Is it so? It is!) 0 1 2 3 4 5: done."
 
 
-def byte_level() -> TextTokenizer:
+def byte_level(words: str = WORDS) -> TextTokenizer:
     """As GPT-2 and its kin: every byte has a token, so nothing is lost."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,7 +22,7 @@ def byte_level() -> TextTokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator([WORDS], trainer)
+    tokenizer.train_from_iterator([words], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", mask_token="<|mask|>", bos_token="<|endoftext|>"
     )

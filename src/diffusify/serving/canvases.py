@@ -16,7 +16,7 @@ from diffusify.sampling.writing import Writing
 from diffusify.serving.answers import Answer, Events, event, row_tokens
 from diffusify.serving.bodies import AlternativesBody, InfillBody, TokenizeBody
 from diffusify.serving.requests import service, streamed, unless_gone
-from diffusify.text.prompts import parse_holes, read_spans
+from diffusify.text.prompts import encode_holed, read_spans
 
 router = APIRouter()
 
@@ -96,15 +96,12 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     lm = await serving.shelf.get(body.model)
     serving.check_length(lm, [], body.text)
     events, shown = Events(lm.tokenizer, closed=False), []
-    pieces = parse_holes(body.text)
-    for n, piece in enumerate(pieces):
-        if isinstance(piece, str):
-            plain = piece.removesuffix(" ") if n + 1 < len(pieces) else piece
-            shown += [{"id": i, "text": events.text(i)} for i in lm.tokenizer.encode(plain, continues=n > 0)]
+    for piece in encode_holed(lm.tokenizer, body.text):
+        if isinstance(piece, range):
+            serving.check_room(lm, len(shown) + piece[-1])
+            shown += [{"id": None, "text": ""}] * piece[-1]
         else:
-            size = piece[-1] if isinstance(piece, range) else len(piece)
-            serving.check_room(lm, len(shown) + size)
-            shown += [{"id": None, "text": ""}] * size
+            shown += [{"id": i, "text": events.text(i)} for i in piece]
     return JSONResponse({"tokens": shown})
 
 

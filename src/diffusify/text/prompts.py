@@ -91,15 +91,18 @@ def hole_choices(texts: Sequence[Holed]) -> int:
 def infill_canvas(
     tokenizer: TextTokenizer, texts: Sequence[Holed], *, context: int | None, close: bool = True, choices: int = 1
 ) -> Canvas:
-    """Texts with their holes (see `parse_holes`) open, between start and, if `close`, end token.
+    """Texts with their holes (see `encode_holed`) open, between start and, if `close`, end token.
 
-    Each text fills `choices` rows, from the smallest size of its holes to the largest. A space right before a hole is
-    left to the hole: most tokenizers keep a space at the start of a word. ValueError if a text has no hole, or a row is
-    longer than the `context` tokens that the model can see.
+    Each text fills `choices` rows, from the smallest size of its holes to the largest. ValueError if a text has no
+    hole, or a row is longer than the `context` tokens that the model can see.
     """
     rows = []
     for text in texts:
-        pieces = _pieces(tokenizer, text, close)
+        pieces = encode_holed(tokenizer, text)
+        if not any(isinstance(piece, range) for piece in pieces):
+            raise ValueError(f"{_begin(text)} has no hole; write [[8]] where 8 tokens are to be filled in")
+        ends = [[tokenizer.end_token_id]] if close else []
+        pieces = [[tokenizer.start_token_id], *pieces, *ends]
         rows += [_infill_row(text, pieces, choice / max(1, choices - 1), context) for choice in range(choices)]
     return _room(tokenizer, rows)
 
@@ -108,18 +111,30 @@ def _cut(text: Holed) -> Sequence[str | range | list[int]]:
     return parse_holes(text) if isinstance(text, str) else text
 
 
-def _pieces(tokenizer: TextTokenizer, text: Holed, close: bool) -> list[list[int] | range]:
-    """The token ids of a text, and the sizes of the holes between them."""
+def encode_holed(tokenizer: TextTokenizer, text: Holed) -> list[list[int] | range]:
+    """The token ids of a text, and the sizes of the holes between them (see `parse_holes`).
+
+    A piece before a hole is cut as it is before a word. A space at its end is left to the hole, since most tokenizers
+    keep it at the start of a word; and two line breaks there, or a break and spaces, are the tokens that a text has.
+    """
     parsed = _cut(text)
-    if not any(isinstance(piece, range) for piece in parsed):
-        raise ValueError(f"{_begin(text)} has no hole; write [[8]] where 8 tokens are to be filled in")
-    pieces: list[list[int] | range] = [[tokenizer.start_token_id]]
+    pieces: list[list[int] | range] = []
     for n, piece in enumerate(parsed):
         if isinstance(piece, str):
-            hole_follows = n + 1 < len(parsed)
-            piece = tokenizer.encode(piece.removesuffix(" ") if hole_follows else piece, continues=n > 0)
+            encode = _before_word if n + 1 < len(parsed) else TextTokenizer.encode
+            piece = encode(tokenizer, piece, continues=n > 0)
         pieces.append(piece)
-    return [*pieces, [tokenizer.end_token_id]] if close else pieces
+    return pieces
+
+
+def _before_word(tokenizer: TextTokenizer, text: str, *, continues: bool) -> list[int]:
+    """The ids of a text that a word is to follow, without the space between them."""
+    plain = text.removesuffix(" ")
+    if plain[-1:].isspace():
+        ids = tokenizer.encode(text + "x", continues=continues)[:-1]
+        if tokenizer.decode(ids, continues=continues) == plain:
+            return ids
+    return tokenizer.encode(plain, continues=continues)
 
 
 def _infill_row(text: Holed, pieces: list[list[int] | range], share: float, context: int | None) -> list[int | None]:
