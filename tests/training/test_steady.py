@@ -296,7 +296,7 @@ def test_a_model_that_does_not_fit_leaves_its_checkpoint(run: Run, whole: Path, 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(run: Run) -> None:
     allowed = os.access
     run.patch.setattr(runs.os, "access", lambda path, mode: allowed(path, mode) and Path(path) != run.out.parent)
-    run.patch.setattr("diffusify.training.adapt.load_base", lambda *given, **more: pytest.fail("work was done"))
+    run.patch.setattr("diffusify.training.adapt.open_base", lambda *given, **more: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="cannot be written to"):
         run()
 
