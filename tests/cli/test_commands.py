@@ -181,6 +181,20 @@ def test_tune_talk_and_merge(models: dict[str, str], tmp_path: Path) -> None:
     assert done.stderr.count("forwards") == 2
 
 
+def test_a_diffusion_model_is_adapted_on(
+    models: dict[str, str], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["adapt", models["ar"], "--data", corpus, "--steps", "1", "-o", "length=32", "-o", "bf16=false"]
+    done = run.invoke(app, [*words, "-o", "size=2"])
+    assert done.exit_code == 2 and "goes on as its card says, without size; or give the --recipe for it" in done.stderr
+    done = run.invoke(app, [*words, "-o", "held_out=64"])
+    assert done.exit_code == 0, done.output
+    (out,) = (tmp_path / "runs").iterdir()
+    facts = [json.loads(run.invoke(app, ["show", folder, "--json"]).stdout) for folder in (models["ar"], str(out))]
+    assert out.name.startswith("ar-") and facts[0]["can_infill"] is facts[1]["can_infill"] is True
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

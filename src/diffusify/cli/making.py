@@ -72,9 +72,9 @@ def adapt(
         make = recipe_maker(recipe or RecipeName.block)
         known = arguments(run, "length", "held_out", "seed", "streaming", "max_corrupt", "max_skipped")
         adapters = arguments(Lora, "alpha", "embeddings") if lora is not None else {}
-        made, low, settings, training = parse_options(
-            pairs, {} if own else arguments(make), adapters, known, training_options()
-        )
+        made, low, settings, training = parse_options(pairs, arguments(make), adapters, known, training_options())
+        if own and made:
+            raise ValueError(f"{base} goes on as its card says, without {', '.join(made)}; or give the --recipe for it")
         chosen = own or make(**made)
         folder = run(
             base,
