@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from arms import read_records
 from instructions import family, scores, told_apart
-from machine import RESULTS, save
+from machine import earlier, save
 from questions import questions, write_questions
 from safetensors.torch import load_file, save_file
 
@@ -135,9 +135,7 @@ def main() -> None:
     }
     found |= {"chat": measured_chat(chosen.instructions)} if name == CHAT else measured(name)
     print(json.dumps(found, indent=2))
-    there = RESULTS / "adapters.json"
-    others = json.loads(there.read_text(encoding="utf-8"))["result"] if there.is_file() else {}
-    print("wrote", save("adapters", EVERY, 0, others | {name: found | {"command": command}}))
+    print("wrote", save("adapters", EVERY, 0, earlier("adapters") | {name: found | {"command": command}}))
 
 
 if __name__ == "__main__":

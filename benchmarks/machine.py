@@ -31,6 +31,12 @@ def save(name: str, command: str, seed: int, result: dict[str, Any]) -> Path:
     return path
 
 
+def earlier(name: str) -> dict[str, Any]:
+    """The numbers that `results/NAME.json` has so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else {}
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()

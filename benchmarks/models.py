@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from machine import RESULTS, save
+from machine import earlier, save
 
 from diffusify.evaluation.evaluate import evaluate, row
 from diffusify.evaluation.likelihood import Measure, MonteCarlo, OneByOne
@@ -100,9 +100,9 @@ def main() -> None:
     choices = {name: mine for name, mine in tasks.items() if isinstance(mine[0], Choice)}
     result: dict = {"limit": limit, "published": PUBLISHED, "models": {}}
     if chosen.only:
-        result = json.loads((RESULTS / "models.json").read_text(encoding="utf-8"))["result"]
-        if result["limit"] != limit:
-            options.error(f"the others were measured with --limit {result['limit']}; so must be {chosen.only}")
+        result = earlier("models")
+        if result.get("limit") != limit:
+            options.error(f"the others were measured with --limit {result.get('limit')}; so must be {chosen.only}")
     for name in [chosen.only] if chosen.only else ["base", *shipped()]:
         lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
         found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}

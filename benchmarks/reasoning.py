@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from arms import completions, left_to_right, read_records
-from machine import RESULTS, save
+from machine import earlier, save
 
 import diffusify
 from diffusify.evaluation.answers import final_answer, hit, majority
@@ -94,12 +94,11 @@ def main() -> None:
     same = {"steps": chosen.steps, "length": 256, "seed": chosen.seed}
     said = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"base": BASE, "tokens": chosen.steps * 4 * 256, "tests": len(tests)}
-    there = RESULTS / "reasoning.json"
     if set(chosen.arms) != set(ARMS):
-        earlier = json.loads(there.read_text(encoding="utf-8"))["result"]
-        if any(earlier[what] != value for what, value in result.items()):
-            options.error(f"{there} has other numbers than of {result}; run all arms")
-        result = earlier
+        there = earlier("reasoning")
+        if any(there.get(what) != value for what, value in result.items()):
+            options.error(f"the other arms were not measured with {result}; run all of them")
+        result = there
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "train.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in train))

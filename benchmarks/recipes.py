@@ -25,6 +25,7 @@ from diffusify.config import cache_folder
 from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import ar, block
+from diffusify.models.saving import checksum
 from diffusify.sampling.settings import SamplingConfig
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts, split_off
@@ -63,7 +64,8 @@ def work(arm: str, minutes: float, out: Path) -> None:
     if data.startswith("self:"):
         begun, there = process_time(), own_texts()
         source = load_base(BASE)
-        with_own_texts(data, str(source.source), source.network, make_denoiser(source, recipe)[1], LENGTH, 0, console)
+        weights, tokenizer = checksum(source.network), make_denoiser(source, recipe)[1]
+        with_own_texts(data, BASE, weights, source.network, tokenizer, LENGTH, 0, console)
         if own_texts() > there:
             written = round(process_time() - begun)
         del source

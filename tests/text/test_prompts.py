@@ -23,6 +23,7 @@ from diffusify.text.tokens import TextTokenizer
 from tests.text.makers import WORDS, byte_level, sentence_bpe, unigram, word_piece
 
 BYTES, PIECES, UNIGRAM, SENTENCE = byte_level(), word_piece(), unigram(), sentence_bpe()
+BREAKS = byte_level(WORDS + "\n\n\n\nSo    it    is.\n\n\n\n    So\t\t\tit" * 9)
 ALL = [BYTES, PIECES, UNIGRAM, SENTENCE]
 
 
@@ -178,11 +179,10 @@ def test_the_space_before_a_hole_belongs_to_it(tokenizer: TextTokenizer) -> None
 @settings(deadline=None)
 def test_what_stands_before_a_hole_is_cut_as_before_a_word(before: str) -> None:
     """Two line breaks are one token at the end of a text, and two before a word."""
-    tokenizer = byte_level(WORDS + "\n\n\n\nSo    it    is.\n\n\n\n    So\t\t\tit" * 9)
-    assert len(tokenizer.encode("\n\n")) == 1 and len(tokenizer.encode("\n\nSo")) == 3
-    word = tokenizer.encode(" So" if before.endswith(" ") else "So", continues=True)
-    canvas = infill_canvas(tokenizer, [f"{before}[[{len(word)}]]"], context=None, close=False)
-    assert fill(canvas, word).tokens[0, 1:].tolist() == tokenizer.encode(before + "So")
+    assert len(BREAKS.encode("\n\n")) == 1 and len(BREAKS.encode("\n\nSo")) == 3
+    word = BREAKS.encode(" So" if before.endswith(" ") else "So", continues=True)
+    canvas = infill_canvas(BREAKS, [f"{before}[[{len(word)}]]"], context=None, close=False)
+    assert fill(canvas, word).tokens[0, 1:].tolist() == BREAKS.encode(before + "So")
 
 
 @pytest.mark.parametrize("tokenizer", ALL)

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from diffusify.models.loading import load_base
+from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block, mlm
+from diffusify.models.saving import checksum
 from diffusify.text.examples import Template
 from diffusify.text.sources import load_texts
 from diffusify.training import selfmade
@@ -31,7 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def written(base: str, data: str, length: int = 32) -> str:
     source = load_base(base)
     tokenizer = make_denoiser(source, mlm() if source.masked else block())[1]
-    return with_own_texts(data, base, source.network, tokenizer, length, 0, Console(quiet=True))
+    return with_own_texts(
+        data, base, checksum(source.network), source.network, tokenizer, length, 0, Console(quiet=True)
+    )
 
 
 def test_pieces_of_the_prompts_are_gone_on_with(causal_base: str, corpus: str, cache: Path) -> None:
@@ -60,6 +64,14 @@ def test_a_second_call_finds_the_texts_and_a_stopped_one_goes_on(causal_base: st
 def test_a_model_is_adapted_on_its_own_text(causal_base: str, corpus: str, tmp_path: Path) -> None:
     out = adapt(causal_base, f"self:{corpus}", tmp_path / "run", steps=1, **TINY)
     assert json.loads((out / "run.json").read_text())["data"] == f"self:{corpus}"
+
+
+def test_new_adapters_write_nothing_anew(causal_base: str, corpus: str, cache: Path, tmp_path: Path) -> None:
+    for n, lora in enumerate((None, Lora(2), Lora(4))):
+        adapt(causal_base, f"self:{corpus}", tmp_path / str(n), lora=lora, seed=0, steps=1, **TINY)
+    assert len(list(cache.glob("self-*.jsonl"))) == 1
+    adapt(str(tmp_path / "2"), f"self:{corpus}", tmp_path / "more", steps=1, **TINY)
+    assert len(list(cache.glob("self-*.jsonl"))) == 2
 
 
 def test_what_cannot_be_written_is_refused(causal_base: str, masked_base: str, corpus: str, tmp_path: Path) -> None:
@@ -135,9 +147,9 @@ def test_a_model_without_a_left_to_right_half_cannot_answer(
     causal_base: str, masked_base: str, corpus: str, asked: str, tmp_path: Path
 ) -> None:
     infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right"):
+    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
         tune(str(infiller), f"self:{asked}", tmp_path / "no", steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right"):
+    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
         tune(masked_base, f"self:{asked}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
     with pytest.raises(ValueError, match="need no template"):
         template = Template("{instruction}", "{output}")

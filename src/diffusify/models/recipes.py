@@ -11,7 +11,7 @@ from diffusify.diffusion.policies import Policy, Reparam, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranks import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.models.shipped import located
+from diffusify.models.shipped import card_of
 
 GROWTH = 0.4  # the share of a run in which blocks grow
 INFILLING = 0.25  # the share of steps in which a model that fills holes beside its blocks goes on learning that
@@ -180,10 +180,8 @@ def as_is(*, masked: bool = False) -> Recipe:
 
 def of_model(model: str) -> Recipe | None:
     """The recipe that goes on with a diffusion model as its card says; None for what is none yet."""
-    folder = located(model)
-    if not (folder / "diffusion_config.json").is_file():
+    if (card := card_of(model)) is None:
         return None
-    card = DiffusionConfig.load(folder)
     weight = card.objective.weight
     rdm = PerText(grid=weight.steps, draws=2) if isinstance(weight, Rdm) else PerText()
     time = rdm if card.block_size is None else PerBlock(card.block_size)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from diffusify.config import DiffusionConfig
+
 SHIPPED = Path(__file__).parents[1] / "adapters"
 
 
@@ -14,3 +16,9 @@ def located(model: str | Path) -> Path:
     """A model's folder; where there is none of that name, that of the model that comes with the library, if any."""
     folder = Path(model).expanduser()
     return folder if folder.exists() else shipped().get(str(model), folder)
+
+
+def card_of(model: str) -> DiffusionConfig | None:
+    """A diffusion model's card; None for what is no diffusion model yet."""
+    folder = located(model)
+    return DiffusionConfig.load(folder) if (folder / "diffusion_config.json").is_file() else None

@@ -13,7 +13,7 @@ from diffusify.models.influence import check_attention
 from diffusify.models.loading import Base, ensure_mask_token
 from diffusify.models.lora import Lora, add_lora, check_lora
 from diffusify.models.recipes import Recipe, block, of_model
-from diffusify.models.saving import open_base
+from diffusify.models.saving import checksum, open_base
 from diffusify.text.corpus import open_corpus
 from diffusify.text.sources import files_of
 from diffusify.text.tally import check_limit
@@ -79,12 +79,13 @@ def adapt(
     files_of(OWN.sub(r"\1", data))  # refuses what is not there
     source = open_base(base)
     check_writer(data, base, masked=source.masked)
+    weights = checksum(source.network)
     torch.manual_seed(seed)  # adapters begin alike on every rank and after a resume
     denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
     if denoiser.context is not None and length > denoiser.context:
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
     check_attention(denoiser)
-    texts = with_own_texts(data, base, source.network, tokenizer, length, seed, console)
+    texts = with_own_texts(data, base, weights, source.network, tokenizer, length, seed, console)
     corpus = open_corpus(
         texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
     )

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from diffusify.config import cache_folder, keeps_left_to_right
+from diffusify.config import cache_folder
 from diffusify.models.lora import merge_lora
-from diffusify.models.recipes import of_model
-from diffusify.models.saving import checksum
+from diffusify.models.shipped import card_of
 from diffusify.text.dialogue import Dialogue
 from diffusify.text.examples import question
 from diffusify.text.sources import load_records, load_texts
@@ -34,18 +33,19 @@ TEMPERATURE = 0.7
 
 def check_writer(data: str, model: str, *, masked: bool) -> None:
     """ValueError if a model is to write its own data, and does not write from left to right."""
-    recipe = of_model(model)
-    if OWN.search(data) and (masked or (recipe and not keeps_left_to_right(recipe.attention, recipe.shift))):
+    if OWN.search(data) and (masked or ((card := card_of(model)) and not card.reads_left_to_right)):
         raise ValueError(f"data {data}: {model} does not write from left to right; leave self: out")
 
 
 def with_own_texts(
-    data: str, model: str, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int, console: Console
-) -> str:
+    data: str, model: str, weights: int, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int,
+    console: Console,
+) -> str:  # fmt: skip
     """A data source in which every `self:PROMPTS` has become a file that the model has written.
 
     The texts of PROMPTS are cut into pieces of `length` tokens; the network is given a quarter of each, and writes the
-    rest (temperature 0.7). Files are kept in the cache folder; one that was begun is gone on with.
+    rest (temperature 0.7). Files are kept in the cache folder, and one that was begun is gone on with; they are known
+    by a checksum of the `weights`, taken before there are new adapters, which change nothing yet.
     """
 
     def written(prompts: str) -> Path:
@@ -57,8 +57,8 @@ def with_own_texts(
             raise ValueError(
                 f"self:{prompts} has no text of {length} tokens to go on from; give longer ones, or less length"
             )
-        writer, what = Writer(network, tokenizer, [tokenizer.end_token_id], length, seed, console), checksum(network)
-        path = writer.file([what, pieces], pieces, lambda n, ids: {"text": tokenizer.decode(pieces[n] + ids)})
+        writer = Writer(network, tokenizer, [tokenizer.end_token_id], length, seed, console)
+        path = writer.file([weights, pieces], pieces, lambda n, ids: {"text": tokenizer.decode(pieces[n] + ids)})
         console.print(f"{prompts}, gone on with by {model}: {len(pieces):,} texts in {path}", soft_wrap=True)
         return path
 
@@ -66,8 +66,9 @@ def with_own_texts(
 
 
 def with_own_answers(
-    data: str, model: str, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int, console: Console
-) -> str:
+    data: str, model: str, weights: int, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int,
+    console: Console,
+) -> str:  # fmt: skip
     """A source of records in which every `self:PROMPTS` has become a file of chats that the model has answered itself.
 
     Of each record of PROMPTS the chat up to the last question counts, or the first field of a pair; what is answered
@@ -92,7 +93,7 @@ def with_own_answers(
             return {"messages": [*asked[n][0], {"role": "assistant", "content": answer}]}
 
         writer = Writer(network, tokenizer, ends, length, seed, console)
-        path = writer.file([checksum(network), asked], [ids for _, ids in asked], told)
+        path = writer.file([weights, asked], [ids for _, ids in asked], told)
         console.print(f"{prompts}, answered by {model}: {len(asked):,} questions in {path}", soft_wrap=True)
         return path
 

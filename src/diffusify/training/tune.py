@@ -12,7 +12,7 @@ from diffusify.config import sees_right_context, to_plain
 from diffusify.models.influence import check_attention
 from diffusify.models.lora import Lora, check_lora
 from diffusify.models.recipes import Recipe, of_model
-from diffusify.models.saving import open_base
+from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records
@@ -79,6 +79,7 @@ def tune(
     records = load_records(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
     base = open_base(model)
     check_writer(data, model, masked=base.masked)
+    weights = checksum(base.network)
     torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
     length = min(512, denoiser.context or 512) if length is None else length
@@ -86,7 +87,8 @@ def tune(
         raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {model} can see; use less")
     check_attention(denoiser)
     if OWN.search(data):
-        records = load_records(with_own_answers(data, model, base.network, tokenizer, length, seed, console), seed=seed)
+        written = with_own_answers(data, model, weights, base.network, tokenizer, length, seed, console)
+        records = load_records(written, seed=seed)
     examples, left_out = make_examples(
         records, tokenizer, template=template, each_turn=not sees_right_context(recipe.attention), length=length
     )
