@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import diffusify
 from diffusify.evaluation.bench import bench, cut_prompts
+from diffusify.models.bundled import SHIPPED
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block
-from diffusify.models.shipped import SHIPPED
-from diffusify.sampling.generation import Message
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import Message
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
@@ -80,7 +80,7 @@ def measured_chat(instructions: str) -> dict:
     found = {}
     for name in ("smollm2-block", CHAT):
         lm = diffusify.load(name, dtype=torch.bfloat16)
-        answers = [lm.answering([chat], 96, SamplingConfig(tolerance=0.0)).results()[0] for chat in asked]
+        answers = [lm.prepare_chat([chat], 96, SamplingConfig(tolerance=0.0)).results()[0] for chat in asked]
         tokens, forwards = (sum(getattr(one, what) for one in answers) for what in ("tokens", "forwards"))
         found[name] = {
             "questions": len(asked),

@@ -15,12 +15,12 @@ from diffusify.diffusion.objectives import Objective, cross_entropy
 from diffusify.diffusion.policies import Unmask
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import Recipe
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import collate, pack_examples
 from diffusify.text.sources import load_records
 from diffusify.training.adapt import make_denoiser
-from diffusify.training.runs import fast_bfloat16
+from diffusify.training.run_folder import fast_bfloat16
 from diffusify.training.tune import split_off_prompts
 
 # Blocks of one token are left-to-right text, and have the exact cache of blocks.
@@ -48,9 +48,9 @@ def left_to_right(
     half = fast_bfloat16()
     denoiser.train()
     for step, batch in zip(range(steps), _batches(packed, rows, seed), strict=False):
-        clean = denoiser.answerable(Canvas.clean(**collate(batch)))
+        clean = denoiser.predictable(Canvas.clean(**collate(batch)))
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            logits = denoiser(clean, ask=clean.editable).logits
+            logits = denoiser(clean, positions=clean.editable).logits
         loss = cross_entropy(logits, clean.tokens[clean.editable]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)

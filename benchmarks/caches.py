@@ -17,8 +17,8 @@ from machine import save
 
 import diffusify
 from diffusify.evaluation.bench import cut_prompts, diffused
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
 from diffusify.text.sources import load_texts
 

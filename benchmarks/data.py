@@ -29,7 +29,7 @@ from diffusify.models.loading import load_base
 from diffusify.text.corpus import STREAMED, open_corpus
 from diffusify.text.packing import collate
 from diffusify.text.stream import BLOCK, RowStream
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 LENGTH, BATCH, HELD_OUT, SEED, PIECE = 256, 16, 8192, 0, 3000
 TOKENIZED = 4_000_000  # letters

@@ -21,7 +21,7 @@ import diffusify
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.bench import bench, cut_prompts, diffused, greedy_ar
 from diffusify.models.loading import load_base
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
 
 PICTURE = Path(__file__).parents[1] / "docs" / "decoding.png"

@@ -18,8 +18,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import diffusify
 from diffusify.diffusion.policies import Unmask
-from diffusify.sampling.generation import DiffusionLM, Message
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import DiffusionLM, Message
+from diffusify.sampling.sampling_config import SamplingConfig
 
 UNSEEN = ("rotten_tomatoes", "trec", "qasc", "social_i_qa", "samsum", "glue_qqp", "wiki_bio", "sciq")
 ROOM = 24
@@ -45,7 +45,7 @@ def answers(lm: DiffusionLM, chats: list[list[Message]], batch: int = 8) -> list
     out = [""] * len(chats)
     for start in range(0, len(order), batch):
         mine = order[start : start + batch]
-        results = lm.answering([chats[i] for i in mine], ROOM, settings).results()
+        results = lm.prepare_chat([chats[i] for i in mine], ROOM, settings).results()
         for i, result in zip(mine, results, strict=True):
             out[i] = result.text
     return out

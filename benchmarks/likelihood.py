@@ -16,12 +16,12 @@ from time import perf_counter
 import torch
 from machine import save
 
+from diffusify.evaluation.benchmark_data import chosen_tasks, items
 from diffusify.evaluation.likelihood import MonteCarlo, Question
-from diffusify.evaluation.opening import open_lm
-from diffusify.evaluation.records import chosen_tasks, items
+from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import question
 from diffusify.evaluation.tasks import Choice
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 
 DRAWS = 32
 

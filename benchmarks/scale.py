@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import noised
-from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.recipes import ar, block
 
 PICTURE = Path(__file__).parents[1] / "docs" / "scale.png"
@@ -50,18 +50,18 @@ def work(name: str, length: int, vocabulary: int, batch: int) -> dict[str, float
         vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=length, tie_word_embeddings=True,
     )  # fmt: skip
-    denoiser = Denoiser(LlamaForCausalLM(config), recipe.card("LlamaForCausalLM", mask, "")).train()
-    quicken(denoiser.network)
+    denoiser = Denoiser(LlamaForCausalLM(config), recipe.diffusion_config("LlamaForCausalLM", mask, "")).train()
+    optimize_for_training(denoiser.network)
     optimizer, objective = torch.optim.AdamW(denoiser.parameters(), fused=True), recipe.objective
     seconds = []
     for _ in range(STEPS):
-        clean = denoiser.answerable(Canvas.clean(torch.randint(0, mask, (batch, length), generator=generator)))
+        clean = denoiser.predictable(Canvas.clean(torch.randint(0, mask, (batch, length), generator=generator)))
         share = objective.ar_share if objective.ar_weight else 0.0
         noise = noised(clean, recipe.time, recipe.schedule, mask, ar_share=share, generator=generator)
         begun = perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = denoiser(
-                noise.canvas, noise.text, ask=noise.canvas.open, ar=objective.asks_ar(noise),
+                noise.canvas, noise.text, positions=noise.canvas.open, ar_positions=objective.ar_targets(noise),
                 loss=lambda a, b, noise=noise: objective(a, b, noise, recipe.schedule),
             ).loss  # fmt: skip
         (loss.total / loss.count).backward()

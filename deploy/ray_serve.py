@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from ray import serve
 
 from diffusify.cli.serving import names
-from diffusify.evaluation.opening import open_lm
-from diffusify.serving.app import create_app
+from diffusify.evaluation.open_model import open_lm
+from diffusify.serving.api.app import create_app
 
 
 def build() -> FastAPI:

@@ -22,8 +22,8 @@ import diffusify
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule, Polynomial
-from diffusify.sampling.settings import SamplingConfig
-from diffusify.sampling.writing import Writing
+from diffusify.sampling.generation import GenerationRun
+from diffusify.sampling.sampling_config import SamplingConfig
 
 IMAGES = Path(__file__).parent / "images"
 PROMPT = "The with statement is used to"
@@ -49,7 +49,7 @@ Text = list[list[str | None]]  # for each step, each token, None while it is ope
 def patterns() -> dict[str, Matrix]:
     """Who sees whom (1) under each attention pattern, for a text of eight tokens; a row for each that looks."""
     text = Canvas.clean(torch.zeros(1, 8, dtype=torch.long))
-    answer = replace(text, editable=text.positions >= 3)
+    answer = replace(text, editable=text.position_ids >= 3)
     scenes = {
         "Causal()": Causal()(text),
         "Annealed(0.3)": Annealed(0.3)(text),
@@ -58,7 +58,7 @@ def patterns() -> dict[str, Matrix]:
         "Prefix(), 3 of prompt": Prefix()(answer),
         "BlockCausal(4), [noisy, clean]": BlockCausal(4)(text, text.tokens, shift=1),
     }
-    return {name: scene.visible()[0].int().tolist() for name, scene in scenes.items()}
+    return {name: inputs.visible()[0].int().tolist() for name, inputs in scenes.items()}
 
 
 def schedules() -> dict[str, dict[str, list[float]]]:
@@ -73,7 +73,7 @@ def schedules() -> dict[str, dict[str, list[float]]]:
     }
 
 
-def development(model: diffusify.DiffusionLM, writing: Writing) -> Text:
+def development(model: diffusify.DiffusionLM, writing: GenerationRun) -> Text:
     """What a text looks like at first and after each forward, what was given included; nothing stays as it was."""
     canvases = [writing.canvas, *(frame.canvas for frame in writing)]
     lines = [
@@ -99,7 +99,7 @@ def developments(block_model: str, ar_model: str) -> dict[str, Text]:
     for name, folder in (("block(4), steps=12", block_model), ("ar(), steps=12", ar_model)):
         model = diffusify.load(folder)
         settings = one_line(model, steps=12, repetition_penalty=1.2)
-        found[name] = development(model, model.continuing([PROMPT], 24, settings))
+        found[name] = development(model, model.prepare_generation([PROMPT], 24, settings))
     return found
 
 
@@ -108,10 +108,10 @@ def writings() -> dict[str, Text]:
     writer, infiller = (diffusify.load(name) for name in ("smollm2-block", "smollm2-infill"))
     return {
         "smollm2-block, a row for each forward: greedy left-to-right text, token for token": development(
-            writer, writer.continuing([STORY], 16, one_line(writer, tolerance=0.0))
+            writer, writer.prepare_generation([STORY], 16, one_line(writer, tolerance=0.0))
         ),
         "smollm2-infill, a row for each forward: a hole, with both sides in view": development(
-            infiller, infiller.infilling([HOLE], one_line(infiller))
+            infiller, infiller.prepare_infilling([HOLE], one_line(infiller))
         ),
     }
 
@@ -182,11 +182,11 @@ def save(figure: Figure, path: Path, data: object) -> None:
 def main(block_model: str, ar_model: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     seen, curves = patterns(), schedules()
-    texts, shipped = developments(block_model, ar_model), writings()
+    texts, bundled_models = developments(block_model, ar_model), writings()
     save(draw_patterns(seen), IMAGES / "patterns.svg", seen)
     save(draw_schedules(curves), IMAGES / "schedules.svg", curves)
     save(draw_development(texts), IMAGES / "development.svg", texts)
-    save(draw_development(shipped), IMAGES / "writing.svg", shipped)
+    save(draw_development(bundled_models), IMAGES / "writing.svg", bundled_models)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(base: str, text: str, out: str, **settings: Any) -> None:
     model = diffusify.load(folder)
     for preset in ("quality", "balanced", "fast"):
         chosen = diffusify.SamplingConfig.preset(preset, model.config)
-        (result,) = model.continuing([PROMPT], 32, chosen).results()
+        (result,) = model.prepare_generation([PROMPT], 32, chosen).results()
         print(f"{preset}, {result.tokens_per_forward:.2f} tokens per forward: {result.text}")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.config import DiffusionConfig, from_plain, to_plain
-from diffusify.diffusion import attention, objectives, policies, quotas, ranks, schedules
+from diffusify.diffusion import attention, objectives, policies, quotas, ranking, schedules
 
 CARDS = st.builds(
     DiffusionConfig,
@@ -22,14 +22,14 @@ CARDS = st.builds(
     schedule=st.one_of(st.builds(schedules.Polynomial, st.floats(0.1, 5)), st.just(schedules.Cosine())),
     objective=st.builds(
         objectives.Objective,
-        weight=st.one_of(st.builds(objectives.Rdm, st.integers(1, 99)), st.just(objectives.Flat())),
+        weight=st.one_of(st.builds(objectives.RdmWeight, st.integers(1, 99)), st.just(objectives.Flat())),
         per=st.sampled_from(["editable", "open", "text"]),
         ar_weight=st.floats(0, 2),
     ),
     policy=st.one_of(
         st.builds(
             policies.Unmask,
-            st.sampled_from([ranks.Margin(), ranks.Leftmost()]),
+            st.sampled_from([ranking.Margin(), ranking.Leftmost()]),
             st.builds(quotas.Threshold, st.floats(0.1, 1)),
         ),
         st.builds(policies.Ancestral, st.just(schedules.Cosine())),

@@ -17,11 +17,11 @@ import typer
 import diffusify
 from diffusify.cli import app
 from diffusify.cli.making import RecipeName, recipe_maker
-from diffusify.cli.options import Story, arguments, parse_options, training_options
+from diffusify.cli.options import RecipeFile, arguments, parse_options, training_options
 from diffusify.cli.writing import sampling
 from diffusify.models.lora import Lora
-from diffusify.serving.app import create_app
-from diffusify.training.runs import check_training_options
+from diffusify.serving.api.app import create_app
+from diffusify.training.run_folder import check_training_options
 from tests.families import tiny_network
 from tests.serving.models import running, tiny_lm
 from tests.text import makers
@@ -120,7 +120,7 @@ def check_options(command: str, params: dict[str, Any]) -> None:
     recipe, pairs = params["recipe"], list(params["option"] or [])
     file = ROOT / str(params.get("base"))
     if file.suffix == ".yaml" and file.stem != "NAME":
-        story = Story.load(file)
+        story = RecipeFile.load(file)
         recipe, pairs = story.recipe, story.pairs() + pairs
     make = recipe_maker(RecipeName(recipe or "block"))
     own = arguments(getattr(diffusify, command), "length", "held_out", "seed")

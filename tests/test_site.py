@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import diffusify
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from tests.serving.models import tiny_lm
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_the_pictures_show_what_the_classes_say(tmp_path: Path) -> None:
 def test_a_text_develops(tmp_path: Path) -> None:
     drawn, lm = pictures(), tiny_lm(infills=True)
     committed = behind(IMAGES / "development.svg") | behind(IMAGES / "writing.svg")
-    made = drawn.development(lm, lm.continuing(["The cat"], 12, SamplingConfig(steps=4)))
+    made = drawn.development(lm, lm.prepare_generation(["The cat"], 12, SamplingConfig(steps=4)))
     assert made[0][-12:] == [None] * 12 and len(made) == 5
     for text in (made, *committed.values()):
         for before, after in zip(text, text[1:], strict=False):

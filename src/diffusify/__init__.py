@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from diffusify.models.importers import import_denoiser
     from diffusify.models.lora import Lora
     from diffusify.models.recipes import Recipe, ar, block, mlm
-    from diffusify.sampling.generation import DiffusionLM, load
-    from diffusify.sampling.settings import SamplingConfig
-    from diffusify.sampling.writing import Generation
+    from diffusify.planning.plan import plan
+    from diffusify.sampling.diffusion_lm import DiffusionLM, load
+    from diffusify.sampling.generation import Generation
+    from diffusify.sampling.sampling_config import SamplingConfig
     from diffusify.text.examples import Template
     from diffusify.text.grammar import schema_regex
     from diffusify.training.adapt import adapt
-    from diffusify.training.plan import plan
     from diffusify.training.trainer import DiffusionTrainer
     from diffusify.training.tune import tune
 
@@ -46,13 +46,13 @@ _ROOMS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
     "diffusify.models.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
-    "diffusify.sampling.generation": {"DiffusionLM", "load"},
-    "diffusify.sampling.settings": {"SamplingConfig"},
-    "diffusify.sampling.writing": {"Generation"},
+    "diffusify.sampling.diffusion_lm": {"DiffusionLM", "load"},
+    "diffusify.sampling.sampling_config": {"SamplingConfig"},
+    "diffusify.sampling.generation": {"Generation"},
     "diffusify.text.examples": {"Template"},
     "diffusify.text.grammar": {"schema_regex"},
     "diffusify.training.adapt": {"adapt"},
-    "diffusify.training.plan": {"plan"},
+    "diffusify.planning.plan": {"plan"},
     "diffusify.training.tune": {"tune"},
     "diffusify.training.trainer": {"DiffusionTrainer"},
 }

@@ -51,7 +51,7 @@ class Canvas:
         return cls(tokens, open=torch.zeros_like(document, dtype=torch.bool), editable=editable, document=document)
 
     @classmethod
-    def room(cls, rows: list[list[int | None]], *, noise: int, pad: int) -> "Canvas":
+    def from_tokens(cls, rows: list[list[int | None]], *, noise: int, pad: int) -> "Canvas":
         """Given token ids, with an open position for every None; shorter rows are padded on the right."""
         n = max(map(len, rows))
         tokens = torch.tensor([[noise if t is None else t for t in row] + [pad] * (n - len(row)) for row in rows])
@@ -70,7 +70,7 @@ class Canvas:
         return self.editable & ~self.open
 
     @property
-    def positions(self) -> Int[Tensor, "b n"]:
+    def position_ids(self) -> Int[Tensor, "b n"]:
         """Each token's place in its own document, from 0."""
         at = torch.arange(self.document.shape[1], device=self.document.device)
         starts = torch.ones_like(self.document, dtype=torch.bool)
@@ -83,7 +83,7 @@ class Canvas:
         sizes = self.document.new_zeros(len(self.document), int(self.document.max()) + 1)
         return sizes.scatter_add(1, self.document, self.editable.to(sizes.dtype))
 
-    def play(self, move: Move, guess: Guess, noise: Int[Tensor, "b n"] | int) -> "Canvas":
+    def apply(self, move: Move, guess: Guess, noise: Int[Tensor, "b n"] | int) -> "Canvas":
         """The canvas after a move: guesses written, then erased positions opened to noise."""
         open = (self.open & ~move.write) | move.erase
         tokens = torch.where(move.write, guess.tokens, self.tokens)

@@ -28,15 +28,19 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
     """
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     classes: dict[str, Any] = {o.__name__: o for o in options if isinstance(o, type) and is_dataclass(o)}
-    if isinstance(plain, str) and plain in classes:
+    former = {c.former_name: name for name, c in classes.items() if hasattr(c, "former_name")}
+    if isinstance(plain, str) and plain in classes | former:
         plain = {"type": plain}
     if isinstance(plain, dict) and classes:
         given = dict(plain)
         name = given.pop("type", next(iter(classes)) if len(classes) == 1 else None)
+        name = former.get(name, name)
         if name not in classes:
             raise ValueError(f'{where}: type "{name}" is not known{nearest(str(name), classes)}')
         hints = get_type_hints(classes[name])
         known = {f.name for f in fields(classes[name])}
+        former_fields = getattr(classes[name], "former_fields", {})
+        given = {former_fields.get(key, key): value for key, value in given.items()}
         for key in given:
             if key not in known:
                 raise ValueError(f'{where}: {name} has no "{key}"{nearest(key, known)}')
@@ -72,7 +76,7 @@ def sees_right_context(attention: AttentionPattern) -> bool:
     return isinstance(attention, Bidirectional | Prefix)
 
 
-def keeps_left_to_right(attention: AttentionPattern, shift: int) -> bool:
+def keeps_ar_model(attention: AttentionPattern, shift: int) -> bool:
     """Whether the clean text beside the noisy one is read as by the left-to-right base; a pass tells its answers."""
     return shift == 1 and isinstance(attention, BlockCausal) and attention.clean == "token"
 
@@ -111,13 +115,13 @@ class DiffusionConfig:
         return sees_right_context(self.infiller.attention)
 
     @property
-    def keeps_left_to_right(self) -> bool:
-        return keeps_left_to_right(self.attention, self.shift)
+    def keeps_ar_model(self) -> bool:
+        return keeps_ar_model(self.attention, self.shift)
 
     @property
-    def reads_left_to_right(self) -> bool:
+    def reads_as_ar_model(self) -> bool:
         """Whether finished text is read as by a left-to-right model: a base as it is, or one that kept that half."""
-        return self.keeps_left_to_right or (self.shift == 1 and isinstance(self.attention, Causal))
+        return self.keeps_ar_model or (self.shift == 1 and isinstance(self.attention, Causal))
 
     def save(self, folder: Path | str) -> None:
         text = json.dumps(to_plain(self), indent=2)

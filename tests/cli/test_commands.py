@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusify.cli import app
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 
 run = CliRunner()
 SMALL = ["-o", "length=32", "-o", "held_out=64", "-o", "per_device_train_batch_size=2", "-o", "bf16=false"]
@@ -149,7 +149,7 @@ def test_a_policy_by_name_or_as_json(models: dict[str, str]) -> None:
 
     left = '{"type": "Unmask", "rank": {"type": "Leftmost"}}'
     assert text("Unmask") == text('{"type": "Unmask"}')
-    assert len({text("Reparam"), text("Unmask"), text(left), text("Ancestral")}) > 1
+    assert len({text("Rdm"), text("Unmask"), text(left), text("Ancestral")}) > 1
 
 
 def test_a_file_says_the_whole_command(causal_base: str, corpus: str, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import torch
 from transformers import TrainingArguments
 
 from diffusify.cli.making import RecipeName, recipe_maker
-from diffusify.cli.options import Story, arguments, parse_options, training_options
+from diffusify.cli.options import RecipeFile, arguments, parse_options, training_options
 from diffusify.diffusion.objectives import Objective
 from diffusify.models.recipes import ar
 from diffusify.text.sources import _COMMA, _HUB, _WEIGHTED
 from diffusify.training.adapt import adapt
-from diffusify.training.runs import check_training_options
+from diffusify.training.run_folder import check_training_options
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -42,7 +42,7 @@ def test_options_that_nobody_knows_are_refused(pair: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_that_ships_is_a_command_that_works(path: Path, tmp_path: Path) -> None:
-    story = Story.load(path)
+    story = RecipeFile.load(path)
     make = recipe_maker(RecipeName(story.recipe))
     made, _, training = parse_options(
         story.pairs(), arguments(make), arguments(adapt, "length", "held_out", "seed"), training_options()
@@ -70,5 +70,5 @@ def test_every_recipe_that_ships_is_a_command_that_works(path: Path, tmp_path: P
 def test_files_that_are_no_recipe_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
-        Story.load(tmp_path / "x.yaml")
+        RecipeFile.load(tmp_path / "x.yaml")
     assert message in str(error.value)

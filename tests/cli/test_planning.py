@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from diffusify.cli import app
 from diffusify.cli.planning import amount, lasting
-from diffusify.training import papers
+from diffusify.planning import paper_runs
 
 run = CliRunner()
 RUN = ["--tokens", "65B", "--gpus", "64xH100", "--length", "32"]
@@ -50,7 +50,7 @@ def test_what_does_not_fit_says_how_it_would(tmp_path: Path) -> None:
 
 def test_the_paper_s_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
-    monkeypatch.setattr(papers, "RUNS", (replace(papers.RUNS[2], config=lambda: tiny, length=32),))
+    monkeypatch.setattr(paper_runs, "RUNS", (replace(paper_runs.RUNS[2], config=lambda: tiny, length=32),))
     done = run.invoke(app, ["plan", "--paper"])
     assert done.exit_code == 0 and done.stdout.count("DiffuLLaMA") == 2 and "2,066" in done.stdout
     row = json.loads(run.invoke(app, ["plan", "--paper", "--json"]).stdout)[0]

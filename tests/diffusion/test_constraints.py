@@ -51,7 +51,7 @@ def texts(automaton: Automaton, given: list[int | None], ends: bool) -> list[tup
 
 def canvas_of(given: list[int | None]) -> Canvas:
     """Between a prompt and a closing token, which are not to be written."""
-    canvas = Canvas.room([[7, *given, 7]], noise=9, pad=0)
+    canvas = Canvas.from_tokens([[7, *given, 7]], noise=9, pad=0)
     editable = canvas.editable.clone()
     editable[:, 1:-1] = True
     return Canvas(canvas.tokens, canvas.open, editable, canvas.document)

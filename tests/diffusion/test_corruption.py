@@ -26,7 +26,7 @@ def test_only_editable_positions_open_and_the_rest_is_untouched(seed: int) -> No
     document = torch.tensor([[1] * 10, [1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
     batch = noised(Canvas.clean(tokens, document), PerText(), Linear(), 9, ar_share=0.5, generator=generator(seed))
     canvas = batch.canvas
-    assert not (canvas.open & (document == 0)).any() and not (batch.ar & (document == 0)).any()
+    assert not (canvas.open & (document == 0)).any() and not (batch.ar_positions & (document == 0)).any()
     assert torch.equal(canvas.tokens, torch.where(canvas.open, 9, tokens))
     assert torch.equal(batch.clean, tokens)
 
@@ -83,7 +83,7 @@ def test_a_complement_opens_what_the_first_canvas_does_not(seed: int, size: int)
     first, second = batch.canvas.open[::2], batch.canvas.open[1::2]
     assert batch.views == 2 and torch.equal(first ^ second, clean.editable)
     torch.testing.assert_close(batch.t[::2] + batch.t[1::2], torch.ones(2, 10))
-    assert torch.equal(batch.text, clean.tokens) and not batch.ar[1::2].any()
+    assert torch.equal(batch.text, clean.tokens) and not batch.ar_positions[1::2].any()
 
 
 def test_a_tilt_opens_ends_of_blocks_and_as_many_as_without() -> None:
@@ -101,7 +101,7 @@ def test_a_tilt_opens_ends_of_blocks_and_as_many_as_without() -> None:
 def test_a_tilted_block_opens_its_share_of_tokens(seed: int, size: int) -> None:
     clean = Canvas.clean(torch.zeros(3, 12, dtype=torch.long), torch.tensor([[1] * 5 + [2] * 7] * 3))
     batch = noised(clean, PerBlock(size, tilt=0.2), Linear(), 1, generator=generator(seed))
-    block = (clean.positions % size == 0).flatten().cumsum(0) - 1
+    block = (clean.position_ids % size == 0).flatten().cumsum(0) - 1
     open, t = batch.canvas.open.flatten().float(), batch.t.flatten()
     for n in range(int(block.max()) + 1):
         inside = block == n

@@ -10,7 +10,7 @@ from diffusify.diffusion.logits import TOGETHER, LazyLogits
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Ancestral, Unmask
 from diffusify.diffusion.quotas import Threshold
-from diffusify.diffusion.ranks import Entropy, Margin, Random
+from diffusify.diffusion.ranking import Entropy, Margin, Random
 from diffusify.sampling.sampler import Sampler
 from tests.families import MASK, tiny_denoiser
 
@@ -48,11 +48,11 @@ def test_parts_choices_and_changes_are_those_of_the_whole(k: int, seed: int) -> 
 def test_only_what_is_written_is_projected() -> None:
     """An order that does not look at the guesses costs one projection a token; one that does, all that is open."""
     denoiser = tiny_denoiser("llama", Bidirectional())
-    canvas = Canvas.room([[1, *[None] * 200], [1, *[None] * 9]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[1, *[None] * 200], [1, *[None] * 9]], noise=MASK, pad=0)
     projected: list[int] = []
 
-    def answers(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
-        lazy = denoiser.answers(canvas, ask=ask)
+    def answers(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        lazy = denoiser.predict(canvas, positions=positions)
 
         def counted(part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             projected.append(len(part))

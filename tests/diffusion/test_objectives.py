@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, PerBlock, PerText, noised
 from diffusify.diffusion.logits import LazyLogits
-from diffusify.diffusion.objectives import Elbo, Flat, Loss, Objective, Rdm, cross_entropy, divergence
+from diffusify.diffusion.objectives import Elbo, Flat, Loss, Objective, RdmWeight, cross_entropy, divergence
 from diffusify.diffusion.schedules import Linear
 
 DATA = Path(__file__).parents[1] / "data"
@@ -31,7 +31,7 @@ def test_diffullama_loss_of_the_authors_code() -> None:
     canvas.open[:, 0] = False
     t = given["diffullama.t"][:, None].expand(x.shape)
     batch = Noised(canvas, x, t, torch.zeros_like(masked))
-    loss = loss_of(Objective(Elbo(), per="open"), logits[canvas.open], logits[batch.ar], batch)
+    loss = loss_of(Objective(Elbo(), per="open"), logits[canvas.open], logits[batch.ar_positions], batch)
     torch.testing.assert_close(loss.total / loss.count, given["diffullama.expected_loss"])
 
 
@@ -41,7 +41,12 @@ def test_rdm_loss_of_the_authors_code() -> None:
     canvas = Canvas(x, open=masked, editable=given["rdm.maskable"], document=torch.ones_like(x))
     t = (given["rdm.t"] / 50)[:, None].expand(x.shape)
     batch = Noised(canvas, x, t, torch.zeros_like(masked))
-    loss = loss_of(Objective(Rdm(50), per="text"), given["rdm.logits"][masked], given["rdm.logits"][batch.ar], batch)
+    loss = loss_of(
+        Objective(RdmWeight(50), per="text"),
+        given["rdm.logits"][masked],
+        given["rdm.logits"][batch.ar_positions],
+        batch,
+    )
     torch.testing.assert_close(loss.total / loss.count, given["rdm.expected_loss"])
 
 
@@ -73,7 +78,7 @@ def test_packed_texts_weigh_what_they_would_alone() -> None:
     rng = torch.Generator().manual_seed(0)
     tokens, open = torch.randint(0, 7, (1, 9), generator=rng), torch.rand(1, 9, generator=rng) < 0.5
     logits, t, no = torch.randn(1, 9, 7, generator=rng), torch.full((1, 9), 0.5), torch.zeros(1, 9, dtype=torch.bool)
-    objective = Objective(Rdm(10), per="text")
+    objective = Objective(RdmWeight(10), per="text")
 
     def loss(part: slice, document: list[int]):
         canvas = Canvas(tokens[:, part], open[:, part], torch.ones_like(open[:, part]), torch.tensor([document]))
@@ -99,7 +104,7 @@ def test_sums_and_counts_add_up_however_the_batch_is_split(seed: int, per: str, 
 
     def loss(rows: slice):
         part = batch[rows]
-        return loss_of(objective, logits[rows][part.canvas.open], logits[rows][part.ar], part)
+        return loss_of(objective, logits[rows][part.canvas.open], logits[rows][part.ar_positions], part)
 
     whole, parts = loss(slice(0, 6)), (loss(slice(0, cut)), loss(slice(cut, 6)))
     torch.testing.assert_close(whole.total, parts[0].total + parts[1].total)
@@ -126,7 +131,7 @@ def test_the_elbo_normalised_per_token_does_not_depend_on_the_batch_size() -> No
         values = []
         for _ in range(200):
             batch = noised(clean, PerText(), Linear(), 0, generator=rng)
-            loss = loss_of(Objective(per=per), logits[batch.canvas.open], logits[batch.ar], batch)
+            loss = loss_of(Objective(per=per), logits[batch.canvas.open], logits[batch.ar_positions], batch)
             values.append(float(loss.total / loss.count))
         means[per] = sum(values) / len(values)
     assert abs(means["editable"] - 1) < 0.03
@@ -139,7 +144,7 @@ def test_a_perfect_next_token_oracle_has_loss_zero_and_off_by_one_does_not() -> 
     batch = noised(Canvas.clean(text), PerText(), Linear(), 11, generator=torch.Generator().manual_seed(1))
     sure = F.one_hot(text, 11).float() * 100
     for logits, right in ((sure, True), (sure.roll(1, 1), False)):
-        loss = loss_of(Objective(Flat(), per="open"), logits[batch.canvas.open], logits[batch.ar], batch)
+        loss = loss_of(Objective(Flat(), per="open"), logits[batch.canvas.open], logits[batch.ar_positions], batch)
         mean = float(loss.total / loss.count)
         assert (mean < 1e-6) if right else (mean > torch.tensor(11.0).log())
 
@@ -184,11 +189,11 @@ def test_distillation_takes_the_clean_text_s_answers_for_the_truth() -> None:
     clean = Canvas.clean(torch.randint(0, 9, (3, 8), generator=rng))
     batch = noised(clean, PerBlock(4), Linear(), 9, ar_share=0.3, generator=rng)
     objective = Objective(ar_weight=0.5, ar_share=0.3, distill=0.4)
-    asked = objective.asks_ar(batch)
-    assert torch.equal(asked, batch.ar | batch.canvas.open)
+    asked = objective.ar_targets(batch)
+    assert torch.equal(asked, batch.ar_positions | batch.canvas.open)
     about, told = (torch.randn(3, 8, 9, generator=rng).requires_grad_() for _ in "ab")
     loss = loss_of(objective, about[batch.canvas.open], told[asked], batch)
-    plain = loss_of(Objective(ar_weight=0.5, ar_share=0.3), about[batch.canvas.open], told[batch.ar], batch)
+    plain = loss_of(Objective(ar_weight=0.5, ar_share=0.3), about[batch.canvas.open], told[batch.ar_positions], batch)
     open = batch.canvas.open
     kl = F.kl_div(about[open].log_softmax(-1), told[open].softmax(-1), reduction="none").sum(-1)
     entropy = Categorical(logits=told[open]).entropy()
@@ -198,4 +203,4 @@ def test_distillation_takes_the_clean_text_s_answers_for_the_truth() -> None:
     torch.testing.assert_close(loss.nll, plain.nll)
     torch.testing.assert_close(loss.ar_nll, plain.ar_nll)
     loss.total.backward()
-    assert told.grad is not None and (told.grad[~batch.ar] == 0).all()  # the teacher is not taught
+    assert told.grad is not None and (told.grad[~batch.ar_positions] == 0).all()  # the teacher is not taught

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Draw, Greedy
+from diffusify.diffusion.rng import RowGenerators
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -torch.inf])
 
 
 def shares(pick: Draw, draws: int = 40_000) -> torch.Tensor:
-    tokens, _ = pick(LOGITS.expand(draws, 5), torch.ones(1, draws, dtype=torch.bool), Luck.seeded([0]))
+    tokens, _ = pick(LOGITS.expand(draws, 5), torch.ones(1, draws, dtype=torch.bool), RowGenerators.seeded([0]))
     return torch.bincount(tokens, minlength=5) / draws
 
 
@@ -34,9 +34,9 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
 
 
 def test_scores_are_log_probabilities_before_temperature() -> None:
-    tokens, score = Draw(0.3)(LOGITS.expand(50, 5), torch.ones(1, 50, dtype=torch.bool), Luck.seeded([0]))
+    tokens, score = Draw(0.3)(LOGITS.expand(50, 5), torch.ones(1, 50, dtype=torch.bool), RowGenerators.seeded([0]))
     torch.testing.assert_close(score, LOGITS.log_softmax(-1)[tokens])
-    best, sure = Greedy()(LOGITS[None], torch.ones(1, 1, dtype=torch.bool), Luck.seeded([0]))
+    best, sure = Greedy()(LOGITS[None], torch.ones(1, 1, dtype=torch.bool), RowGenerators.seeded([0]))
     assert best.item() == 0 and sure.item() == pytest.approx(float(LOGITS.log_softmax(-1)[0]))
 
 
@@ -51,7 +51,7 @@ def test_a_row_s_luck_is_its_own(counts: list[int], seed: int) -> None:
     """What a row draws does not depend on who stands beside it, on padding, or on how much others draw."""
     where = torch.arange(5) < torch.tensor(counts)[:, None]
     seeds = [seed + row for row in range(len(counts))]
-    together, again = Luck.seeded(seeds), [Luck.seeded([one]) for one in seeds]
+    together, again = RowGenerators.seeded(seeds), [RowGenerators.seeded([one]) for one in seeds]
     for _ in range(2):
         uniform, race = together.uniform(where), together.exponential(where, 3)
         for row, alone in enumerate(again):

@@ -12,7 +12,7 @@ from diffusify.cli import app
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.bench import AR, bench, cut_prompts, plot, ways
 from diffusify.models.loading import load_base
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 from tests.conftest import TEXT
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from diffusify.cli import app
 from diffusify.evaluation import evaluate as module
 from diffusify.evaluation.evaluate import Difference, Row, difference, evaluate, read_scores, row
+from diffusify.evaluation.html_report import calibration, scores_table
 from diffusify.evaluation.likelihood import MonteCarlo
-from diffusify.evaluation.opening import open_lm
-from diffusify.evaluation.page import calibration, scores_table
+from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import Scored
 from diffusify.evaluation.tasks import Choice
 from diffusify.models.recipes import ar

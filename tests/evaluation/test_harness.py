@@ -15,7 +15,7 @@ from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import LeftToRight, MonteCarlo
 from diffusify.models.recipes import ar, block
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -126,7 +126,7 @@ def test_what_the_model_would_write_is_told(causal_base: str, corpus: str, tmp_p
     model = adapt(causal_base, corpus, tmp_path / "ar", recipe=ar(), steps=1, length=32, held_out=64, bf16=False)
     lm = DiffusifyLM(str(model), draws=16)
     prompt = lm.tok_encode("The cat sat")
-    writing = lm.lm.continuing([prompt], 4, SamplingConfig(policy=Unmask()))
+    writing = lm.lm.prepare_generation([prompt], 4, SamplingConfig(policy=Unmask()))
     writing.results()
     made = writing.canvas.tokens[0, -4:].tolist()
     other = [made[0] + 1, *made[1:]]

@@ -59,17 +59,17 @@ def test_one_by_one_is_left_to_right_where_sight_is_causal() -> None:
 def bound(denoiser: Denoiser, question: Question, choice: tuple[int, ...]) -> float:
     """By enumeration of all sets of masked tokens, block by block."""
     text = torch.tensor([[*question.context, *choice]])
-    first, size = len(question.context), denoiser.diffusion.block_size or text.shape[1]
+    first, size = len(question.context), denoiser.diffusion_config.block_size or text.shape[1]
     places = range(first, text.shape[1])
     total = 0.0
-    for block in sorted({i // size for i in places}) if denoiser.diffusion.block_size else [0]:
-        unit = [i for i in places if not denoiser.diffusion.block_size or i // size == block]
+    for block in sorted({i // size for i in places}) if denoiser.diffusion_config.block_size else [0]:
+        unit = [i for i in places if not denoiser.diffusion_config.block_size or i // size == block]
         for count in range(1, len(unit) + 1):
             for chosen in combinations(unit, count):
                 open = torch.zeros_like(text, dtype=torch.bool)
                 open[0, list(chosen)] = True
                 canvas = Canvas(torch.where(open, MASK, text), open, open, torch.ones_like(text))
-                logits = denoiser(canvas, text if denoiser.diffusion.block_size else None, ask=open).logits
+                logits = denoiser(canvas, text if denoiser.diffusion_config.block_size else None, positions=open).logits
                 log_prob = logits.log_softmax(-1).gather(1, text[open][:, None]).sum()
                 total += float(log_prob) / count / math.comb(len(unit), count)
     return total

@@ -12,13 +12,13 @@ from diffusify.evaluation.likelihood import LeftToRight, Likelihood, MonteCarlo,
 from diffusify.evaluation.scoring import beside, normal, question, score
 from diffusify.evaluation.tasks import Answer, Choice, Hole
 from diffusify.models.recipes import as_is
-from diffusify.sampling.generation import DiffusionLM, Writing
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import DiffusionLM, GenerationRun
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.prompts import infill_canvas
 from tests.families import tiny_denoiser
 from tests.text import makers
 
-RESULTS = Writing.results
+RESULTS = GenerationRun.results
 CONTEXT = 64  # of the tiny models
 
 
@@ -32,7 +32,7 @@ def says(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM, text: str) -> list[li
     """From now on the model writes this text, over and over, into any room. Returns where the sizes are kept."""
     rooms: list[list[int]] = []
 
-    def results(self: Writing) -> list[Any]:
+    def results(self: GenerationRun) -> list[Any]:
         ids = lm.tokenizer.encode(text, continues=True)
         rooms.append(self.canvas.editable.sum(1).tolist())
         tokens = self.canvas.tokens.clone()
@@ -42,8 +42,8 @@ def says(monkeypatch: pytest.MonkeyPatch, lm: DiffusionLM, text: str) -> list[li
         self.canvas = Canvas(tokens, self.canvas.open & False, self.canvas.editable, self.canvas.document)
         return RESULTS(self)
 
-    monkeypatch.setattr(Writing, "_run", lambda self, denoiser: iter(()))
-    monkeypatch.setattr(Writing, "results", results)
+    monkeypatch.setattr(GenerationRun, "_run", lambda self, denoiser: iter(()))
+    monkeypatch.setattr(GenerationRun, "results", results)
     return rooms
 
 
@@ -114,13 +114,13 @@ def test_a_hole_is_filled_with_a_view_of_both_sides(lm: DiffusionLM, monkeypatch
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Canvas]:
     """From now on every canvas that a model is to write on is kept here, as it was given."""
     kept: list[Canvas] = []
-    true = Writing._run
+    true = GenerationRun._run
 
-    def run(self: Writing, denoiser: Any) -> Any:
+    def run(self: GenerationRun, denoiser: Any) -> Any:
         kept.append(self.canvas)
         return true(self, denoiser)
 
-    monkeypatch.setattr(Writing, "_run", run)
+    monkeypatch.setattr(GenerationRun, "_run", run)
     return kept
 
 
@@ -222,7 +222,7 @@ def test_most_of_several_tries_decide(lm: DiffusionLM, monkeypatch: pytest.Monke
             return [Made(text) for texts in said for text in texts]
 
     prompts: list[Any] = []
-    monkeypatch.setattr(lm, "continuing", lambda given, *rest: prompts.extend(given) or Told())
+    monkeypatch.setattr(lm, "prepare_generation", lambda given, *rest: prompts.extend(given) or Told())
     items = [Answer("1+1=", ("3",)), Answer("1+1=", ("4",))]
     one, two = score(lm, items, MonteCarlo(), SamplingConfig(temperature=0.7), tries=3)
     assert len(prompts) == 6

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from lm_eval.models import huggingface
 
+from diffusify.evaluation.benchmark_data import chosen_tasks, items
 from diffusify.evaluation.likelihood import LeftToRight
-from diffusify.evaluation.opening import open_lm
-from diffusify.evaluation.records import chosen_tasks, items
+from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import question
 from diffusify.evaluation.tasks import Choice
 

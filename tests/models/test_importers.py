@@ -23,7 +23,7 @@ from diffusify.models import importers, loading
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.importers import import_denoiser
 from diffusify.models.saving import load_denoiser
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from tests.families import tiny_network
 from tests.text import makers
 
@@ -131,7 +131,7 @@ def diffugpt(tmp_path: Path) -> Path:
 def test_logits_are_the_authors(vectors: Path, architecture: str, shift: int, tmp_path: Path) -> None:
     out = import_denoiser(str(vectors), tmp_path / "out")
     denoiser, tokenizer = load_denoiser(out)
-    assert denoiser.diffusion == DiffusionConfig(
+    assert denoiser.diffusion_config == DiffusionConfig(
         95, shift, Bidirectional(), architecture, recipe="ar", base_model=str(vectors)
     )
     assert tokenizer.mask_token_id == 95
@@ -172,7 +172,7 @@ def test_layouts(kind: str, options: dict[str, Any], card: Any, tmp_path: Path) 
     out = import_denoiser(str(source), tmp_path / "out", **options)
     denoiser, tokenizer = load_denoiser(out)
     by_block = isinstance(card[2], BlockCausal)
-    assert denoiser.diffusion == DiffusionConfig(
+    assert denoiser.diffusion_config == DiffusionConfig(
         *card,
         recipe="block" if by_block else "ar",
         base_model=str(source),
@@ -183,7 +183,7 @@ def test_layouts(kind: str, options: dict[str, Any], card: Any, tmp_path: Path) 
     assert len(kept) == len(given)  # every tensor is consumed, and none is made up
     for name, weight in network.state_dict().items():
         assert torch.equal(denoiser.network.state_dict()[name], weight), name
-    torch.testing.assert_close(logits_of(denoiser), logits_of(Denoiser(network, denoiser.diffusion)))
+    torch.testing.assert_close(logits_of(denoiser), logits_of(Denoiser(network, denoiser.diffusion_config)))
     stock = AutoModelForCausalLM.from_pretrained(out)
     assert type(stock).__name__ == card[3] == type(denoiser.network).__name__
     assert all(torch.equal(weight, kept[name]) for name, weight in stock.state_dict().items() if name in kept)
@@ -202,14 +202,14 @@ def test_mask_tokens_that_only_the_release_knows(kind: str, rows: int, mask: int
     words(min(rows, 50257 if kind == "diffugpt" else 151669)).save_pretrained(source)
     write_json(source / "config.json", eos_token_id=2, bos_token_id=1)
     denoiser, tokenizer = load_denoiser(import_denoiser(str(source), tmp_path / "out"))
-    assert denoiser.diffusion.mask_token_id == tokenizer.mask_token_id == mask
+    assert denoiser.diffusion_config.mask_token_id == tokenizer.mask_token_id == mask
     assert tokenizer.mask_token == (f"w{mask}" if mask < min(rows, 50257) else "<|mask|>")
     assert denoiser.network.get_input_embeddings().get_parameter("weight").shape[0] == rows
 
 
 def test_the_block_size_of_the_config_counts(sdar: Path, tmp_path: Path) -> None:
     write_json(sdar / "config.json", block_size=32)
-    assert load_denoiser(import_denoiser(str(sdar), tmp_path / "out"))[0].diffusion.block_size == 32
+    assert load_denoiser(import_denoiser(str(sdar), tmp_path / "out"))[0].diffusion_config.block_size == 32
     again = import_denoiser(str(sdar), tmp_path / "again", block_size=8)
     assert DiffusionConfig.load(again).block_size == 8
 

@@ -8,7 +8,7 @@ import torch
 
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
-from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
 from diffusify.diffusion.schedules import Cosine
 from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_model
 from tests.families import tiny_denoiser
@@ -16,7 +16,11 @@ from tests.families import tiny_denoiser
 
 def test_rows() -> None:
     assert (ar().shift, ar().attention, ar().time, ar().objective.weight) == (1, Bidirectional(), PerText(), Elbo())
-    assert (mlm().shift, mlm().time, mlm().objective) == (0, PerText(grid=50, draws=2), Objective(Rdm(50), per="text"))
+    assert (mlm().shift, mlm().time, mlm().objective) == (
+        0,
+        PerText(grid=50, draws=2),
+        Objective(RdmWeight(50), per="text"),
+    )
     assert (block(8).shift, block(8).attention, block(8).time) == (1, BlockCausal(8, "token"), PerBlock(8))
     assert (block(8, masked=True).shift, block(8, masked=True).attention) == (0, BlockCausal(8, "block"))
     assert block().objective.ar_weight == 0.5 and block(masked=True).objective.ar_weight == 0
@@ -58,9 +62,9 @@ def test_empty_blocks_are_refused(size: int) -> None:
 
 
 def test_the_card_says_what_the_recipe_decided() -> None:
-    card = block(8).card("LlamaForCausalLM", 7, "some/base")
+    card = block(8).diffusion_config("LlamaForCausalLM", 7, "some/base")
     assert (card.block_size, card.shift, card.mask_token_id, card.sees_right_context) == (8, 1, 7, False)
-    assert tiny_denoiser("llama").diffusion.sees_right_context
+    assert tiny_denoiser("llama").diffusion_config.sees_right_context
 
 
 def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
@@ -75,7 +79,7 @@ def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
 )
 def test_a_card_is_enough_to_go_on(recipe: Recipe, tmp_path: Path) -> None:
     assert of_model(str(tmp_path)) is None
-    recipe.card("X", 7, "some/base").save(tmp_path)
+    recipe.diffusion_config("X", 7, "some/base").save(tmp_path)
     assert of_model(str(tmp_path)) == recipe
 
 
@@ -96,10 +100,10 @@ def test_steps_of_infilling_are_spread_evenly_and_like_those_of_ar() -> None:
     ours = next(step for step in steps if step.attention == Bidirectional())
     assert (ours.time, ours.objective) == (ar().time, ar().objective)
     assert {step.attention for step, whole in zip(steps, full, strict=True) if not whole} == {BlockCausal(1, "token")}
-    card = recipe.card("LlamaForCausalLM", 7, "some/base")
-    assert card.sees_right_context and card.block_size == 4 and card.keeps_left_to_right
+    card = recipe.diffusion_config("LlamaForCausalLM", 7, "some/base")
+    assert card.sees_right_context and card.block_size == 4 and card.keeps_ar_model
     assert (card.infiller.attention, card.infiller.block_size) == (Bidirectional(), None)
-    assert block().card("X", 7, "b").infiller.attention == BlockCausal(4, "token")
+    assert block().diffusion_config("X", 7, "b").infiller.attention == BlockCausal(4, "token")
 
 
 def test_what_does_not_go_together_in_blocks_is_refused() -> None:

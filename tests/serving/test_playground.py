@@ -128,7 +128,7 @@ def test_a_text_develops_and_can_be_looked_back_at(page: Any) -> None:
     assert float(counted["rate"]) == pytest.approx(written / int(counted["forwards"]), abs=0.006)
     expect(page.locator("#status")).to_contain_text(f"is done: {written} tokens in {counted['forwards']} forwards")
 
-    slider = page.get_by_role("slider", name="Step")
+    slider = page.get_by_role("slider", name="StepEvent")
     slider.fill("3")
     assert 0 < page.locator(".canvas .written").count() < written
     expect(slider).to_have_attribute("aria-valuetext", re.compile(r"step 3 of \d+"))
@@ -250,7 +250,7 @@ def test_holes_of_several_sizes(page: Any) -> None:
     expect(sizes.filter(has_text="kept")).to_have_count(1)
     page.get_by_label("Sizes tried").select_option("2")
     expect(page.locator(".canvas .written")).to_have_count(4)
-    page.get_by_role("slider", name="Step").fill("0")
+    page.get_by_role("slider", name="StepEvent").fill("0")
     expect(page.locator(".canvas .open")).to_have_count(4)
     button(page, "Write the 4 open").click()
     finish(page)

@@ -5,7 +5,7 @@ from schemathesis import Case, GenerationMode, openapi
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 
-from diffusify.serving.app import Limits
+from diffusify.serving.api.app import Limits
 from tests.serving.models import serving
 
 

@@ -2,7 +2,7 @@
 
 from tokenizers import pre_tokenizers
 
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
 # SmolLM2: says something of its own where there is no system message.

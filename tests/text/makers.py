@@ -5,7 +5,7 @@ import json
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 WORDS = "The quick brown fox jumps over the lazy dog, and the cat sat on the mat. (Is it so? It is!) 0 1 2 3 4 5: done."
 

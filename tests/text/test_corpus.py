@@ -11,11 +11,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from diffusify.text import cache, corpus
+from diffusify.text import corpus, row_cache
 from diffusify.text.corpus import Corpus, open_corpus
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
 BYTES = byte_level()
@@ -74,7 +74,7 @@ def test_a_second_run_finds_the_rows(source: Path, on_disk: None, place: Path, m
     first = opened(source)
     (folder,) = place.iterdir()
     assert first.note == f"packed rows made, and kept for the next run, in {folder}"
-    monkeypatch.setattr(cache, "_make", None)
+    monkeypatch.setattr(row_cache, "_make", None)
     second = opened(source)
     assert second.note == f"packed rows found in {folder}"
     assert texts_in(second.rows) == texts_in(first.rows) and texts_in(second.held_out) == texts_in(first.held_out)
@@ -110,7 +110,7 @@ def test_a_making_that_dies_leaves_nothing(
     source: Path, on_disk: None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "pack_batches", lambda *_, **__: 1 / 0)
+        patch.setattr(row_cache, "pack_batches", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             opened(source)
     assert not [*place.iterdir()]
@@ -129,7 +129,7 @@ def test_other_processes_wait_for_the_first(
             assert "made" in opened(source).note
 
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(cache.time, "sleep", wait)
+    monkeypatch.setattr(row_cache.time, "sleep", wait)
     assert "found" in opened(source).note and len(waits) == 1
 
 

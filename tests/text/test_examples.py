@@ -8,9 +8,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusify.text.dialogue import Dialogue
+from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import Template, make_examples
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from tests.text.chats import chat_tokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
@@ -100,7 +100,7 @@ def test_a_target_without_a_field() -> None:
 def test_forms_of_records(record: dict[str, Any], asked: str) -> None:
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "dog"}]
     tokenizer = chat_tokenizer("byte_level", "chatml")
-    (example,) = Dialogue(tokenizer).examples(messages, each_turn=True)
+    (example,) = ChatTemplate(tokenizer).examples(messages, each_turn=True)
     assert examples_of(tokenizer, record) == [{"tokens": example.tokens, "target": example.target}]
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from diffusify.text import files
+from diffusify.text.bad_records import BadRecords
 from diffusify.text.files import Part, parts_of, try_texts
-from diffusify.text.tally import Tally
 
 
 def sorted_out(path: Path) -> tuple[list[str], list[str]]:
@@ -112,17 +112,17 @@ def records(good: int, bad: int) -> dict[str, list]:
 
 
 def test_the_limit_is_a_share() -> None:
-    tally = Tally()
+    tally = BadRecords()
     assert tally.sift(records(990, 10), 0.01) == ["t"] * 990
     tally.close(0.01)
     assert str(tally) == "10 of 1,000 records cannot be read (line 0; line 1; line 2; ...)"
     with pytest.raises(ValueError, match="11 of 1,001 records cannot be read .*more than max_corrupt=0.01"):
         tally.sift(records(0, 1), 0.01)
-    few = Tally()
+    few = BadRecords()
     assert few.sift(records(3, 1), 0.01) == ["t"] * 3  # too few to tell yet
     with pytest.raises(ValueError, match=r"1 of 4 records cannot be read \(line 0\)"):
         few.close(0.01)
     few.close(0.25)
     with pytest.raises(ValueError, match="max_corrupt=0 "):
-        Tally().sift(records(5, 1), 0.0)
+        BadRecords().sift(records(5, 1), 0.0)
     assert str(tally + few).startswith("12 of 1,005")

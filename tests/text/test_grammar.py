@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
-from diffusify.diffusion.policies import Ancestral, Remask, Reparam, Unmask
+from diffusify.diffusion.policies import Ancestral, Rdm, ReMdm, Unmask
 from diffusify.diffusion.quotas import Threshold
-from diffusify.diffusion.ranks import Random
+from diffusify.diffusion.ranking import Random
 from diffusify.models.denoiser import Denoiser
-from diffusify.sampling.generation import DiffusionLM
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.grammar import schema_regex
 from tests.families import tiny_network
 from tests.text import makers
@@ -26,7 +26,7 @@ REGEXES = [
     r"([aeiou][^aeiou ]){3,}",
     "(ja|über|naïve)+ ☃",
 ]
-POLICIES = [Unmask(), Unmask(quota=Threshold(0.01)), Unmask(Random()), Ancestral(), Reparam(), Remask()]
+POLICIES = [Unmask(), Unmask(quota=Threshold(0.01)), Unmask(Random()), Ancestral(), Rdm(), ReMdm()]
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "big": {"type": "boolean"}, "n": {"enum": [1, 22]}},
@@ -72,10 +72,10 @@ def test_json_of_a_schema(lm: DiffusionLM, seed: int) -> None:
 
 
 def test_rows_of_a_batch_have_forms_of_their_own() -> None:
-    from diffusify.sampling.settings import SamplingConfig
+    from diffusify.sampling.sampling_config import SamplingConfig
 
     each = [SamplingConfig(regex=REGEXES[0]), SamplingConfig(), SamplingConfig(regex=REGEXES[1])]
-    first, _, third = BLOCK.continuing(["The", "The", "The"], 16, each).results()
+    first, _, third = BLOCK.prepare_generation(["The", "The", "The"], 16, each).results()
     assert re.fullmatch(REGEXES[0], first.completion or "") and re.fullmatch(REGEXES[1], third.completion or "")
 
 

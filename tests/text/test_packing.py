@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffusify.canvas import Canvas
 from diffusify.text import packing
 from diffusify.text.packing import collate, pack, pack_examples
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import byte_level, word_piece
 
 BYTES, PIECES = byte_level(), word_piece()
@@ -63,7 +63,7 @@ def test_collate_makes_a_batch() -> None:
     batch = collate([rows[0], rows[1]])
     assert batch["tokens"].dtype == batch["document"].dtype == torch.int64
     canvas = Canvas.clean(batch["tokens"], batch["document"])
-    assert canvas.tokens.shape == (2, 16) and canvas.positions[0, 0] == 0
+    assert canvas.tokens.shape == (2, 16) and canvas.position_ids[0, 0] == 0
     assert [rows[0]["tokens"], rows[1]["tokens"]] == canvas.tokens.tolist()
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
-from diffusify.text.dialogue import Dialogue
+from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import Template
 from diffusify.text.prompts import (
     continuation_canvas,
@@ -19,7 +19,7 @@ from diffusify.text.prompts import (
     read,
     read_spans,
 )
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import WORDS, byte_level, sentence_bpe, unigram, word_piece
 
 BYTES, PIECES, UNIGRAM, SENTENCE = byte_level(), word_piece(), unigram(), sentence_bpe()
@@ -111,7 +111,7 @@ def test_continuation_room() -> None:
 
 
 def test_prompts_of_token_ids_are_taken_as_they_are() -> None:
-    ids = Dialogue(byte_level()).prompt([{"role": "user", "content": "the dog"}])
+    ids = ChatTemplate(byte_level()).prompt([{"role": "user", "content": "the dog"}])
     canvas = continuation_canvas(BYTES, [ids, [5]], 3, context=len(ids) + 3)
     assert canvas.tokens[0, : len(ids)].tolist() == ids and canvas.open.sum(1).tolist() == [3, 3]
     assert canvas.tokens[1, 0] == 5 and canvas.real.sum(1).tolist() == [len(ids) + 3, 4]

@@ -20,7 +20,7 @@ from diffusify.models.recipes import ar, block, mlm
 from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
-from diffusify.training.runs import claim
+from diffusify.training.run_folder import claim
 
 TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
 

@@ -77,7 +77,7 @@ def test_blocks_grow_by_the_curriculum(causal_base: str, corpus: str, tmp_path: 
     trainer.compute_loss = watched
     trainer.train()
     assert sizes == [1, 1, 2, 2] + [8] * 6
-    assert trainer.denoiser.diffusion.block_size == 8
+    assert trainer.denoiser.diffusion_config.block_size == 8
 
 
 def test_one_network_learns_blocks_and_holes_in_turns(causal_base: str, corpus: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_checkpoints_open_in_plain_transformers_and_as_denoisers(causal_base: st
     folder = tmp_path / "checkpoint-3"
     plain = AutoModelForCausalLM.from_pretrained(folder)
     again, tokenizer = load_denoiser(folder)
-    assert again.diffusion == trainer.denoiser.diffusion and tokenizer.mask_token == "<|mask|>"
+    assert again.diffusion_config == trainer.denoiser.diffusion_config and tokenizer.mask_token == "<|mask|>"
     row = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(row).logits, trainer.denoiser.network.eval()(row).logits)

@@ -93,7 +93,7 @@ def test_only_targets_are_noised_and_padding_never(
     tokenizer = diffusify.load(out).tokenizer
     for batch in seen:
         canvas = batch.canvas
-        assert not (canvas.open & ~canvas.editable).any() and not (batch.ar & ~canvas.editable).any()
+        assert not (canvas.open & ~canvas.editable).any() and not (batch.ar_positions & ~canvas.editable).any()
         assert not (canvas.editable & (canvas.document == 0)).any()
         for row, document, editable in zip(batch.clean, canvas.document, canvas.editable, strict=True):
             for number in document[document > 0].unique():

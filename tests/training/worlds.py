@@ -156,16 +156,16 @@ def told_to_stop_at_last_rank(made: Any) -> None:
 
 def full_disk_at_first_rank(made: Any) -> None:
     """The second checkpoint does not fit; only the process that writes it knows."""
-    from diffusify.training import steady
+    from diffusify.training.resilience import resilient
 
-    real = steady.save_denoiser
+    real = resilient.save_denoiser
 
     def save_denoiser(*given: Any, **more: Any) -> None:
         if rank() == 0 and made.state.global_step == 2 and not made.state.log_history[-1].get("train_loss"):
             raise OSError(28, "No space left on device")
         real(*given, **more)
 
-    steady.save_denoiser = save_denoiser
+    resilient.save_denoiser = save_denoiser
 
 
 def clocks_that_differ(made: Any) -> None:

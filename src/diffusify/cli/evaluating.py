@@ -55,12 +55,12 @@ def eval_(
 
         import torch
 
-        from diffusify.evaluation.opening import open_lm
-        from diffusify.evaluation.page import scores_table
-        from diffusify.evaluation.records import chosen_tasks, items, tasks_in
+        from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
+        from diffusify.evaluation.html_report import scores_table
+        from diffusify.evaluation.open_model import open_lm
         from diffusify.evaluation.report import MEASURES, Plan, report
         from diffusify.evaluation.tasks import TASKS, few_shot
-        from diffusify.sampling.settings import SamplingConfig
+        from diffusify.sampling.sampling_config import SamplingConfig
         from diffusify.text.sources import load_texts
 
         if tasks == "list":
@@ -119,7 +119,7 @@ def compare(
         from dataclasses import asdict
 
         from diffusify.evaluation.evaluate import difference, read_scores, row
-        from diffusify.evaluation.page import scores_table
+        from diffusify.evaluation.html_report import scores_table
 
         ours, theirs = read_scores(report / "model"), read_scores(other / "model")
         both = [task for task in ours if task in theirs]

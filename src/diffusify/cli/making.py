@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusify.cli.options import Story, arguments, parse_options, training_options
+from diffusify.cli.options import RecipeFile, arguments, parse_options, training_options
 from diffusify.cli.terminal import clear_errors, say, suggest
 
 Data = Annotated[
@@ -61,7 +61,7 @@ def adapt(
 
         pairs = option or []
         if base.endswith((".yaml", ".yml")):
-            story = Story.load(base)
+            story = RecipeFile.load(base)
             base, pairs = story.base, story.pairs() + pairs
             data = data or ([story.data] if isinstance(story.data, str) else story.data)
             recipe = recipe or (RecipeName(story.recipe) if story.recipe else None)

@@ -48,7 +48,7 @@ def arguments(function: Any, *names: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Story:
+class RecipeFile:
     """A YAML file that says a whole `diffusify adapt` command; see `recipes/`."""
 
     base: str
@@ -60,7 +60,7 @@ class Story:
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Story":
+    def load(cls, path: Path | str) -> "RecipeFile":
         """Read a story. ValueError for one that does not read or has unknown keys."""
         import yaml
 

@@ -14,7 +14,7 @@ from diffusify.cli.terminal import clear_errors, say, suggest
 from diffusify.cli.writing import AsJson
 
 if TYPE_CHECKING:
-    from diffusify.training.plan import Memory, Plan
+    from diffusify.planning.plan import Memory, Plan
 
 PARTS = {
     "weights": "weights, float32",
@@ -60,8 +60,8 @@ def plan(
     """
     with clear_errors():
         from diffusify.models.lora import Lora
-        from diffusify.training.devices import Fleet, read_amount
-        from diffusify.training.plan import plan as run
+        from diffusify.planning.devices import Fleet, read_amount
+        from diffusify.planning.plan import plan as run
 
         if paper:
             if model or tokens:
@@ -170,7 +170,7 @@ def _memory_table(kept: "Memory", checkpointed: "Memory") -> Table:
 
 def _papers(as_json: bool) -> None:
     """The first paper's runs as it tells of them, and as a plan does."""
-    from diffusify.training.papers import RUNS
+    from diffusify.planning.paper_runs import RUNS
 
     with say.status("counting steps of three runs"):
         plans = [run.plan() for run in RUNS]

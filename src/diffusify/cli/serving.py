@@ -46,8 +46,8 @@ def serve(
         if host not in ("127.0.0.1", "localhost", "::1") and not key:
             say.print(f"[yellow]anybody who reaches {host} can use this server; --key SECRET asks for a key[/]")
         try:
-            from diffusify.serving.app import Limits, create_app
-            from diffusify.serving.server import Server
+            from diffusify.serving.api.app import Limits, create_app
+            from diffusify.serving.api.server import Server
         except ImportError as error:
             raise ValueError(f"serving needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
         limits = Limits(tokens=tokens, waiting=waiting, seconds=seconds)
@@ -94,7 +94,7 @@ def names(models: list[str]) -> dict[str, str]:
 def _open(source: str, device: str | None, dtype: str | None):
     import torch
 
-    from diffusify.evaluation.opening import open_lm
+    from diffusify.evaluation.open_model import open_lm
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = dtype or ("float32" if where == "cpu" else "bfloat16")

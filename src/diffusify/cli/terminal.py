@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from diffusify.sampling.generation import DiffusionLM, Message, Writing
+    from diffusify.sampling.diffusion_lm import DiffusionLM, GenerationRun, Message
     from diffusify.sampling.sampler import Frame
-    from diffusify.sampling.settings import SamplingConfig
+    from diffusify.sampling.sampling_config import SamplingConfig
 
 # Of several processes only the first one speaks.
 say = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -42,7 +42,7 @@ def suggest(*commands: str) -> None:
         say.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def write(lm: "DiffusionLM", writing: "Writing", *, watch: bool, as_json: bool) -> None:
+def write(lm: "DiffusionLM", writing: "GenerationRun", *, watch: bool, as_json: bool) -> None:
     """Take a writing to its end and print it."""
     if watch:
         look(lm, writing)
@@ -58,7 +58,7 @@ def write(lm: "DiffusionLM", writing: "Writing", *, watch: bool, as_json: bool) 
     )
 
 
-def look(lm: "DiffusionLM", writing: "Writing", *, prompt: bool = True) -> None:
+def look(lm: "DiffusionLM", writing: "GenerationRun", *, prompt: bool = True) -> None:
     """Show a writing live."""
     with Live(console=say, refresh_per_second=12, transient=True) as live:
         for frame in writing:
@@ -101,7 +101,7 @@ def converse(answer: "Callable[[list[Message]], str]", system: str | None) -> No
 
 def answer_live(lm: "DiffusionLM", messages: "list[Message]", room: int | None, settings: "SamplingConfig") -> str:
     """The next answer of a chat, printed, and shown filling in before that."""
-    writing = lm.answering([messages], room, settings)
+    writing = lm.prepare_chat([messages], room, settings)
     if say.is_terminal:
         look(lm, writing, prompt=False)
     answer = writing.results()[0]

@@ -14,8 +14,8 @@ from diffusify.cli.remote import WISHES, Remote
 from diffusify.cli.terminal import answer_live, clear_errors, converse, write
 
 if TYPE_CHECKING:
-    from diffusify.sampling.generation import DiffusionLM
-    from diffusify.sampling.settings import SamplingConfig
+    from diffusify.sampling.diffusion_lm import DiffusionLM
+    from diffusify.sampling.sampling_config import SamplingConfig
 
 
 Model = Annotated[
@@ -25,7 +25,7 @@ Model = Annotated[
 Room = Annotated[int | None, typer.Option(help="Room for so many tokens; unset: as the model tells, else 64.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps in all; unset: as the model's card says.")]
 Likely = Annotated[float | None, typer.Option(help="Write every token likelier than this at once, as 0.9.")]
-Rule = Annotated[
+MaskMod = Annotated[
     str | None,
     typer.Option(help="Unmask, Ancestral or Reparam, or JSON as in the card; unset: the card's.", metavar="POLICY"),
 ]
@@ -64,7 +64,7 @@ def generate(
     settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
-    policy: Rule = None,
+    policy: MaskMod = None,
     temperature: Heat = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -91,7 +91,7 @@ def generate(
             raise ValueError("no prompt: give one, pipe one in, or use --unconditional")
         text = "" if unconditional else sys.stdin.read() if prompt is None else prompt
         lm = open_model(model)
-        write(lm, lm.continuing([text], max_new_tokens, chosen), watch=watch, as_json=as_json)
+        write(lm, lm.prepare_generation([text], max_new_tokens, chosen), watch=watch, as_json=as_json)
 
 
 def infill(
@@ -104,7 +104,7 @@ def infill(
     settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
-    policy: Rule = None,
+    policy: MaskMod = None,
     temperature: Heat = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -124,7 +124,7 @@ def infill(
         chosen = sampling(model, locals(), holes=True)
         parse_holes(text)
         lm = open_model(model)
-        write(lm, lm.infilling([text], chosen), watch=watch, as_json=as_json)
+        write(lm, lm.prepare_infilling([text], chosen), watch=watch, as_json=as_json)
 
 
 def chat(
@@ -137,7 +137,7 @@ def chat(
     settings: File = None,
     steps: Steps = None,
     threshold: Likely = None,
-    policy: Rule = None,
+    policy: MaskMod = None,
     temperature: Heat = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -209,14 +209,14 @@ def sampling(model: str, options: dict[str, Any], *, holes: bool = False) -> "Sa
 
     from diffusify.config import DiffusionConfig, from_plain
     from diffusify.diffusion.policies import Policy
-    from diffusify.models.shipped import located
-    from diffusify.sampling.settings import SamplingConfig
+    from diffusify.models.bundled import resolve_model
+    from diffusify.sampling.sampling_config import SamplingConfig
 
     if options["preset"] and options["settings"]:
         raise ValueError(f"--preset {options['preset']} and --settings {options['settings']}: give one of the two")
     start = SamplingConfig()
     if options["preset"]:
-        card = DiffusionConfig.load(located(model))
+        card = DiffusionConfig.load(resolve_model(model))
         start = SamplingConfig.preset(options["preset"], card.infiller if holes else card)
     elif options["settings"]:
         start = SamplingConfig.load(options["settings"])
@@ -232,12 +232,12 @@ def sampling(model: str, options: dict[str, Any], *, holes: bool = False) -> "Sa
 
 
 def open_model(folder: str, **more: Any) -> "DiffusionLM":
-    from diffusify.models.shipped import located, shipped
-    from diffusify.sampling.generation import DiffusionLM
+    from diffusify.models.bundled import bundled_models, resolve_model
+    from diffusify.sampling.diffusion_lm import DiffusionLM
 
-    if not located(folder).is_dir():
+    if not resolve_model(folder).is_dir():
         raise ValueError(
             f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`, or take one that is "
-            f"here already: {', '.join(shipped()) or 'none'}"
+            f"here already: {', '.join(bundled_models()) or 'none'}"
         )
     return DiffusionLM.from_pretrained(folder, **more)

@@ -55,8 +55,8 @@ def mask_counts(
     phase = torch.zeros_like(size, dtype=phase.dtype).scatter(0, key, phase.gather(1, unit).flatten())
     for draw in range(draws):
         count = ((phase + draw / draws).frac() * size).long() + 1
-        luck = torch.rand(1 if alike else b, n, generator=generator, dtype=torch.float64).to(key.device)
-        order = (key + luck.expand(b, -1).flatten()).argsort()
+        rng = torch.rand(1 if alike else b, n, generator=generator, dtype=torch.float64).to(key.device)
+        order = (key + rng.expand(b, -1).flatten()).argsort()
         rank = torch.empty_like(order)
         rank[order] = torch.arange(b * n, device=key.device) - (size.cumsum(0) - size)[key[order]]
         open = (rank < count[key]).view(b, n) & clean.editable

@@ -5,6 +5,7 @@ Axes: b texts, n positions, d draws of the time for each text.
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,18 +34,19 @@ def _numbered(starts: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
 class PerText:
     """One time for each text (document), stratified over the batch.
 
-    `least` keeps 1/t weights bounded. `grid` draws from {1/grid, ..., 1} instead (discrete-time diffusion).
+    `min_t` keeps 1/t weights bounded. `grid` draws from {1/grid, ..., 1} instead (discrete-time diffusion).
     `draws` times share one text's luck: 2 is the coupled pair of reparameterized discrete diffusion (RDM).
     """
 
-    least: float = 1e-3
+    former_fields: ClassVar[dict[str, str]] = {"least": "min_t"}
+    min_t: float = 1e-3
     grid: int | None = None
     draws: int = 1
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
-        text = _numbered(clean.positions == 0)
+        text = _numbered(clean.position_ids == 0)
         u = stratified(self.draws * (int(text.max()) + 1), generator).view(self.draws, -1)
-        t = self.least + (1 - self.least) * u if self.grid is None else ((u * self.grid).floor() + 1) / self.grid
+        t = self.min_t + (1 - self.min_t) * u if self.grid is None else ((u * self.grid).floor() + 1) / self.grid
         return t[:, text]
 
 
@@ -59,7 +61,8 @@ class PerBlock:
     """
 
     size: int
-    least: float = 1e-3
+    former_fields: ClassVar[dict[str, str]] = {"least": "min_t"}
+    min_t: float = 1e-3
     complement: bool = False
     tilt: float | None = None
 
@@ -68,20 +71,20 @@ class PerBlock:
             raise ValueError(f"tilt={self.tilt} must be above 0; 0.1 is usual, and None is no tilt")
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
-        block = _numbered(clean.positions % self.size == 0)
+        block = _numbered(clean.position_ids % self.size == 0)
         u = stratified(int(block.max()) + 1, generator)
-        t = self.least + (1 - (1 + self.complement) * self.least) * u
+        t = self.min_t + (1 - (1 + self.complement) * self.min_t) * u
         return torch.stack([t, 1 - t] if self.complement else [t])[:, block]
 
-    def luck(
-        self, clean: Canvas, t: Float[Tensor, "b n"], luck: Float[Tensor, "b n"], generator: Generator | None = None
+    def rng(
+        self, clean: Canvas, t: Float[Tensor, "b n"], rng: Float[Tensor, "b n"], generator: Generator | None = None
     ) -> Float[Tensor, "b n"]:
         """The luck of each position at its time, tilted: ranks in a block, by Gumbel's trick, then spread evenly."""
         if self.tilt is None:
-            return luck
-        place, block = clean.positions % self.size, _numbered(clean.positions % self.size == 0)
+            return rng
+        place, block = clean.position_ids % self.size, _numbered(clean.position_ids % self.size == 0)
         odds = math.log(2) / (self.tilt * self.size) * (1 - t) * place
-        gumbel = -(-luck.clamp(1e-9, 1 - 1e-7).log()).log()
+        gumbel = -(-rng.clamp(1e-9, 1 - 1e-7).log()).log()
         order = (odds + gumbel).flatten().argsort(descending=True)
         order = order[block.flatten()[order].argsort(stable=True)]  # blocks in order, the likeliest of each first
         sizes = block.flatten().bincount()
@@ -114,14 +117,14 @@ TimeSampler = PerText | PerBlock | Fixed
 class Noised:
     """A training canvas, the text it came from, and the time each position was noised at.
 
-    `ar` marks the positions whose next-token answer is also asked of the clean text (the AR co-loss). Each text has
+    `ar_positions` marks the positions whose next-token answer is also asked of the clean text (the AR co-loss). Each text has
     `views` canvases, one below the other.
     """
 
     canvas: Canvas
     clean: Int[Tensor, "b n"]
     t: Float[Tensor, "b n"]
-    ar: Bool[Tensor, "b n"]
+    ar_positions: Bool[Tensor, "b n"]
     views: int = 1
 
     @property
@@ -130,11 +133,11 @@ class Noised:
         return self.clean[:: self.views]
 
     def __getitem__(self, rows: slice) -> "Noised":
-        return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar[rows], self.views)
+        return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar_positions[rows], self.views)
 
     def to(self, device: torch.device | str) -> "Noised":
-        clean, t, ar = (part.to(device) for part in (self.clean, self.t, self.ar))
-        return Noised(self.canvas.to(device), clean, t, ar, self.views)
+        clean, t, ar_positions = (part.to(device) for part in (self.clean, self.t, self.ar_positions))
+        return Noised(self.canvas.to(device), clean, t, ar_positions, self.views)
 
 
 @dataclass(frozen=True)
@@ -148,15 +151,15 @@ class Share:
 def corrupt(
     clean: Canvas,
     t: Float[Tensor, "b n"],
-    luck: Float[Tensor, "b n"],
+    rng: Float[Tensor, "b n"],
     schedule: NoiseSchedule,
     noise: Int[Tensor, "b n"] | int,
 ) -> Canvas:
     """Open each editable position with chance 1 - alpha(t).
 
-    `luck` is uniform in [0, 1). The same luck at a later time only opens more.
+    `rng` is uniform in [0, 1). The same luck at a later time only opens more.
     """
-    open = (luck < 1 - schedule.alpha(t)) & clean.editable
+    open = (rng < 1 - schedule.alpha(t)) & clean.editable
     return replace(clean, tokens=torch.where(open, noise, clean.tokens), open=open)
 
 
@@ -176,14 +179,14 @@ def noised(
     the batch is a `share` of a step, all of the step's noise is drawn: a row's noise does not depend on who has it.
     """
     step = clean if share is None else Canvas.clean(share.document, share.document)
-    times, luck = time(step, generator), torch.rand(step.tokens.shape, generator=generator)
+    times, rng = time(step, generator), torch.rand(step.tokens.shape, generator=generator)
     told = torch.rand(step.tokens.shape, generator=generator) < ar_share
     if isinstance(time, PerBlock):
-        luck = time.luck(step, times[0], luck, generator)
+        rng = time.rng(step, times[0], rng, generator)
     if share is not None:
-        times, luck, told = times[:, share.rows], luck[share.rows], told[share.rows]
-    ar = told & clean.editable
-    lucks = [luck, 1 - luck] if isinstance(time, PerBlock) and time.complement else [luck] * len(times)
+        times, rng, told = times[:, share.rows], rng[share.rows], told[share.rows]
+    ar_positions = told & clean.editable
+    lucks = [rng, 1 - rng] if isinstance(time, PerBlock) and time.complement else [rng] * len(times)
     canvases = [corrupt(clean, t, u, schedule, noise) for t, u in zip(times, lucks, strict=True)]
     views = len(canvases)
     every = Canvas(
@@ -192,7 +195,7 @@ def noised(
         editable=clean.editable.repeat_interleave(views, 0),
         document=clean.document.repeat_interleave(views, 0),
     )
-    marked = torch.zeros(len(ar), views, *ar.shape[1:], dtype=torch.bool)
-    marked[:, 0] = ar  # the clean text is the same beside every canvas
+    marked = torch.zeros(len(ar_positions), views, *ar_positions.shape[1:], dtype=torch.bool)
+    marked[:, 0] = ar_positions  # the clean text is the same beside every canvas
     clean_again = clean.tokens.repeat_interleave(views, 0)
     return Noised(every, clean_again, times.transpose(0, 1).flatten(0, 1), marked.flatten(0, 1), views)

@@ -4,7 +4,7 @@ Axes: b texts, n positions, k open positions (row by row), j positions of the AR
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,9 +25,10 @@ class Elbo:
 
 
 @dataclass(frozen=True)
-class Rdm:
+class RdmWeight:
     """T - (Tt - 1) for T = `steps` discrete times: more weight to little noise (RDM, Diffusion-LLM)."""
 
+    former_name: ClassVar[str] = "Rdm"
     steps: int = 50
 
     def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
@@ -42,7 +43,7 @@ class Flat:
         return torch.ones_like(t)
 
 
-Weight = Elbo | Rdm | Flat
+Weight = Elbo | RdmWeight | Flat
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -175,9 +176,9 @@ class Objective:
             return canvas.editable.sum().float()
         return (canvas.sizes > 0).sum().float()
 
-    def asks_ar(self, noised: Noised) -> Bool[Tensor, "b n"]:
+    def ar_targets(self, noised: Noised) -> Bool[Tensor, "b n"]:
         """Where the clean text's next-token logits are wanted."""
-        return noised.ar | noised.canvas.open if self.taught_by("own") else noised.ar
+        return noised.ar_positions | noised.canvas.open if self.taught_by("own") else noised.ar_positions
 
     def taught_by(self, teacher: Literal["own", "base"]) -> bool:
         """Whether this teacher is asked about open positions."""
@@ -191,7 +192,7 @@ class Objective:
         schedule: NoiseSchedule,
         taught: LazyLogits | None = None,
     ) -> Loss:
-        """The loss of logits at the open positions, and of the clean text's where `asks_ar` says.
+        """The loss of logits at the open positions, and of the clean text's where `ar_targets` says.
 
         `taught` are those of another teacher than the network itself, about the open positions.
         """
@@ -200,7 +201,7 @@ class Objective:
         if self.per == "text":
             share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
         targets, worth = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
-        asked = self.asks_ar(noised)
+        asked = self.ar_targets(noised)
         own = torch.where(open[asked])[0]  # which of the clean text's answers are about open positions
 
         def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,12 +213,14 @@ class Objective:
             return (error * worth[index]).sum(), nll
 
         total, nll = logits.total(about)
-        next_tokens = noised.clean[noised.ar]
-        next_worth = share[noised.ar] * noised.views * self.ar_weight / self.ar_share  # one clean text for all views
+        next_tokens = noised.clean[noised.ar_positions]
+        next_worth = (
+            share[noised.ar_positions] * noised.views * self.ar_weight / self.ar_share
+        )  # one clean text for all views
 
         def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             error = cross_entropy(logits, next_tokens[index])
             return (error * next_worth[index]).sum(), error.detach()
 
-        ar_total, ar_nll = ar_logits[noised.ar[asked]].total(further)
+        ar_total, ar_nll = ar_logits[noised.ar_positions[asked]].total(further)
         return Loss(total + ar_total, self.count(canvas), nll, ar_nll)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffusify.diffusion.luck import Luck
+from diffusify.diffusion.rng import RowGenerators
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Greedy:
     """The likeliest token."""
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], luck: Luck
+        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], rng: RowGenerators
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         likeliest, tokens = logits.max(-1)
         return tokens, likeliest - logits.logsumexp(-1)
@@ -44,7 +44,7 @@ class Draw:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it unset to keep every token")
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], luck: Luck
+        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], rng: RowGenerators
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         probs = (logits.double() / self.temperature).softmax(-1)
         if self.top_k is not None:
@@ -54,7 +54,7 @@ class Draw:
             ordered, order = probs.sort(-1, descending=True)
             beyond = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
             probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        race = luck.exponential(asked, probs.shape[-1])
+        race = rng.exponential(asked, probs.shape[-1])
         tokens = (probs / race).argmax(-1)  # the first of exponential clocks, each at its token's rate
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 

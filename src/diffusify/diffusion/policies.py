@@ -13,21 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusify.canvas import Move
-from diffusify.diffusion.moments import Moment, moved, open_share
 from diffusify.diffusion.quotas import Evenly, Quota
-from diffusify.diffusion.ranks import Confidence, Rank, best
+from diffusify.diffusion.ranking import Confidence, Ranking, select_top
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
+from diffusify.diffusion.step import StepState, kl_divergence, open_fraction
 
 
 @dataclass(frozen=True)
 class Unmask:
     """Write the best-ranked guesses, as many as the quota says; never take one back."""
 
-    rank: Rank = field(default_factory=Confidence)
+    rank: Ranking = field(default_factory=Confidence)
     quota: Quota = field(default_factory=Evenly)
 
-    def __call__(self, now: Moment) -> Move:
-        write = best(self.rank(now), now.asked, self.quota(now))
+    def __call__(self, state: StepState) -> Move:
+        write = select_top(self.rank(state), state.positions, self.quota(state))
         return Move(write, erase=torch.zeros_like(write))
 
 
@@ -37,16 +37,18 @@ class Ancestral:
 
     schedule: NoiseSchedule = field(default_factory=Linear)
 
-    def __call__(self, now: Moment, remasked: Float[Tensor, " b"] | float = 0.0) -> Move:
+    def __call__(self, state: StepState, remasked: Float[Tensor, " b"] | float = 0.0) -> Move:
         """`remasked` is the chance that a written token is taken back in this step; the others make up for it."""
-        before, after = _survival(self.schedule, now)
+        before, after = _survival(self.schedule, state)
         chance = (after - (1 - remasked) * before) / (1 - before)
-        write = now.asked & ((now.luck.uniform(now.asked) < chance[:, None]) | (now.step + 1 >= now.steps)[:, None])
+        write = state.positions & (
+            (state.rng.uniform(state.positions) < chance[:, None]) | (state.step + 1 >= state.steps)[:, None]
+        )
         return Move(write, erase=torch.zeros_like(write))
 
 
 @dataclass(frozen=True)
-class Reparam:
+class Rdm:
     """Judge every position anew at every step and keep the surest (RDM, Diffusion-LLM).
 
     A `curve` says how many positions stay noise; a written token that falls among the least sure is taken back. When
@@ -54,8 +56,9 @@ class Reparam:
     `noise` adds so much Gumbel noise to the scores at first, and less along the curve (stochastic routing).
     """
 
-    revises: ClassVar[bool] = True
-    rereads: ClassVar[bool] = True
+    former_name: ClassVar[str] = "Reparam"
+    remasks: ClassVar[bool] = True
+    rescores: ClassVar[bool] = True
     curve: Literal["linear", "cosine"] = "cosine"
     conditional: bool = False
     noise: float = 0.0
@@ -64,31 +67,33 @@ class Reparam:
         if self.noise < 0:
             raise ValueError(f"noise={self.noise} must be at least 0; 0.0 is deterministic routing")
 
-    def __call__(self, now: Moment) -> Move:
-        open, rank = now.canvas.open, now.guess.score
-        share = open_share(self.curve, now)
+    def __call__(self, state: StepState) -> Move:
+        open, rank = state.canvas.open, state.guess.score
+        share = open_fraction(self.curve, state)
         if self.noise:
-            gumbel = -torch.log(-torch.log(now.luck.uniform(now.asked)))
+            gumbel = -torch.log(-torch.log(state.rng.uniform(state.positions)))
             rank = rank + self.noise * share[:, None] * gumbel
-        low = best(-rank, now.asked, (now.size * share + 1e-9).floor().long())
+        low = select_top(-rank, state.positions, (state.window_size * share + 1e-9).floor().long())
         falls = low & ~open
         if self.conditional:
-            falls = falls & (now.guess.tokens == now.canvas.tokens) & (now.guess.score < now.score)
-        return Move(write=now.asked & open & ~low, erase=falls)
+            falls = falls & (state.guess.tokens == state.canvas.tokens) & (state.guess.score < state.score)
+        return Move(write=state.positions & open & ~low, erase=falls)
 
 
 @dataclass(frozen=True)
-class Remask:
+class ReMdm:
     """Any policy that writes, and written tokens taken back with a chance that keeps the noise level (ReMDM).
 
-    `how`: the chance `eta` itself as far as it may be (cap), that share of the most it may be (rescale), or the most it
+    `strategy`: the chance `eta` itself as far as it may be (cap), that share of the most it may be (rescale), or the most it
     may be shared out among the tokens by their doubt when they were written (confidence). Worth it where there are many
     more steps than tokens.
     """
 
-    revises: ClassVar[bool] = True
+    former_name: ClassVar[str] = "Remask"
+    former_fields: ClassVar[dict[str, str]] = {"how": "strategy"}
+    remasks: ClassVar[bool] = True
     policy: Unmask | Ancestral = field(default_factory=Ancestral)
-    how: Literal["cap", "rescale", "confidence"] = "rescale"
+    strategy: Literal["cap", "rescale", "confidence"] = "rescale"
     eta: float = 0.02
     schedule: NoiseSchedule = field(default_factory=Linear)
 
@@ -96,97 +101,107 @@ class Remask:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be in [0, 1]; 0.02 is usual")
 
-    def __call__(self, now: Moment) -> Move:
-        before, after = _survival(self.schedule, now)
+    def __call__(self, state: StepState) -> Move:
+        before, after = _survival(self.schedule, state)
         most = ((1 - after) / before.clamp_min(1e-9)).clamp_max(1.0)
-        written = now.here & ~now.canvas.open
-        chance = (most.clamp_max(self.eta) if self.how == "cap" else self.eta * most)[:, None].expand(written.shape)
-        if self.how == "confidence":
-            doubt = torch.where(written, -now.score.exp(), -torch.inf).softmax(1).nan_to_num()
+        written = state.window & ~state.canvas.open
+        chance = (most.clamp_max(self.eta) if self.strategy == "cap" else self.eta * most)[:, None].expand(
+            written.shape
+        )
+        if self.strategy == "confidence":
+            doubt = torch.where(written, -state.score.exp(), -torch.inf).softmax(1).nan_to_num()
             chance = doubt * most[:, None]
-        erase = written & (now.luck.uniform(written) < chance)
-        if not now.asked.any():
+        erase = written & (state.rng.uniform(written) < chance)
+        if not state.positions.any():
             return Move(torch.zeros_like(erase), erase)
         if isinstance(self.policy, Ancestral):
             mean = (chance * written).sum(1) / written.sum(1).clamp_min(1)
-            return Move(self.policy(now, mean).write, erase)
-        return Move(self.policy(now).write, erase)
+            return Move(self.policy(state, mean).write, erase)
+        return Move(self.policy(state).write, erase)
 
 
 @dataclass(frozen=True)
-class Stable:
+class Klass:
     """Write what is likely and has settled; where nothing has, the surest guesses, evenly (KLASS).
 
-    A guess has settled when the distribution at its position has moved by less than `drift` nats (KL from the step
-    before) in each of the last `rounds` steps. With a probability above `least` it is then written.
+    A guess has settled when the distribution at its position has moved by less than `kl_threshold` nats (KL from the step
+    before) in each of the last `history_length` steps. With a probability above `threshold` it is then written.
     """
 
-    least: float = 0.6
-    drift: float = 0.01
-    rounds: int = 2
+    former_name: ClassVar[str] = "Stable"
+    former_fields: ClassVar[dict[str, str]] = {
+        "least": "threshold",
+        "drift": "kl_threshold",
+        "rounds": "history_length",
+    }
+    threshold: float = 0.6
+    kl_threshold: float = 0.01
+    history_length: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.least <= 1:
-            raise ValueError(f"least={self.least} must be a probability in (0, 1]; 0.6 is usual")
-        if self.drift <= 0:
-            raise ValueError(f"drift={self.drift} must be above 0 nats; 0.01 is usual")
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds} must be at least 1; 2 is usual")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must be a probability in (0, 1]; 0.6 is usual")
+        if self.kl_threshold <= 0:
+            raise ValueError(f"kl_threshold={self.kl_threshold} must be above 0 nats; 0.01 is usual")
+        if self.history_length < 1:
+            raise ValueError(f"history_length={self.history_length} must be at least 1; 2 is usual")
 
-    @property
-    def remembers(self) -> int:
-        return self.rounds
-
-    def __call__(self, now: Moment) -> Move:
-        settled = now.asked & (now.guess.score > math.log(self.least))
-        chain = (now, *now.earlier)
+    def __call__(self, state: StepState) -> Move:
+        settled = state.positions & (state.guess.score > math.log(self.threshold))
+        chain = (state, *state.history)
         for after, before in pairwise(chain):
-            settled = settled & (moved(after, before) < self.drift)
-        if len(chain) <= self.rounds:
+            settled = settled & (kl_divergence(after, before) < self.kl_threshold)
+        if len(chain) <= self.history_length:
             settled = torch.zeros_like(settled)
-        usual = best(now.guess.score, now.asked, Evenly()(now))
+        usual = select_top(state.guess.score, state.positions, Evenly()(state))
         write = torch.where(settled.any(1, keepdim=True), settled, usual)
         return Move(write, erase=torch.zeros_like(write))
 
 
 @dataclass(frozen=True)
-class Revoke:
+class Wino:
     """Write boldly, read again what was written, and take back what no longer convinces (WINO).
 
-    Guesses with a probability above `least` are written, up to `share` of what is open. A token written earlier in the
-    window is taken back if, from all the rest of the text, it has a probability below `keep`: the least likely first,
+    Guesses with a probability above `threshold` are written, up to `share` of what is open. A token written earlier in the
+    window is taken back if, from all the rest of the text, it has a probability below `threshold_back`: the least likely first,
     and always fewer than the last step wrote, so that the end is reached. Needs a model that sees both ways.
     """
 
-    rereads: ClassVar[bool] = True
-    blind: ClassVar[bool] = True
-    remembers: ClassVar[int] = 1
-    least: float = 0.6
-    keep: float = 0.9
+    rescores: ClassVar[bool] = True
+    needs_shadow: ClassVar[bool] = True
+    history_length: ClassVar[int] = 1
+    former_name: ClassVar[str] = "Revoke"
+    former_fields: ClassVar[dict[str, str]] = {"least": "threshold", "keep": "threshold_back"}
+    threshold: float = 0.6
+    threshold_back: float = 0.9
     share: float = 0.7
 
     def __post_init__(self) -> None:
-        for name, value in (("least", self.least), ("keep", self.keep), ("share", self.share)):
+        for name, value in (
+            ("threshold", self.threshold),
+            ("threshold_back", self.threshold_back),
+            ("share", self.share),
+        ):
             if not 0 < value <= 1:
-                raise ValueError(f"{name}={value} must be in (0, 1]; {getattr(Revoke, name)} is usual")
+                raise ValueError(f"{name}={value} must be in (0, 1]; {getattr(Wino, name)} is usual")
 
-    def __call__(self, now: Moment) -> Move:
-        open = now.asked & now.canvas.open
+    def __call__(self, state: StepState) -> Move:
+        open = state.positions & state.canvas.open
         most = (self.share * open.sum(1)).long().clamp_min(5)
-        bold = (open & (now.guess.score > math.log(self.least))).sum(1)
-        write = best(now.guess.score, open, torch.minimum(bold, most).clamp_min(1))
-        written = now.asked & ~now.canvas.open
-        before = now.earlier[0].canvas if now.earlier else now.canvas
+        bold = (open & (state.guess.score > math.log(self.threshold))).sum(1)
+        write = select_top(state.guess.score, open, torch.minimum(bold, most).clamp_min(1))
+        written = state.positions & ~state.canvas.open
+        before = state.history[0].canvas if state.history else state.canvas
         fresh = (before.open & written).sum(1)  # written by the last step
-        chance = now.spread(now.logits.log_prob(now.canvas.tokens[now.asked]))
-        doubted = written & (chance < math.log(self.keep))
-        return Move(write, erase=best(-chance, doubted, (fresh - 1).clamp_min(0)))
+        chance = state.scatter(state.logits.log_prob(state.canvas.tokens[state.positions]))
+        doubted = written & (chance < math.log(self.threshold_back))
+        return Move(write, erase=select_top(-chance, doubted, (fresh - 1).clamp_min(0)))
 
 
-def _survival(schedule: NoiseSchedule, now: Moment) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+def _survival(schedule: NoiseSchedule, state: StepState) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """The shares of text before and after this step."""
-    steps = now.steps.clamp_min(1)
-    return schedule.alpha(1 - now.step / steps), schedule.alpha(1 - (now.step + 1) / steps)
+    steps = state.steps.clamp_min(1)
+    return schedule.alpha(1 - state.step / steps), schedule.alpha(1 - (state.step + 1) / steps)
 
 
-Policy = Unmask | Ancestral | Reparam | Remask | Stable | Revoke
+Policy = Unmask | Ancestral | Rdm | ReMdm | Klass | Wino

@@ -5,46 +5,50 @@ Axes: b texts, n positions.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from diffusify.diffusion.moments import Moment, open_share
-from diffusify.diffusion.ranks import Entropy
+from diffusify.diffusion.ranking import Entropy
+from diffusify.diffusion.step import StepState, open_fraction
 
 
 @dataclass(frozen=True)
 class Evenly:
     """What is open, shared out over the steps that are left; at least one."""
 
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        left = (now.steps - now.step).clamp_min(1)
-        return (now.asked.sum(1) + left - 1) // left
+    def __call__(self, state: StepState) -> Int[Tensor, " b"]:
+        left = (state.steps - state.step).clamp_min(1)
+        return (state.positions.sum(1) + left - 1) // left
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every guess with a probability above `least`, and never fewer than evenly (Fast-dLLM)."""
+    """Every guess with a probability above `threshold`, and never fewer than evenly (Fast-dLLM)."""
 
-    least: float = 0.9
+    former_fields: ClassVar[dict[str, str]] = {"least": "threshold"}
+    threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.least <= 1:
-            raise ValueError(f"threshold={self.least} must be in (0, 1]; 0.9 is the usual choice, 1.0 is one at a time")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"threshold={self.threshold} must be in (0, 1]; 0.9 is the usual choice, 1.0 is one at a time"
+            )
 
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        sure = (now.asked & (now.guess.score > math.log(self.least))).sum(1)
-        return torch.maximum(sure, Evenly()(now))
+    def __call__(self, state: StepState) -> Int[Tensor, " b"]:
+        sure = (state.positions & (state.guess.score > math.log(self.threshold))).sum(1)
+        return torch.maximum(sure, Evenly()(state))
 
 
 @dataclass(frozen=True)
 class Accelerating:
     """Few at first, then more and more: a share cos(pi/2 p) stays open after a share p of the steps (MaskGIT)."""
 
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        left = (now.size * open_share("cosine", now) + 1e-9).floor().long()
-        return (now.asked.sum(1) - left).clamp_min(1)
+    def __call__(self, state: StepState) -> Int[Tensor, " b"]:
+        left = (state.window_size * open_fraction("cosine", state) + 1e-9).floor().long()
+        return (state.positions.sum(1) - left).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ class Factor:
         if self.factor <= 0:
             raise ValueError(f"factor={self.factor} must be above 0; 1.0 is the bound itself, more writes more at once")
 
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        doubt = (1 - now.guess.score.exp()).masked_fill(~now.asked, torch.inf).sort(dim=1).values
+    def __call__(self, state: StepState) -> Int[Tensor, " b"]:
+        doubt = (1 - state.guess.score.exp()).masked_fill(~state.positions, torch.inf).sort(dim=1).values
         rank = torch.arange(1, doubt.shape[1] + 1, device=doubt.device)
-        return _leading(doubt * (rank + 1) <= self.factor, now)
+        return _leading(doubt * (rank + 1) <= self.factor, state)
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,15 @@ class EntropyBudget:
         if self.nats < 0:
             raise ValueError(f"entropy budget {self.nats} must be at least 0; 0.1 nats is usual")
 
-    def __call__(self, now: Moment) -> Int[Tensor, " b"]:
-        entropy = (-Entropy()(now)).masked_fill(~now.asked, torch.inf).sort(dim=1).values
+    def __call__(self, state: StepState) -> Int[Tensor, " b"]:
+        entropy = (-Entropy()(state)).masked_fill(~state.positions, torch.inf).sort(dim=1).values
         before = torch.where(entropy.isfinite(), entropy, 0).cumsum(1) - entropy
-        return _leading(before <= self.nats, now)
+        return _leading(before <= self.nats, state)
 
 
-def _leading(fine: Bool[Tensor, "b n"], now: Moment) -> Int[Tensor, " b"]:
+def _leading(fine: Bool[Tensor, "b n"], state: StepState) -> Int[Tensor, " b"]:
     """How many come before the first that is not fine: at least one, at most the asked."""
-    return torch.minimum(fine.long().cumprod(1).sum(1).clamp_min(1), now.asked.sum(1))
+    return torch.minimum(fine.long().cumprod(1).sum(1).clamp_min(1), state.positions.sum(1))
 
 
-Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget  # (now) -> Int[b]: how many to write
+Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget  # (state) -> Int[b]: how many to write

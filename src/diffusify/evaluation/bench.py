@@ -11,12 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel
 
-from diffusify.diffusion.policies import Stable, Unmask
+from diffusify.diffusion.policies import Klass, Unmask
 from diffusify.diffusion.quotas import EntropyBudget, Factor
-from diffusify.diffusion.ranks import Entropy
-from diffusify.evaluation.metrics import distinct, entropy, perplexity
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import Preset, SamplingConfig
+from diffusify.diffusion.ranking import Entropy
+from diffusify.evaluation.text_metrics import distinct, entropy, perplexity
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import Preset, SamplingConfig
 from diffusify.text.prompts import continuation_canvas
 
 AR = "left to right"
@@ -44,14 +44,14 @@ def ways(lm: DiffusionLM) -> dict[str, SamplingConfig]:
     """What is worth a look for this kind of model: one token per forward, the presets, and what lies between them."""
     found = {"one token a forward": SamplingConfig(policy=Unmask())}
     found |= {name: SamplingConfig.preset(name, lm.config) for name in get_args(Preset)}
-    if lm.config.reads_left_to_right:
+    if lm.config.reads_as_ar_model:
         found |= {f"tolerance {nats}": SamplingConfig(tolerance=nats) for nats in (0.3, 1.2, 3.0)}
     elif lm.config.sees_right_context:
         found["balanced, no cache"] = replace(found["balanced"], cache="none")
     found |= {f"threshold {least}": SamplingConfig(threshold=least) for least in (0.9, 0.7, 0.5)}
     found["factor 1"] = SamplingConfig(policy=Unmask(quota=Factor(1.0)))
     found["entropy 0.1"] = SamplingConfig(policy=Unmask(Entropy(), EntropyBudget(0.1)))
-    found["stable"] = SamplingConfig(policy=Stable())
+    found["stable"] = SamplingConfig(policy=Klass())
     return found
 
 
@@ -68,7 +68,7 @@ def bench(
 
     Left-to-right decoding is that of the model's own weights where they can, else of `base`.
     """
-    own = lm.denoiser.network if lm.config.reads_left_to_right else base
+    own = lm.denoiser.network if lm.config.reads_as_ar_model else base
     texts: dict[str, list[list[int]]] = {AR: []} | {name: [] for name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in texts}
     forwards: dict[str, list[int]] = {name: [] for name in texts}
@@ -122,7 +122,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
 def diffused(lm: DiffusionLM, prompt: str, room: int, settings: SamplingConfig) -> tuple[list[int], int]:
     """What a model continues a prompt with, as token ids, and in how many forwards."""
-    writing = lm.continuing([prompt], room, settings)
+    writing = lm.prepare_generation([prompt], room, settings)
     writing.results()
     return writing.canvas.tokens[writing.canvas.written].tolist(), writing.forwards
 

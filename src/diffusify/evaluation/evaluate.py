@@ -11,12 +11,12 @@ from typing import Any
 
 from diffusify.config import to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
-from diffusify.evaluation.opening import suited
+from diffusify.evaluation.open_model import suited
 from diffusify.evaluation.scoring import Scored, score
 from diffusify.evaluation.tasks import Item
 from diffusify.models.saving import checksum
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from diffusify.config import from_plain
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, Question
-from diffusify.evaluation.opening import open_lm, suited
+from diffusify.evaluation.open_model import open_lm, suited
 from diffusify.evaluation.scoring import last
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.sampling_config import SamplingConfig
 
 Scored = tuple[tuple[str, str], list[int], list[int]]  # as text, then context and continuation as token ids
 
@@ -55,7 +55,7 @@ class DiffusifyLM(TemplateLM):
         self.lm = open_lm(pretrained, dtype=getattr(torch, dtype), device=device or "cpu")
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
         self._settings({})
-        exact = self.lm.config.reads_left_to_right and not bound
+        exact = self.lm.config.reads_as_ar_model and not bound
         rounds = max(2, draws // 8)
         self.measure: Measure = LeftToRight() if exact else MonteCarlo(draws=8, least=rounds, most=rounds, seed=seed)
         self.pretrained, self.add_bos_token, self.max_gen_toks = pretrained, add_bos_token, max_gen_toks
@@ -122,7 +122,9 @@ class DiffusifyLM(TemplateLM):
     def _writes(self, context: list[int], continuation: list[int]) -> bool:
         """Whether the model writes this into room of its size, the surest token first."""
         room = len(continuation)
-        writing = self.lm.continuing([last(context, self.max_length, room)], room, SamplingConfig(policy=Unmask()))
+        writing = self.lm.prepare_generation(
+            [last(context, self.max_length, room)], room, SamplingConfig(policy=Unmask())
+        )
         writing.results()
         return writing.canvas.tokens[0, -room:].tolist() == continuation
 
@@ -169,7 +171,7 @@ class DiffusifyLM(TemplateLM):
     def _generate(self, prompts: list[str], room: int, stops: list[str], told: dict[str, Any]) -> list[str]:
         task = {name: told[name] for name in ("temperature", "top_p", "top_k") if name in told}
         given = [last(self.tok_encode(prompt), self.max_length, room) for prompt in prompts]
-        writing = self.lm.continuing(given, room, self._settings(task))
+        writing = self.lm.prepare_generation(given, room, self._settings(task))
         texts = [result.completion or "" for result in writing.results()]
         return [_until(text, stops) for text in texts]
 

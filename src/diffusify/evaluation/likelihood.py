@@ -18,7 +18,7 @@ from diffusify.diffusion.bounds import draws_compared, log_probability, mask_cou
 from diffusify.diffusion.logits import TOGETHER
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 WAVE = 64  # questions that are measured together
 
@@ -68,9 +68,9 @@ class LeftToRight:
 
     def __call__(self, denoiser: Denoiser, questions: Sequence[Question]) -> Iterator[Likelihood]:
         """In order. ValueError for a model without a left-to-right half, and for texts that it cannot see whole."""
-        if not denoiser.diffusion.reads_left_to_right:
+        if not denoiser.diffusion_config.reads_as_ar_model:
             raise ValueError(
-                f"a model with {denoiser.diffusion.attention} and shift {denoiser.diffusion.shift} does not read from "
+                f"a model with {denoiser.diffusion_config.attention} and shift {denoiser.diffusion_config.shift} does not read from "
                 "left to right; measure MonteCarlo() or OneByOne()"
             )
         for told in _texts_measured(denoiser, questions, self.batch_tokens, _told):
@@ -82,7 +82,7 @@ class LeftToRight:
 def _told(denoiser: Denoiser, canvas: Canvas) -> Float[Tensor, "b 2"]:
     """Of finished texts, seen from left to right: log-probabilities, and how many tokens are not the likeliest."""
     targets, row = canvas.tokens[canvas.editable], canvas.editable.nonzero()[:, 0]
-    parts = zip(denoiser.answers(canvas, ask=canvas.editable).parts(), targets.split(TOGETHER), strict=True)
+    parts = zip(denoiser.predict(canvas, positions=canvas.editable).parts(), targets.split(TOGETHER), strict=True)
     each = [torch.stack([-cross_entropy(part, these), (part.argmax(-1) != these).float()], 1) for part, these in parts]
     total = torch.zeros(len(canvas.tokens), 2, dtype=torch.float64, device=targets.device)
     return total.index_add_(0, row, torch.cat(each).double())
@@ -98,10 +98,10 @@ class OneByOne:
         """In order. ValueError for texts that the model cannot see whole."""
 
         def answer(canvas: Canvas, clean: Tensor) -> Tensor:
-            return denoiser.answers(canvas, ask=canvas.open).logits
+            return denoiser.predict(canvas, positions=canvas.open).logits
 
         def measure(denoiser: Denoiser, clean: Canvas) -> Tensor:
-            return log_probability(answer, clean, clean.positions, noise=denoiser.diffusion.mask_token_id)
+            return log_probability(answer, clean, clean.position_ids, noise=denoiser.diffusion_config.mask_token_id)
 
         for told in _texts_measured(denoiser, questions, self.batch_tokens, measure):
             yield Likelihood(tuple(told), (0.0,) * len(told))
@@ -160,11 +160,11 @@ class MonteCarlo:
         return len(each) > 1 or _se(each[0]) == 0.0
 
     def _round(self, denoiser: Denoiser, questions: list[Question], turn: int) -> list["_Draws"]:
-        noise, size = denoiser.diffusion.mask_token_id, denoiser.diffusion.block_size
+        noise, size = denoiser.diffusion_config.mask_token_id, denoiser.diffusion_config.block_size
         noisy, clean, share = [], [], []
         for question in questions:
             texts = _texts(denoiser, question)
-            unit = texts.positions // size if size else torch.zeros_like(texts.tokens)
+            unit = texts.position_ids // size if size else torch.zeros_like(texts.tokens)
             seed = zlib.crc32(repr((self.seed, turn, question.context, question.choices)).encode())
             luck = Generator().manual_seed(seed)
             drawn = list(mask_counts(texts, unit, self._draws(question), noise, luck, alike=True))
@@ -211,7 +211,7 @@ def _estimate(rounds: list[_Draws]) -> Float[Tensor, " c"]:
 @torch.inference_mode()
 def _errors(denoiser: Denoiser, canvas: Canvas, clean: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
     """The cross-entropy at every open position, 0 elsewhere."""
-    logits = denoiser(canvas, clean if denoiser.diffusion.block_size else None, ask=canvas.open).logits
+    logits = denoiser(canvas, clean if denoiser.diffusion_config.block_size else None, positions=canvas.open).logits
     told = cross_entropy(logits, clean[canvas.open]).double()
     return torch.zeros(clean.shape, dtype=told.dtype, device=told.device).masked_scatter(canvas.open, told)
 
@@ -221,7 +221,7 @@ Measure = LeftToRight | OneByOne | MonteCarlo
 
 def best_measure(denoiser: Denoiser) -> Measure:
     """What tells most for the least work: exact in one pass where the model can, else the bound."""
-    return LeftToRight() if denoiser.diffusion.reads_left_to_right else MonteCarlo()
+    return LeftToRight() if denoiser.diffusion_config.reads_as_ar_model else MonteCarlo()
 
 
 def _texts_measured(

@@ -10,13 +10,13 @@ from datasets import Dataset
 
 from diffusify.config import to_plain
 from diffusify.evaluation.evaluate import difference, evaluate, row
+from diffusify.evaluation.html_report import Report, calibration, coloured, lines_picture
 from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, OneByOne, best_measure, bits_per_byte
-from diffusify.evaluation.metrics import distinct, entropy, perplexity
-from diffusify.evaluation.opening import suited
-from diffusify.evaluation.page import Report, calibration, coloured, lines_picture
+from diffusify.evaluation.open_model import suited
 from diffusify.evaluation.tasks import Choice, Item
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.evaluation.text_metrics import distinct, entropy, perplexity
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.packing import pack
 from diffusify.training.validation import validate
 
@@ -118,7 +118,7 @@ def _bits(plan: Plan, lm: DiffusionLM, baseline: tuple[str, DiffusionLM] | None)
 def _free(plan: Plan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
     """Texts from nothing, drawn (temperature 1 if unset): how likely the judge finds them, and how varied they are."""
     how = suited(replace(plan.sampling, temperature=plan.sampling.temperature or 1.0), lm)
-    writing = lm.continuing([""] * plan.free, min(64, (lm.denoiser.context or 128) // 2), how)
+    writing = lm.prepare_generation([""] * plan.free, min(64, (lm.denoiser.context or 128) // 2), how)
     writing.results()
     rows = zip(writing.canvas.tokens, writing.canvas.written, strict=True)
     written = [tokens[here].tolist() for tokens, here in rows]
@@ -141,4 +141,4 @@ def _levels(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[float, floa
 
 def _sample(lm: DiffusionLM, prompt: str, plan: Plan) -> str:
     room = min(64, (lm.denoiser.context or 128) // 2)
-    return coloured(lm.tokenizer, lm.continuing([prompt], room, suited(plan.sampling, lm)))
+    return coloured(lm.tokenizer, lm.prepare_generation([prompt], room, suited(plan.sampling, lm)))

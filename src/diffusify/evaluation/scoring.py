@@ -14,8 +14,8 @@ from diffusify.evaluation.answers import final_answer, last_number, letter, majo
 from diffusify.evaluation.likelihood import Measure, Question
 from diffusify.evaluation.sandbox import runs
 from diffusify.evaluation.tasks import Answer, Choice, Hole, Item
-from diffusify.sampling.generation import DiffusionLM
-from diffusify.sampling.settings import SamplingConfig
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
 
 BATCH = 16  # texts that are written together
 
@@ -80,7 +80,7 @@ def _answered(lm: DiffusionLM, items: list[Answer], sampling: SamplingConfig, tr
     rooms = [min(size, context - 1) for size in sizes]
     prompts = [encode(item.prompt) for item in items]
     seen = [last(prompt, context, room + 1) for prompt, room in zip(prompts, rooms, strict=True)]
-    made = lm.continuing(
+    made = lm.prepare_generation(
         [[lm.tokenizer.start_token_id, *prompt] for prompt in seen for _ in range(tries)],
         [room for room in rooms for _ in range(tries)],
         [_seeded(sampling, item.prompt, i) for item in items for i in range(tries)],
@@ -138,13 +138,13 @@ def _filled(lm: DiffusionLM, items: list[Hole], sampling: SamplingConfig) -> Ite
             each = [replace(one, tolerance=None) for one in each]
         near = [_near(lm, item, fits - room) for item, room in zip(items, rooms, strict=True)]
         texts = [f"{_plain(a)}[[{room}]]{_plain(b)}" for (a, b, _), room in zip(near, rooms, strict=True)]
-        made = [result.spans[0] if result.spans else "" for result in lm.infilling(texts, each).results()]
+        made = [result.spans[0] if result.spans else "" for result in lm.prepare_infilling(texts, each).results()]
         cuts = [cut for _, _, cut in near]
     else:
         whole = [encode(item.before) for item in items]
         seen = [last(ids, fits, room) for ids, room in zip(whole, rooms, strict=True)]
         prompts = [[lm.tokenizer.start_token_id, *ids] for ids in seen]
-        made = [result.completion or "" for result in lm.continuing(prompts, rooms, each).results()]
+        made = [result.completion or "" for result in lm.prepare_generation(prompts, rooms, each).results()]
         cuts = [len(a) - len(b) for a, b in zip(whole, seen, strict=True)]
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     for item, text, cut in zip(items, made, cuts, strict=True):

@@ -18,10 +18,10 @@ from transformers import Cache, PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.attention import AttentionPattern, BlockCausal, Scene
+from diffusify.diffusion.attention import AttentionInputs, AttentionPattern, BlockCausal
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
-from diffusify.models.length import LengthHead, prompts
+from diffusify.models.length_head import LengthHead, prompts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa, eager or flex_attention"
             )
-        self.network, self.diffusion = network, config
+        self.network, self.diffusion_config = network, config
         accepts = inspect.signature(network.forward).parameters
         if "position_ids" not in accepts:
             raise ValueError(
@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
                 "give a network of another family"
             )
         self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
-        self.remembers = "past_key_values" in accepts  # whether keys and values can be kept between passes
+        self.supports_kv_cache = "past_key_values" in accepts  # whether keys and values can be kept between passes
         self.vocabulary: int = network.config.get_text_config().vocab_size
         self._offset = _position_offset(network)
         self._windows = _windows(network)
@@ -90,81 +90,85 @@ class Denoiser(nn.Module):
     def infiller(self) -> "Denoiser":
         """This network under the card by which it fills holes."""
         other = copy(self)
-        other.diffusion = self.diffusion.infiller
+        other.diffusion_config = self.diffusion_config.infiller
         return other
 
-    def answerable(self, clean: Canvas) -> Canvas:
+    def predictable(self, clean: Canvas) -> Canvas:
         """The canvas with only those positions editable that have an answer: under shift, not a document's first."""
-        return replace(clean, editable=clean.editable & (clean.positions >= self.diffusion.shift))
+        return replace(clean, editable=clean.editable & (clean.position_ids >= self.diffusion_config.shift))
 
     def forward(
         self,
         canvas: Canvas,
         clean: Int[Tensor, "texts n"] | None = None,
         *,
-        ask: Bool[Tensor, "b n"] | None = None,
-        ar: Bool[Tensor, "b n"] | None = None,
+        positions: Bool[Tensor, "b n"] | None = None,
+        ar_positions: Bool[Tensor, "b n"] | None = None,
         attention: AttentionPattern | None = None,
         lengths: bool = False,
         loss: Callable[[LazyLogits, LazyLogits], Loss] | None = None,
     ) -> Prediction:
-        """Answers for all positions, or for those in `ask`, and for the clean text's in `ar`.
+        """Answers for all positions, or for those in `positions`, and for the clean text's in `ar_positions`.
 
         `clean` is the finished text while training (once for several canvases of it, which stand below each other).
         `attention` stands in for the card's pattern (annealing).
         `lengths` asks the length head too, which sees nothing but the prompts. `loss` is given both kinds of answers
         before they are projected to the vocabulary, and is kept in their place.
         """
-        pattern = self.diffusion.attention if attention is None else attention
-        if ask is not None and clean is None and isinstance(pattern, BlockCausal):
-            canvas, ask = _crop(canvas, ask, pattern.size)
-        scene = pattern(canvas, clean, shift=self.diffusion.shift)
-        if ask is not None and clean is not None and isinstance(pattern, BlockCausal):
-            views = len(ask) // len(clean)
-            scene = scene.only(pattern.read(canvas, ask, views=views, shift=self.diffusion.shift))
-        asked = scene.outputs(scene.answers, torch.ones_like(canvas.open) if ask is None else ask)
-        also = asked[:0] if ar is None else scene.outputs(scene.ar_answers, ar)
-        hidden, parts = self.hidden(scene, torch.cat([asked, also])), [len(asked), len(also)]
+        pattern = self.diffusion_config.attention if attention is None else attention
+        if positions is not None and clean is None and isinstance(pattern, BlockCausal):
+            canvas, positions = _crop(canvas, positions, pattern.size)
+        inputs = pattern(canvas, clean, shift=self.diffusion_config.shift)
+        if positions is not None and clean is not None and isinstance(pattern, BlockCausal):
+            views = len(positions) // len(clean)
+            inputs = inputs.keep_only(pattern.read(canvas, positions, views=views, shift=self.diffusion_config.shift))
+        index = inputs.flat_index(inputs.output_index, torch.ones_like(canvas.open) if positions is None else positions)
+        ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
+        hidden, parts = self.hidden_states(inputs, torch.cat([index, ar_index])), [len(index), len(ar_index)]
         told = self.lengths(canvas) if lengths else None
         if loss is not None:
             nothing = hidden.new_empty(0, self.vocabulary)
-            learns = self.learning_head(hidden)
-            return Prediction(nothing, nothing, told, loss(*(self.lazily(h, learns) for h in hidden.split(parts))))
+            learns = self.head_parameters(hidden)
+            return Prediction(nothing, nothing, told, loss(*(self.lazy_logits(h, learns) for h in hidden.split(parts))))
         about, ar_logits = self._head(hidden).split(parts)
-        return Prediction(about.unflatten(0, canvas.tokens.shape) if ask is None else about, ar_logits, told)
+        return Prediction(about.unflatten(0, canvas.tokens.shape) if positions is None else about, ar_logits, told)
 
     def lengths(self, canvas: Canvas) -> Float[Tensor, "d l"]:
         """The length head's logits: index i is an answer of i + 1 tokens, its end token included."""
         assert self.length_head is not None, "asked for lengths without a length head"
         given = prompts(canvas)
-        scene = self.diffusion.attention(given, shift=self.diffusion.shift)
-        return self.length_head(self._body(scene).last_hidden_state, given)
+        inputs = self.diffusion_config.attention(given, shift=self.diffusion_config.shift)
+        return self.length_head(self._body(inputs).last_hidden_state, given)
 
-    def project(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k v"]:
+    def project(
+        self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
+    ) -> Float[Tensor, "k v"]:
         """Run the network on a scene and give the logits of the wanted outputs (indices into b * m).
 
         A part of a scene looks at keys and values in `past`, which takes in its own.
         """
-        return self._head(self.hidden(scene, wanted, past=past))
+        return self._head(self.hidden_states(inputs, index, past=past))
 
-    def answers(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
+    def predict(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         """What calling gives, but projected to the vocabulary only when it is looked at; not for training."""
-        if self.diffusion.block_size is not None:
-            canvas, ask = _crop(canvas, ask, self.diffusion.block_size)
-        scene = self.diffusion.attention(canvas, shift=self.diffusion.shift)
-        return self.lazily(self.hidden(scene, scene.outputs(scene.answers, ask)))
+        if self.diffusion_config.block_size is not None:
+            canvas, positions = _crop(canvas, positions, self.diffusion_config.block_size)
+        inputs = self.diffusion_config.attention(canvas, shift=self.diffusion_config.shift)
+        return self.lazy_logits(self.hidden_states(inputs, inputs.flat_index(inputs.output_index, positions)))
 
-    def hidden(self, scene: Scene, wanted: Int[Tensor, " k"], *, past: Cache | None = None) -> Float[Tensor, "k d"]:
+    def hidden_states(
+        self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
+    ) -> Float[Tensor, "k d"]:
         """What the network's body makes of a scene, at the wanted outputs (see `project`)."""
-        said = self._body(scene, past)
+        said = self._body(inputs, past)
         self._says = type(said)
-        return said.last_hidden_state.flatten(0, 1)[wanted]
+        return said.last_hidden_state.flatten(0, 1)[index]
 
-    def lazily(self, hidden: Float[Tensor, "k d"], learns: tuple[Tensor, ...] = ()) -> LazyLogits:
+    def lazy_logits(self, hidden: Float[Tensor, "k d"], learns: tuple[Tensor, ...] = ()) -> LazyLogits:
         """Hidden states, to be projected by the network's head; its weights `learns` are taught with them."""
         return LazyLogits(hidden, lambda part, index: self._head(part), learns)
 
-    def learning_head(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
+    def head_parameters(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
         """The weights that the head learns, found by experiment: tied ones may stand anywhere in the network."""
         if not hidden.requires_grad:
             return ()
@@ -185,45 +189,45 @@ class Denoiser(nn.Module):
             logits = self.network(input_ids=torch.zeros_like(hidden[None, :, 0], dtype=torch.long)).logits[0]
         finally:
             setattr(self.network, prefix, body)
-        logits.detach()[:, self.diffusion.mask_token_id] = -torch.inf  # what cannot be has no gradient either
+        logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # what cannot be has no gradient either
         return logits
 
-    def _body(self, scene: Scene, past: Cache | None = None) -> Any:
+    def _body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:
         """What the network without its head makes of a scene."""
         settings = self._settings if past is None else {"past_key_values": past, "use_cache": True}
-        reach = (scene.positions if scene.there is None else scene.there).shape[1]
+        reach = (inputs.position_ids if inputs.key_position_ids is None else inputs.key_position_ids).shape[1]
         windows = {kind: w if w and w < reach else None for kind, w in self._windows.items()}
         limited = any(windows.values())
-        with _unmasked(self.network) if scene.unmasked and not limited else nullcontext(scene) as shown:
+        with _unmasked(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as shown:
             return self.network.base_model(
-                input_ids=scene.tokens,
-                position_ids=scene.positions + self._offset,
+                input_ids=inputs.tokens,
+                position_ids=inputs.position_ids + self._offset,
                 attention_mask=None if shown is None else self._mask(shown, windows if limited else {}),
                 **settings,
             )
 
-    def _mask(self, scene: Scene, windows: dict[str, int | None]) -> Any:
+    def _mask(self, inputs: AttentionInputs, windows: dict[str, int | None]) -> Any:
         """A scene's mask as the attention kernel takes it, or one for each kind of layer where some see a window."""
         flex = self.network.config._attn_implementation == "flex_attention"
-        make = scene.block_mask if flex else partial(scene.bias, self.network.dtype)
+        make = inputs.block_mask if flex else partial(inputs.bias, self.network.dtype)
         masks = {kind: make(window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values())) if masks else make()
 
     def add_length_head(self, longest: int) -> None:
         """From now on the model also learns to tell an answer's length, up to `longest` tokens."""
-        self.diffusion = replace(self.diffusion, longest_answer=longest)
+        self.diffusion_config = replace(self.diffusion_config, longest_answer=longest)
         self.length_head = LengthHead(self.config.get_text_config().hidden_size, longest).to(self.device)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)
 
 
-def _crop(canvas: Canvas, ask: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
+def _crop(canvas: Canvas, positions: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
     """The canvas up to the end of the last asked block: what comes later is not seen."""
-    at = torch.arange(ask.shape[1], device=ask.device)
-    ends = torch.where(ask, at - canvas.positions % size + size, 0)
-    end = min(int(ends.max()), ask.shape[1])
-    return canvas[:, :end], ask[:, :end]
+    at = torch.arange(positions.shape[1], device=positions.device)
+    ends = torch.where(positions, at - canvas.position_ids % size + size, 0)
+    end = min(int(ends.max()), positions.shape[1])
+    return canvas[:, :end], positions[:, :end]
 
 
 class _Said(nn.Module):

@@ -19,9 +19,9 @@ from transformers import (
 
 from diffusify.config import nearest
 from diffusify.models import loading
-from diffusify.models.influence import check_attention
+from diffusify.models.attention_check import check_attention
 from diffusify.models.layouts import LAYOUTS, Layout, layout_name, plain, stock_config
-from diffusify.models.quiet import quiet
+from diffusify.models.logging import quiet_transformers
 from diffusify.models.recipes import Recipe, ar, block
 from diffusify.models.saving import drafted, load_denoiser, refuse_occupied
 
@@ -93,7 +93,7 @@ def import_denoiser(
         _write(plan, kept, draft)
         config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        recipe.card(network.__name__, mask, source).save(draft)
+        recipe.diffusion_config(network.__name__, mask, source).save(draft)
         if sum(torch.Size(tensor.shape).numel() for tensor in plan.values()) <= CHECKED:
             check_attention(load_denoiser(draft)[0])
     return out
@@ -138,7 +138,7 @@ def _plan(
     source: str,
 ) -> dict[str, Stored]:
     """Which stored tensor goes where in the stock network. ValueError unless they match to the last one, by name."""
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_transformers():
         network: Any = network_class(config)
     needs = {key: (layout.released(key), tuple(weight.shape)) for key, weight in network.state_dict().items()}
     for key, origin in network.all_tied_weights_keys.items():
@@ -172,7 +172,7 @@ def _tokenizer(folder: Path, config: PreTrainedConfig, source: str) -> PreTraine
         if family is None or not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
             raise ValueError(f"{source} has no tokenizer that can be read; put tokenizer.json beside its config.json")
     try:
-        with quiet():
+        with quiet_transformers():
             made = family.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the many formats fail in many ways
         reason = str(error).strip().partition("\n")[0]

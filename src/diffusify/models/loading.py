@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diffusify.models.bundled import resolve_model
 from diffusify.models.gguf import read_config, unpacked
-from diffusify.models.quiet import quiet
-from diffusify.models.shipped import located
+from diffusify.models.logging import quiet_transformers
 
 FORMS = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 
@@ -70,7 +70,7 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     """
     path = local_path(source)
     if path is not None and path.is_file():
-        with quiet():
+        with quiet_transformers():
             path = unpacked(path, lambda config: network_class(config, source))
     folder = path or snapshot(source, CONFIG)
     network, masked = network_class(_config(folder, source), source)
@@ -86,7 +86,7 @@ def load_config(source: str) -> PreTrainedConfig:
         return _config(alone.parent, source)
     path = local_path(source)
     if path is not None and path.is_file():
-        with quiet():
+        with quiet_transformers():
             return read_config(path)
     return _config(path or snapshot(source, ["config.json"]), source)
 
@@ -143,7 +143,7 @@ def local_path(source: str) -> Path | None:
     """The folder or GGUF file a source names, or None for a hub name."""
     if source.startswith("pip:"):
         return _carried(source.removeprefix("pip:"))
-    path = located(source)
+    path = resolve_model(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -208,7 +208,7 @@ def _config(folder: Path, source: str) -> PreTrainedConfig:
 
 def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
     weight_files(folder, source)
-    with quiet():
+    with quiet_transformers():
         network, report = network_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             dtype=dtype,

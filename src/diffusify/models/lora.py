@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from diffusify.models.bundled import resolve_model
 from diffusify.models.loading import embedding_rows
-from diffusify.models.quiet import quiet
-from diffusify.models.shipped import located
+from diffusify.models.logging import quiet_transformers
 
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
 
@@ -70,7 +70,7 @@ def base_of(folder: Path) -> str | None:
 
 def check_lora(model: str, lora: Lora | None) -> None:
     """ValueError for new adapters where there are some: these are trained on."""
-    if lora is not None and base_of(located(model)) is not None:
+    if lora is not None and base_of(resolve_model(model)) is not None:
         raise ValueError(
             f"{model} holds adapters, which are trained on; leave --lora out, or make whole weights of them first: "
             f"diffusify merge {model} --out DIR"
@@ -123,7 +123,7 @@ def bake_lora(network: PreTrainedModel) -> None:
 
 def _attach(network: PreTrainedModel, config: PeftConfig) -> None:
     base = config.base_model_name_or_path
-    with quiet():
+    with quiet_transformers():
         network.add_adapter(config)
     config.base_model_name_or_path = base  # else the network's own notion of its name
 

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from diffusify.config import DiffusionConfig, keeps_left_to_right
+from diffusify.config import DiffusionConfig, keeps_ar_model
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
-from diffusify.diffusion.objectives import Elbo, Flat, Objective, Rdm
-from diffusify.diffusion.policies import Policy, Reparam, Unmask
+from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
+from diffusify.diffusion.policies import Policy, Rdm, Unmask
 from diffusify.diffusion.quotas import Threshold
-from diffusify.diffusion.ranks import Leftmost
+from diffusify.diffusion.ranking import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.models.shipped import card_of
+from diffusify.models.bundled import config_of
 
 GROWTH = 0.4  # the share of a run in which blocks grow
 INFILLING = 0.25  # the share of steps in which a model that fills holes beside its blocks goes on learning that
@@ -39,7 +39,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
-        if (ar_weight or self.objective.taught_by("own")) and not keeps_left_to_right(self.attention, self.shift):
+        if (ar_weight or self.objective.taught_by("own")) and not keeps_ar_model(self.attention, self.shift):
             raise ValueError(
                 f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half to read AR "
                 "answers from; use block(size) on a left-to-right network, or leave both at 0.0"
@@ -79,7 +79,7 @@ class Recipe:
         size = self.curriculum[stage]
         return replace(self, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
 
-    def card(self, architecture: str, mask_token_id: int, base_model: str) -> DiffusionConfig:
+    def diffusion_config(self, architecture: str, mask_token_id: int, base_model: str) -> DiffusionConfig:
         """The configuration that is saved beside the weights."""
         return DiffusionConfig(
             mask_token_id=mask_token_id,
@@ -126,10 +126,10 @@ def mlm(
     masked language models are trained: the paper's ablation. `label_smoothing` 0.1 suits training from scratch.
     """
     time = PerText(grid=steps, draws=2) if mask_ratio is None else Fixed(mask_ratio)
-    usual = Objective(Rdm(steps), per="text", label_smoothing=label_smoothing)
+    usual = Objective(RdmWeight(steps), per="text", label_smoothing=label_smoothing)
     plain = Objective(Flat(), per="open", label_smoothing=label_smoothing)
     objective = objective or (usual if mask_ratio is None else plain)
-    return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Reparam())
+    return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Rdm())
 
 
 def block(
@@ -180,10 +180,10 @@ def as_is(*, masked: bool = False) -> Recipe:
 
 def of_model(model: str) -> Recipe | None:
     """The recipe that goes on with a diffusion model as its card says; None for what is none yet."""
-    if (card := card_of(model)) is None:
+    if (card := config_of(model)) is None:
         return None
     weight = card.objective.weight
-    rdm = PerText(grid=weight.steps, draws=2) if isinstance(weight, Rdm) else PerText()
+    rdm = PerText(grid=weight.steps, draws=2) if isinstance(weight, RdmWeight) else PerText()
     time = rdm if card.block_size is None else PerBlock(card.block_size)
     return Recipe(
         card.recipe, card.shift, card.attention, time, card.objective, card.schedule, card.policy,

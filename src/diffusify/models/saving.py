@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
+from diffusify.models.bundled import resolve_model
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, embedding_rows, ensure_mask_token, load_base, load_tokenizer
+from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import bake_lora, base_of, has_lora, load_lora, merge_lora, open_lora, save_lora
-from diffusify.models.quiet import quiet
-from diffusify.models.shipped import located
 
 _LENGTH_HEAD = "length_head.safetensors"
 
@@ -40,7 +40,7 @@ def save_denoiser(
         for part in ("network.", "length_head.")
     )
     with drafted(Path(folder)) as draft:
-        with quiet():
+        with quiet_transformers():
             if has_lora(denoiser.network):
                 save_lora(denoiser.network, draft, network)
             else:
@@ -48,7 +48,7 @@ def save_denoiser(
             tokenizer.save_pretrained(draft)
         if denoiser.length_head is not None:
             save_file(head, draft / _LENGTH_HEAD)
-        denoiser.diffusion.save(draft)
+        denoiser.diffusion_config.save(draft)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def load_denoiser(
     A folder of adapters opens on the base it names, with the adapters merged. ValueError when there is no card, the
     card tells of another architecture, or tensors are missing or left over.
     """
-    folder = located(folder)
+    folder = resolve_model(folder)
     card = DiffusionConfig.load(folder)
     base = open_adapted(folder, dtype=dtype) if base_of(folder) else _whole(folder, card, dtype)
     merge_lora(base.network)
@@ -98,7 +98,7 @@ def load_denoiser(
 
 def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
     """What training begins with: any base that `load_base` takes, or one with the adapters that a folder holds."""
-    folder = located(model)
+    folder = resolve_model(model)
     return load_base(model, dtype=dtype) if base_of(folder) is None else open_adapted(folder, dtype=dtype)
 
 
@@ -138,7 +138,7 @@ def checksum(module: nn.Module) -> int:
 
 def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
     """Write base and adapters as one folder of whole weights. ValueError when `adapters` is no folder of adapters."""
-    adapters, out = located(adapters), Path(out)
+    adapters, out = resolve_model(adapters), Path(out)
     if not base_of(adapters):
         raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` makes them")
     refuse_occupied(out)

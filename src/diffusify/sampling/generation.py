@@ -1,191 +1,147 @@
-"""A diffusion model as its users hold it: strings in, strings out."""
+"""Texts on their way, and what becomes of them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.config import DiffusionConfig
-from diffusify.diffusion.constraints import Automaton
+from diffusify.diffusion.constraints import Automaton, Constraint
+from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.saving import load_denoiser
-from diffusify.sampling.settings import SamplingConfig
-from diffusify.sampling.writing import Generation, Writing
-from diffusify.text.dialogue import Dialogue
-from diffusify.text.grammar import automaton
-from diffusify.text.prompts import Holed, continuation_canvas, hole_choices, infill_canvas, read, read_spans
-from diffusify.text.tokens import TextTokenizer
-
-Message = dict[str, Any]  # {"role": "user", "content": "..."}
-Settings = SamplingConfig | Sequence[SamplingConfig]
+from diffusify.sampling.guidance import GuidedDenoiser
+from diffusify.sampling.kv_cache import BlockCache, WindowCache
+from diffusify.sampling.sampler import DenoiseFn, Frame, denoise
+from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.sampling.shadow import ShadowDenoiser
+from diffusify.sampling.speculative import Speculative
 
 
-class DiffusionLM:
-    """A denoiser and its tokenizer."""
+@dataclass(frozen=True)
+class Generation:
+    """A written text and what it took: tokens written, network forwards, seconds (of the whole batch)."""
 
-    def __init__(self, denoiser: Denoiser, tokenizer: TextTokenizer) -> None:
-        self.denoiser, self.tokenizer = denoiser, tokenizer
-        self.form = lru_cache(16)(self._form)
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> "DiffusionLM":
-        """Open a folder that `diffusify adapt` wrote. ValueError when it does not hold a whole diffusion model."""
-        denoiser, tokenizer = load_denoiser(folder, dtype=dtype, device=device)
-        return cls(denoiser, TextTokenizer(tokenizer, denoiser.diffusion.mask_token_id))
+    text: str
+    tokens: int
+    forwards: int
+    seconds: float
+    seed: int
+    completion: str | None = None  # without the prompt
+    spans: tuple[str, ...] | None = None  # what was written into each hole, when there were holes
 
     @property
-    def config(self) -> DiffusionConfig:
-        return self.denoiser.diffusion
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(1, self.forwards)
 
-    @overload
-    def generate(self, prompt: str = "", max_new_tokens: int | None = None, **sampling: Any) -> Generation: ...
-    @overload
-    def generate(
-        self, prompt: list[str], max_new_tokens: int | list[int] | None = None, **sampling: Any
-    ) -> list[Generation]: ...
-    def generate(
-        self, prompt: str | list[str] = "", max_new_tokens: int | list[int] | None = None, **sampling: Any
-    ) -> Generation | list[Generation]:
-        """Continue a prompt (or write from nothing), or a batch of prompts. `sampling` are fields of `SamplingConfig`.
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, self.seconds)
 
-        There is room for `max_new_tokens`, one number for all or one each; unset, as many as the length head tells,
-        else 64.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        results = self.continuing(prompts, max_new_tokens, SamplingConfig(**sampling)).results()
-        return results[0] if isinstance(prompt, str) else results
-
-    @overload
-    def infill(self, text: str, **sampling: Any) -> Generation: ...
-    @overload
-    def infill(self, text: list[str], **sampling: Any) -> list[Generation]: ...
-    def infill(self, text: str | list[str], **sampling: Any) -> Generation | list[Generation]:
-        """Fill the holes of a text: `[[8]]` has eight tokens, `[[3-12]]` as many as are written with most confidence.
-
-        ValueError if the model cannot see ahead.
-        """
-        texts = [text] if isinstance(text, str) else text
-        results = self.infilling(texts, SamplingConfig(**sampling)).results()
-        return results[0] if isinstance(text, str) else results
-
-    def chat(self, messages: list[Message], max_new_tokens: int | None = None, **sampling: Any) -> Generation:
-        """The assistant's next answer, as `completion` and `text`."""
-        return self.answering([messages], max_new_tokens, SamplingConfig(**sampling)).results()[0]
-
-    def stream(self, prompt: str = "", max_new_tokens: int | None = None, **sampling: Any) -> Iterator[Canvas]:
-        """Every canvas on the way, the finished one last; `model.read(canvas)` gives its text."""
-        for frame in self.continuing([prompt], max_new_tokens, SamplingConfig(**sampling)):
-            yield frame.canvas
-
-    def read(self, canvas: Canvas) -> str:
-        """The text of a canvas, with `_` for what is still open."""
-        return read(self.tokenizer, canvas)[0]
-
-    def continuing(
-        self, prompts: Sequence[str | list[int]], room: int | list[int] | None, settings: Settings
-    ) -> Writing:
-        """The writing of continuations; prompts are texts or token ids, settings are for all or one each."""
-
-        def tell(canvas: Canvas) -> dict[str, Any]:
-            return {"text": self.read(canvas), "completion": "".join(read_spans(self.tokenizer, canvas)[0])}
-
-        return self._continue(prompts, room, settings, self.tokenizer.end_token_id, tell)
-
-    def answering(self, chats: list[list[Message]], room: int | None, settings: Settings) -> Writing:
-        """The writing of the assistant's next answers."""
-        dialogue = self.dialogue
-
-        def tell(canvas: Canvas) -> dict[str, Any]:
-            answer = dialogue.read(canvas.tokens[canvas.written].tolist())
-            return {"text": answer, "completion": answer}
-
-        prompts = [dialogue.prompt(messages) for messages in chats]
-        return self._continue(prompts, room, settings, dialogue.end_token_id, tell)
-
-    def infilling(self, texts: Sequence[Holed], settings: Settings) -> Writing:
-        """The writing of infills. ValueError if the model writes from left to right and cannot see what follows."""
-        if not self.config.sees_right_context:
-            raise ValueError(
-                f"this model ({self.config.recipe} recipe, {self.config.attention}) writes a hole without seeing the "
-                "text behind it, so it cannot infill; adapt the base with `--recipe ar`, with `-o infilling=0.25`, or "
-                "with `--recipe mlm` for a masked model"
-            )
-
-        def tell(canvas: Canvas) -> dict[str, Any]:
-            return {"text": self.read(canvas), "spans": tuple(read_spans(self.tokenizer, canvas)[0])}
-
-        ends = {self.tokenizer.start_token_id, self.tokenizer.end_token_id}
-        denoiser = self.denoiser.infiller
-        each, choices = _one_each(settings, len(texts), denoiser.diffusion), hole_choices(texts)
-        canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context, choices=choices)
-        banned, forms = tuple(sorted(ends)), self._forms(each)
-        return Writing(denoiser, canvas, each, tell, banned=banned, beam=choices, forms=forms)
-
-    def _form(self, regex: str) -> Automaton:
-        """The automaton of the texts that match a regular expression. ValueError for one that cannot be followed."""
-        return automaton(self.tokenizer, regex)
-
-    def _forms(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
-        return {each.regex: self.form(each.regex) for each in settings if each.regex is not None}
-
-    @cached_property
-    def dialogue(self) -> Dialogue:
-        """The tokenizer's chat template."""
-        return Dialogue(self.tokenizer)
-
-    def _continue(
-        self,
-        prompts: Sequence[str | list[int]],
-        room: int | list[int] | None,
-        settings: Settings,
-        end: int,
-        tell: Callable[[Canvas], dict[str, Any]],
-    ) -> Writing:
-        each, beam = _one_each(settings, len(prompts), self.config), 1
-        if room is None and self.denoiser.length_head is not None:
-            beam = min(each[0].length_beam, self.denoiser.length_head.longest)
-            room = self._lengths(prompts, beam)
-            prompts = [prompt for prompt in prompts for _ in range(beam)]
-        canvas = continuation_canvas(
-            self.tokenizer, prompts, 64 if room is None else room, context=self.denoiser.context
-        )
-        return Writing(self.denoiser, canvas, each, tell, end=end, beam=beam, forms=self._forms(each))
-
-    @torch.inference_mode()
-    def _lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:
-        """The likeliest `beam` lengths for each prompt, as far as they fit."""
-        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=self.denoiser.context)
-        lengths = self.denoiser.lengths(canvas.to(self.denoiser.device)).topk(beam).indices.cpu() + 1
-        if self.denoiser.context is not None:
-            given = (canvas.real & ~canvas.editable).sum(1, keepdim=True)
-            lengths = torch.minimum(lengths, self.denoiser.context - given)
-        return lengths.flatten().tolist()
+    def to_dict(self) -> dict[str, Any]:
+        plain = asdict(self) | {
+            "tokens_per_forward": round(self.tokens_per_forward, 3),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+        }
+        return {key: value for key, value in plain.items() if value is not None}
 
 
-def _one_each(settings: Settings, count: int, card: DiffusionConfig) -> list[SamplingConfig]:
-    """Settings for each text; one for all gives each text the next seed. ValueError for what does not go together.
+class GenerationRun:
+    """Texts on their way: iterate to see every step of the batch, then ask for the results.
 
-    Texts of a batch share their forwards, and so all that decides what a forward is.
+    Of every `beam` neighbouring rows, candidates for one text, the surest is a result.
     """
-    if isinstance(settings, SamplingConfig):
-        return [replace(settings, seed=settings.seed + i) for i in range(count)]
-    if len(settings) != count:
-        raise ValueError(f"{len(settings)} settings for {count} texts; give one for all, or one for each")
-    shared = ["cache", "guidance", "tolerance", "length_beam"]
-    if any(each.tolerance is not None for each in settings):
-        shared += ["temperature", "top_k", "top_p", "suppress_tokens"]
-    for name in shared:
-        if len({getattr(each, name) for each in settings}) > 1:
-            raise ValueError(f"{name} must be the same for all texts of a batch; write them apart")
-    if len({getattr(each.sampler(card.policy).policy, "blind", False) for each in settings}) > 1:
-        raise ValueError("a policy that revokes must be that of all texts of a batch; write them apart")
-    return list(settings)
 
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        canvas: Canvas,
+        settings: list[SamplingConfig],
+        tell: Callable[[Canvas], dict[str, Any]],
+        *,
+        end: int | None = None,
+        banned: tuple[int, ...] = (),
+        beam: int = 1,
+        forms: Mapping[str, Automaton] | None = None,
+    ) -> None:
+        """`forms` are the automata of the settings' regular expressions. ValueError where there is no room for one."""
+        self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
+        self.settings = [each for each in settings for _ in range(beam)]
+        self._end, self._banned, self._tell, self.beam = end, banned, tell, beam
+        self._frames = self._run(denoiser)
+        self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
+        constraints = {regex: Constraint(form, end) for regex, form in (forms or {}).items()}
+        self._constraints = [constraints.get(each.regex or "") for each in self.settings]
+        for row, constraint in enumerate(self._constraints):
+            if constraint is not None:
+                constraint.check(self.canvas[row : row + 1])
 
-load = DiffusionLM.from_pretrained
+    def __iter__(self) -> Iterator[Frame]:
+        return self._frames
+
+    def _run(self, denoiser: Denoiser) -> Iterator[Frame]:
+        begun = perf_counter()
+        for frame in self._steps(denoiser):
+            self.canvas, self.forwards, self.score = frame.canvas, frame.forwards, frame.score
+            self.seconds = perf_counter() - begun
+            yield frame
+
+    def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
+        card, settings = denoiser.diffusion_config, self.settings[0]  # what is used of it, all rows share
+        noise, size = card.mask_token_id, card.block_size
+        rng = RowGenerators.seeded([each.seed for each in self.settings], denoiser.device)
+        samplers = [
+            each.sampler(card.policy, banned=self._banned, end=self._end, constraint=constraint)
+            for each, constraint in zip(self.settings, self._constraints, strict=True)
+        ]
+        if settings.tolerance is not None:
+            speculative = Speculative(
+                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end
+            )
+            return speculative(self.canvas, noise=noise, rng=rng)
+
+        def model() -> DenoiseFn:
+            if getattr(samplers[0].policy, "needs_shadow", False):
+                return ShadowDenoiser(denoiser)
+            if settings.cache in ("prefix", "dual"):
+                return WindowCache(denoiser, settings.cache)
+            exact = settings.cache == "exact" and size is not None and denoiser.supports_kv_cache
+            return BlockCache(denoiser) if exact else denoiser.predict
+
+        chosen = GuidedDenoiser(model(), model(), settings.guidance, noise) if settings.guidance else model()
+        n = self.canvas.tokens.shape[1]
+        widths = torch.tensor([[size or each.window or n] for each in self.settings], device=denoiser.device)
+        return denoise(chosen, self.canvas, samplers, self.canvas.position_ids // widths, noise=noise, rng=rng)
+
+    def results(self) -> list[Generation]:
+        """The finished texts; steps that nobody looked at yet are taken first."""
+        for _ in self._frames:
+            pass
+        tokens = self._counted().sum(1).tolist()
+        took = {"forwards": self.forwards, "seconds": self.seconds}
+        return [
+            Generation(
+                tokens=tokens[row], seed=self.settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
+            )
+            for row in self.best
+        ]
+
+    @property
+    def best(self) -> list[int]:
+        """The rows that are results."""
+        counted = self._counted()
+        sure = (self.score * counted).sum(1) / counted.sum(1).clamp_min(1)
+        best = sure.view(-1, self.beam).argmax(1) + torch.arange(0, len(sure), self.beam, device=sure.device)
+        return best.tolist()
+
+    def _counted(self) -> Bool[Tensor, "b n"]:
+        """What was written, up to the end token."""
+        written = self.canvas.written
+        if self._end is None:
+            return written
+        ended = (written & (self.canvas.tokens == self._end)).long().cumsum(1) > 0
+        return written & ~ended

@@ -11,26 +11,26 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.logits import LazyLogits
-from diffusify.sampling.sampler import Denoises
+from diffusify.sampling.sampler import DenoiseFn
 
 
 @dataclass(frozen=True)
-class Guided:
+class GuidedDenoiser:
     """A denoiser whose answers go `scale` times the way from those without the prompt to those with it, beyond these.
 
     Without the prompt means that all given tokens but the first are noise (LLaDA). Two models are asked, so that each
     may have a cache of its own; they may be one and the same.
     """
 
-    with_prompt: Denoises
-    without: Denoises
+    with_prompt: DenoiseFn
+    without: DenoiseFn
     scale: float
     noise: int
 
-    def __call__(self, canvas: Canvas, *, ask: Bool[Tensor, "b n"]) -> LazyLogits:
-        hidden = ~canvas.editable & canvas.real & (canvas.positions > 0)
+    def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
+        hidden = ~canvas.editable & canvas.real & (canvas.position_ids > 0)
         blind = replace(canvas, tokens=torch.where(hidden, self.noise, canvas.tokens))
-        given, free = self.with_prompt(canvas, ask=ask), self.without(blind, ask=ask)
+        given, free = self.with_prompt(canvas, positions=positions), self.without(blind, positions=positions)
 
         def beyond(part: Tensor, index: Tensor) -> Tensor:
             guided = part + self.scale * (part - free[index].logits)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
-from diffusify.text.cache import cached_rows
+from diffusify.text.bad_records import BadRecords, check_limit
 from diffusify.text.packing import BATCH, pack
+from diffusify.text.row_cache import cached_rows
 from diffusify.text.sources import files_of, no_documents, split_off, stream_texts
 from diffusify.text.stream import RowStream
-from diffusify.text.tally import Tally, check_limit
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 # Bytes of text, by the files' sizes. Less than IN_MEMORY is packed in a few seconds, so that a cache is not worth its
 # place; more than STREAMED would keep a run waiting for minutes.
@@ -24,7 +24,7 @@ class Corpus:
 
     rows: Dataset | RowStream
     held_out: Dataset
-    tally: Tally
+    tally: BadRecords
     note: str = ""
 
 
@@ -61,7 +61,7 @@ def open_corpus(
         place = Path(train.cache_files[0]["filename"]).parent
         note = f"packed rows {'found' if found else 'made, and kept for the next run,'} in {place}"
         return Corpus(train, _enough(held, held_out, length), tally, note)
-    tally = Tally()
+    tally = BadRecords()
     texts = [text for batch in stream_texts(source, seed=seed).iter(BATCH) for text in tally.sift(batch, max_corrupt)]  # pyright: ignore[reportArgumentType]
     tally.close(max_corrupt)
     if not texts:
@@ -74,7 +74,7 @@ def open_corpus(
 def _streamed(
     source: str, tokenizer: TextTokenizer, length: int, held_out: int, seed: int, max_corrupt: float
 ) -> Corpus:
-    texts, tally = stream_texts(source, seed=seed), Tally()
+    texts, tally = stream_texts(source, seed=seed), BadRecords()
     held = _first(texts, source, held_out, tokenizer, tally, max_corrupt)
     rows = RowStream(texts, tokenizer, length, seed, frozenset(held), max_corrupt)
     packed = pack(Dataset.from_dict({"text": held}), tokenizer, length, keep_tail=True)
@@ -82,7 +82,7 @@ def _streamed(
 
 
 def _first(
-    texts: IterableDataset, source: str, tokens: int, tokenizer: TextTokenizer, tally: Tally, max_corrupt: float
+    texts: IterableDataset, source: str, tokens: int, tokenizer: TextTokenizer, tally: BadRecords, max_corrupt: float
 ) -> list[str]:
     """The first documents, worth `tokens` tokens; there is another one behind them."""
     taken: dict[str, None] = {}

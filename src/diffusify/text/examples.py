@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from diffusify.text.dialogue import Dialogue, Example
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.chat_template import ChatTemplate, Example
+from diffusify.text.tokenizer import TextTokenizer
 
 CHATS = ("messages", "conversations")
 PAIRS = (
@@ -64,7 +64,7 @@ def make_examples(
         raise ValueError(f"length={length} must be at least 2: a prompt and something to write")
     if not len(records):
         raise ValueError("there are no records to make examples of; give a dataset with at least one")
-    tell = partial(_pair, tokenizer, template) if template else partial(_chat, Dialogue(tokenizer), each_turn)
+    tell = partial(_pair, tokenizer, template) if template else partial(_chat, ChatTemplate(tokenizer), each_turn)
     tokens, target, too_long = [], [], []
     for number, record in enumerate(records["record"][:], 1):
         try:
@@ -91,7 +91,7 @@ def _pair(tokenizer: TextTokenizer, template: Template, record: dict[str, Any]) 
     return [Example(given + written, [False] * len(given) + [True] * len(written))]
 
 
-def _chat(dialogue: Dialogue, each_turn: bool, record: dict[str, Any]) -> list[Example]:
+def _chat(dialogue: ChatTemplate, each_turn: bool, record: dict[str, Any]) -> list[Example]:
     return dialogue.examples(_messages(record), each_turn=each_turn)
 
 

@@ -11,8 +11,8 @@ from tokenizers import decoders
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from diffusify.diffusion.constraints import Automaton
-from diffusify.text import compiling
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text import regex_worker
+from diffusify.text.tokenizer import TextTokenizer
 
 
 def automaton(tokenizer: TextTokenizer, regex: str) -> Automaton:
@@ -24,9 +24,9 @@ def automaton(tokenizer: TextTokenizer, regex: str) -> Automaton:
         raise ValueError("texts of a given form need `pip install 'diffusify[serve]'`")
     words = [[word.hex(), ids] for word, ids in _spellings(tokenizer).items()]
     asked = json.dumps({"regex": regex, "end": tokenizer.end_token_id, "words": words})
-    command = [sys.executable, "-m", compiling.__name__]
+    command = [sys.executable, "-m", regex_worker.__name__]
     try:
-        made = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=3 * compiling.SECONDS)
+        made = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=3 * regex_worker.SECONDS)
     except subprocess.TimeoutExpired:
         made = None
     if made is None or made.returncode != 0:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Int32, Shaped
 from torch import Tensor
 
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 BATCH = 128  # texts read and tokenized at once
 PORTION = 1 << 20  # and letters

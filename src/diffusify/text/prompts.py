@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from diffusify.canvas import Canvas
 from diffusify.text.examples import Template
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 _HOLE = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<size>.*?)(?:\]\]|\Z)", re.DOTALL)
 _SIZE = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*(?:-\s*0*([1-9][0-9]{0,5})\s*)?")
@@ -208,7 +208,7 @@ def _text(tokenizer: TextTokenizer, cells: list[_Cell], hole: str, *, continues:
 def _room(tokenizer: TextTokenizer, rows: list[list[int | None]]) -> Canvas:
     if not rows:
         raise ValueError("there is no text to make a canvas from; give at least one, the empty text if need be")
-    return Canvas.room(rows, noise=tokenizer.mask_token_id, pad=tokenizer.pad_token_id)
+    return Canvas.from_tokens(rows, noise=tokenizer.mask_token_id, pad=tokenizer.pad_token_id)
 
 
 def _begin(text: Holed) -> str:

@@ -27,7 +27,7 @@ from diffusify.text.files import (
     read_texts,
     try_texts,
 )
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 FORMS = "give a file, a folder, hub:NAME or builtin:pydoc"
 

@@ -8,9 +8,9 @@ import numpy as np
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from diffusify.text.bad_records import BadRecords
 from diffusify.text.packing import BATCH, Rest, fill_rows
-from diffusify.text.tally import Tally
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 
 BLOCK = 1 << 20  # tokens that are shuffled together
 SHARDS = 16  # that each reader should have at least, so that all have about as much to read
@@ -39,7 +39,7 @@ class RowStream:
     def read(self, reader: int = 0, readers: int = 1, state: State | None = None) -> Iterator[tuple[Row, State]]:
         """The rows of one of several readers, each with the state that goes on behind it, which is plain JSON.
 
-        A state's `read` is the `Tally` so far, that of the row's whole block included. Going on tokenizes no more than
+        A state's `read` is the `BadRecords` so far, that of the row's whole block included. Going on tokenizes no more than
         that block again, and reads its file up to there. ValueError when over a share `max_corrupt` of the records
         cannot be read, or when there is nothing to read for this reader.
         """
@@ -56,8 +56,8 @@ class RowStream:
     ) -> Iterator[tuple[State, np.ndarray, np.ndarray, State]]:
         """The rows block by block, in order, between the state at the block's start and the tally at its end."""
         texts = self._share(reader, readers)
-        start = state or {"epoch": 0, "tally": Tally().state(), "tokens": [], "starts": [], "texts": None}
-        tally = Tally(**start["tally"])
+        start = state or {"epoch": 0, "tally": BadRecords().state(), "tokens": [], "starts": [], "texts": None}
+        tally = BadRecords(**start["tally"])
         rest = Rest(np.array(start["tokens"], np.int32), np.array(start["starts"], bool))
         epoch = start["epoch"]
         while True:
@@ -96,6 +96,6 @@ def _joined(block: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     return np.concatenate(tokens), np.concatenate(documents)
 
 
-def _state(epoch: int, tally: Tally, rest: Rest, texts: Any) -> State:
+def _state(epoch: int, tally: BadRecords, rest: Rest, texts: Any) -> State:
     waiting = {"tokens": rest.tokens.tolist(), "starts": rest.starts.tolist()}
     return {"epoch": epoch, "tally": tally.state(), "texts": texts} | waiting

@@ -8,19 +8,19 @@ from rich.console import Console
 from torch import nn
 
 from diffusify.config import to_plain
+from diffusify.models.attention_check import check_attention
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.influence import check_attention
 from diffusify.models.loading import Base, ensure_mask_token
 from diffusify.models.lora import Lora, add_lora, check_lora
 from diffusify.models.recipes import Recipe, block, of_model
 from diffusify.models.saving import checksum, open_base
+from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
 from diffusify.text.sources import files_of
-from diffusify.text.tally import check_limit
-from diffusify.text.tokens import TextTokenizer
+from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training.budget import Budget
-from diffusify.training.runs import check_training_options, claim, train
-from diffusify.training.selfmade import OWN, check_writer, with_own_texts
+from diffusify.training.run_folder import check_training_options, claim, train
+from diffusify.training.self_generated import OWN, check_writer, with_own_texts
 
 
 def adapt(
@@ -107,7 +107,7 @@ def make_denoiser(base: Base, recipe: Recipe, *, lora: Lora | None = None) -> tu
     without_dropout(base.network)
     if lora is not None:
         add_lora(base.network, lora, mask, base.source)
-    card = recipe.card(type(base.network).__name__, mask, base.source)
+    card = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
     return Denoiser(base.network, card), TextTokenizer(base.tokenizer, mask)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from diffusify.training.ranks import agreed
+from diffusify.training.resilience.distributed import agreed
 
 
 class Budget(TrainerCallback, ExportableState):

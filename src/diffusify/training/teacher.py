@@ -8,8 +8,8 @@ import torch
 from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.corruption import Noised
 from diffusify.diffusion.logits import LazyLogits
-from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_training import optimize_for_training
 
 
 class Teacher:
@@ -22,12 +22,14 @@ class Teacher:
     def __init__(self, denoiser: Denoiser) -> None:
         shared = {id(weight): weight for weight in denoiser.parameters() if not weight.requires_grad}
         self.denoiser = deepcopy(denoiser, shared).eval().requires_grad_(False)
-        quicken(self.denoiser.network)
+        optimize_for_training(self.denoiser.network)
 
     @torch.no_grad()
     def __call__(self, batch: Noised) -> LazyLogits:
         """Logits about the open positions, row by row."""
         canvas = replace(batch.canvas, tokens=batch.clean)
-        scene = Causal()(canvas[:: batch.views], shift=self.denoiser.diffusion.shift)
-        answers = scene.answers.repeat_interleave(batch.views, 0)
-        return self.denoiser.lazily(self.denoiser.hidden(scene, scene.outputs(answers, batch.canvas.open)))
+        inputs = Causal()(canvas[:: batch.views], shift=self.denoiser.diffusion_config.shift)
+        answers = inputs.output_index.repeat_interleave(batch.views, 0)
+        return self.denoiser.lazy_logits(
+            self.denoiser.hidden_states(inputs, inputs.flat_index(answers, batch.canvas.open))
+        )

@@ -13,20 +13,20 @@ from transformers.trainer_utils import has_length
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Share, noised
-from diffusify.models.compute import quicken
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.recipes import Recipe
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
-from diffusify.training.ranks import Shuffled, gathered, places
-from diffusify.training.steady import SteadyTrainer
-from diffusify.training.streaming import StreamLoader
+from diffusify.training.resilience.distributed import Shuffled, gathered, places
+from diffusify.training.resilience.resilient import ResilientTrainer
+from diffusify.training.stream_loader import StreamLoader
 from diffusify.training.teacher import Teacher
 from diffusify.training.validation import validate
 
 
-class DiffusionTrainer(SteadyTrainer):
+class DiffusionTrainer(ResilientTrainer):
     """`transformers.Trainer` for denoisers: the usual `TrainingArguments`, diffusion's loss, bounds as metrics.
 
     Rows and noise are drawn for a whole optimizer step, from the seed and the step: time is stratified over all its
@@ -72,7 +72,7 @@ class DiffusionTrainer(SteadyTrainer):
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
         self.teacher = Teacher(denoiser) if recipe.objective.taught_by("base") else None
-        quicken(denoiser.network, compiled=compiled)
+        optimize_for_training(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
@@ -124,10 +124,10 @@ class DiffusionTrainer(SteadyTrainer):
         place = places(rows, self.args.world_size)
         share = Share(gathered(text.document)[place.flatten().argsort()], place[self.args.process_index])
         whole = noised(
-            self.denoiser.answerable(text),
+            self.denoiser.predictable(text),
             recipe.time,
             schedule,
-            self.denoiser.diffusion.mask_token_id,
+            self.denoiser.diffusion_config.mask_token_id,
             ar_share=objective.ar_share if objective.ar_weight else 0.0,
             generator=torch.Generator().manual_seed(seed % 2**63),
             share=share,
@@ -149,10 +149,10 @@ class DiffusionTrainer(SteadyTrainer):
             batch.canvas,
             batch.text,
             ask=batch.canvas.open,
-            ar=objective.asks_ar(batch),
+            ar=objective.ar_targets(batch),
             attention=recipe.attention,
             lengths=self.denoiser.length_head is not None,
-            loss=lambda answers, ar_answers: objective(answers, ar_answers, batch, recipe.schedule, taught),
+            loss=lambda answers, ar_output_index: objective(answers, ar_output_index, batch, recipe.schedule, taught),
         )
         loss = prediction.loss
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))

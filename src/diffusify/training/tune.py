@@ -9,7 +9,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from diffusify.config import sees_right_context, to_plain
-from diffusify.models.influence import check_attention
+from diffusify.models.attention_check import check_attention
 from diffusify.models.lora import Lora, check_lora
 from diffusify.models.recipes import Recipe, of_model
 from diffusify.models.saving import checksum, open_base
@@ -18,8 +18,8 @@ from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records
 from diffusify.training.adapt import make_denoiser
 from diffusify.training.budget import Budget
-from diffusify.training.runs import check_training_options, claim, train, training_arguments
-from diffusify.training.selfmade import OWN, check_writer, with_own_answers
+from diffusify.training.run_folder import check_training_options, claim, train, training_arguments
+from diffusify.training.self_generated import OWN, check_writer, with_own_answers
 
 
 def tune(

@@ -1,0 +1,42 @@
+"""Folders that an earlier version saved open, and write the same texts from the same seeds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import diffusify
+from diffusify.diffusion.objectives import RdmWeight
+from diffusify.diffusion.policies import Rdm
+
+EARLIER = Path(__file__).parents[1] / "data" / "earlier"
+TEXTS = json.loads((EARLIER / "texts.json").read_text())
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """The LoRA folder, with the place of its base told anew."""
+    folder = tmp_path / "lora"
+    shutil.copytree(EARLIER / "lora", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(EARLIER / "base")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_lora_folder(lora: Path) -> None:
+    model = diffusify.load(lora)
+    sampled = model.generate("The cat", max_new_tokens=12, temperature=0.8, seed=5)
+    lossless = model.generate("The cat", max_new_tokens=12, tolerance=0.0)
+    assert [sampled.text, lossless.text] == TEXTS["lora"]
+
+
+def test_whole_folder_whose_card_has_the_former_names() -> None:
+    card = json.loads((EARLIER / "mlm" / "diffusion_config.json").read_text())
+    assert card["policy"]["type"] == "Reparam" and card["objective"]["weight"]["type"] == "Rdm"
+    model = diffusify.load(EARLIER / "mlm")
+    assert model.config.policy == Rdm() and model.config.objective.weight == RdmWeight()
+    generated = model.generate("the cat", max_new_tokens=12, temperature=0.8, seed=5)
+    infilled = model.infill("the [[3]] sat", seed=5, temperature=0.8)
+    assert [generated.text, infilled.text] == TEXTS["mlm"]

@@ -1,0 +1,168 @@
+"""At a server's door: slow, broken and uninvited requests. Each is told what is wrong; the server goes on."""
+
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from time import monotonic
+
+import httpx
+import pytest
+
+from diffusify.serving.api.app import Limits, create_app
+from tests.serving.models import running, serving, tiny_models
+
+GOOD = {"model": "infiller", "prompt": "The cat", "max_tokens": 3}
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server, timeout=60) as client:
+        yield client
+        assert client.post("/v1/completions", json=GOOD).status_code == 200  # whatever came before
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"model": "infiller", "prompt": "\xff\xfe"}', 400),
+        (b"\xff\xfe\x00", 400),
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b"null", 400),
+        (b"[" * 100_000, 400),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, 400),
+        (b'{"model": "infiller", "prompt": "x", "temperature": NaN}', 400),
+        (b'{"model": "infiller", "prompt": "x", "temperature": 1e999}', 400),
+        (b'{"model": "infiller", "prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}", 400),
+        (b'{"model": "infiller", "prompt": "x", "max_tokens": -1}', 400),
+        (b'{"model": "infiller", "prompt": "x", "seed": 99999999999999999999999}', 400),
+        (b'{"model": "infiller", "prompt": "x", "n": 1.5}', 400),
+        (b'{"model": "infiller", "prompt": [99999999999999999999]}', 400),
+        (b'{"model": "infiller", "prompt": [-1]}', 400),
+        (b'{"model": "infiller", "prompt": []}', 400),
+        (b'{"model": "infiller", "prompt": "\\ud800"}', 400),
+        (b'{"model": "infiller", "prompt": "x", "logit_bias": {"-3": 1}}', 400),
+        (b'{"model": "infiller", "prompt": "x", "logit_bias": {"9999999": 1}}', 400),
+        (b'{"model": "infiller", "prompt": "x", "logit_bias": {"1": NaN}}', 400),
+        (b'{"model": "infiller", "prompt": "x", "regex": "(a{1000}){1000}"}', 400),
+        (b'{"model": "infiller", "prompt": "' + b"x" * 10_000_000 + b'"}', 413),
+    ],
+    ids=lambda value: repr(value[:50]) if isinstance(value, bytes) else value,
+)
+def test_broken_requests(client: httpx.Client, body: bytes, status: int) -> None:
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/infill", "/v1/score", "/v1/alternatives", "/v1/tokenize", "/v1/chat/completions"]
+)
+@pytest.mark.parametrize("more", [{}, {"text": ""}, {"tokens": []}, {"tokens": [None]}, {"text": "[[", "position": 9}])
+def test_half_requests(client: httpx.Client, path: str, more: dict) -> None:
+    answer = client.post(path, json={"model": "left-to-right"} | more)
+    assert answer.status_code in (200, 400), answer.text
+    assert answer.status_code == 200 or answer.json()["error"]["message"]
+
+
+def test_the_mask_token_is_but_letters(client: httpx.Client) -> None:
+    """Nobody opens a hole by spelling the mask, and no special token comes out of a prompt."""
+    mask = tiny_models()["infiller"].tokenizer.tokenizer.mask_token
+    told = client.post("/v1/infill", json={"model": "infiller", "text": f"The {mask} [[2]] <|im_end|> cat"}).json()
+    assert f"The {mask}" in told["choices"][0]["text"] and "<|im_end|>" in told["choices"][0]["text"]
+    assert len(told["choices"][0]["spans"]) == 1
+    ids = client.post("/v1/tokenize", json={"model": "infiller", "text": f"{mask}"}).json()["tokens"]
+    assert "".join(token["text"] for token in ids) == mask
+
+
+def raw(address: str, sent: bytes) -> bytes:
+    """What a client gets that sends this much and no more, until the server hangs up."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(sent)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+        return found
+
+
+def test_who_is_too_slow_is_hung_up_on() -> None:
+    """Half a line, half the headers, half a body; and after a first good request, too."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with running(create_app(tiny_models(), Limits(patience=0.3)), patience=0.3) as address:
+        assert raw(address, b"") == b""
+        assert raw(address, b"POST /v1/comp") == b""
+        assert raw(address, head) == b""
+        slow = raw(address, head + b"Content-Length: 100\r\n\r\n{")
+        assert slow.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.3 s" in slow
+        body = json.dumps(GOOD).encode()
+        good = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        assert raw(address, good + head).count(b"HTTP/1.1 200") == 1
+        assert httpx.post(f"{address}/v1/completions", json=GOOD).status_code == 200
+
+
+def test_keys() -> None:
+    with serving(keys=("secret", "other")) as address, httpx.Client(base_url=address) as client:
+        for key in (b"", b"Bearer wrong", b"Bearer \xff"):
+            headers = [(b"Authorization", key)]
+            told = client.get("/v1/models", headers=headers)
+            assert told.status_code == 401 and told.json()["error"]["code"] == "invalid_api_key"
+            assert client.get("/metrics", headers=headers).status_code == 401
+        for key in ("secret", "other"):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        assert client.get("/health").json() == {"alive": True} and client.get("/ready").json() == {"ready": True}
+        assert client.get("/").status_code == 200
+
+
+def test_other_pages_may_ask_only_if_told_so(server: str) -> None:
+    asks = {"Origin": "https://elsewhere.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server}/v1/models", headers=asks).headers
+    with serving(origins=("https://elsewhere.org",)) as address:
+        told = httpx.options(f"{address}/v1/models", headers=asks)
+        assert told.headers["access-control-allow-origin"] == "https://elsewhere.org"
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_logs(log_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A line for each request, without what was asked unless that is wanted."""
+    with serving(log_prompts=log_prompts) as address:
+        logging.getLogger("diffusify.serving").addHandler(caplog.handler)
+        httpx.post(f"{address}/v1/completions", json=GOOD)
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "diffusify.serving"]
+    logging.getLogger("diffusify.serving").removeHandler(caplog.handler)
+    assert (line["path"], line["status"], line["model"], line["forwards"]) == ("/v1/completions", 200, "infiller", 3)
+    assert ("The cat" in json.dumps(line)) == log_prompts
+
+
+def test_metrics() -> None:
+    with serving() as address, httpx.Client(base_url=address) as client:
+        client.post("/v1/completions", json=GOOD)
+        client.post("/v1/completions", json={"model": "nobody", "prompt": ""})
+        told = client.get("/metrics").text
+    for line in (
+        'diffusify_requests_total{path="/v1/completions",status="200"} 1.0',
+        'diffusify_requests_total{path="/v1/completions",status="404"} 1.0',
+        'diffusify_tokens_total{model="infiller"} 3.0',
+        'diffusify_forwards_total{model="infiller"} 3.0',
+        "diffusify_waiting 0.0",
+        "diffusify_working_rows 0.0",
+    ):
+        assert line in told
+
+
+def test_who_hangs_up_is_not_written_for(server: str) -> None:
+    """Without a stream, too: the request ends as soon as its client is gone."""
+    body = json.dumps(GOOD | {"max_tokens": 300}).encode()
+    host, _, port = server.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while "diffusify_working_rows 1.0" not in httpx.get(f"{server}/metrics").text:
+            pass
+    deadline = monotonic() + 60
+    while 'diffusify_requests_total{path="/v1/completions",status="499"}' not in httpx.get(f"{server}/metrics").text:
+        assert monotonic() < deadline
+    assert "diffusify_working_rows 0.0" in httpx.get(f"{server}/metrics").text

@@ -1,0 +1,158 @@
+"""A base writes its own training text, once, and goes on where it was stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from diffusify.models.loading import load_base
+from diffusify.models.lora import Lora
+from diffusify.models.recipes import ar, block, mlm
+from diffusify.models.saving import checksum
+from diffusify.text.examples import Template
+from diffusify.text.sources import load_texts
+from diffusify.training import self_generated
+from diffusify.training.adapt import adapt, make_denoiser
+from diffusify.training.self_generated import TextGenerator, with_own_texts
+from diffusify.training.tune import tune
+from tests.families import tiny_network
+
+TINY: dict[str, Any] = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(self_generated, "TOGETHER", 4)
+    return tmp_path / "cache"
+
+
+def written(base: str, data: str, length: int = 32) -> str:
+    source = load_base(base)
+    tokenizer = make_denoiser(source, mlm() if source.masked else block())[1]
+    return with_own_texts(
+        data, base, checksum(source.network), source.network, tokenizer, length, 0, Console(quiet=True)
+    )
+
+
+def test_pieces_of_the_prompts_are_gone_on_with(causal_base: str, corpus: str, cache: Path) -> None:
+    made = written(causal_base, f"0.5*self:{corpus},0.5*{corpus}")
+    assert made.startswith("0.5*") and made.endswith(f",0.5*{corpus}") and "self:" not in made
+    (path,) = cache.glob("self-*.jsonl")
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    tokenizer = make_denoiser(load_base(causal_base), block())[1]
+    documents = [tokenizer.document(text) for text in load_texts(corpus)["text"]]
+    openings = [tokenizer.decode(d[at : at + 8]) for d in documents for at in range(0, max(1, len(d) - 16), 32)]
+    assert len(texts) > 8 and len(texts) == len([o for o in openings if o])
+    assert all(text.startswith(opening) for text, opening in zip(texts, openings, strict=True))
+    assert any(len(text) > len(opening) for text, opening in zip(texts, openings, strict=True))
+
+
+def test_a_second_call_finds_the_texts_and_a_stopped_one_goes_on(causal_base: str, corpus: str, cache: Path) -> None:
+    whole = Path(written(causal_base, f"self:{corpus}"))
+    lines, stamp = whole.read_text(), whole.stat().st_mtime_ns
+    assert written(causal_base, f"self:{corpus}") == str(whole) and whole.stat().st_mtime_ns == stamp
+    head = "".join(lines.splitlines(keepends=True)[:6])
+    whole.with_suffix(".unfinished").write_text(head + '{"text": "cut of')
+    whole.unlink()
+    assert Path(written(causal_base, f"self:{corpus}")).read_text() == lines
+
+
+def test_a_model_is_adapted_on_its_own_text(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    out = adapt(causal_base, f"self:{corpus}", tmp_path / "run", steps=1, **TINY)
+    assert json.loads((out / "run.json").read_text())["data"] == f"self:{corpus}"
+
+
+def test_new_adapters_write_nothing_anew(causal_base: str, corpus: str, cache: Path, tmp_path: Path) -> None:
+    for n, lora in enumerate((None, Lora(2), Lora(4))):
+        adapt(causal_base, f"self:{corpus}", tmp_path / str(n), lora=lora, seed=0, steps=1, **TINY)
+    assert len(list(cache.glob("self-*.jsonl"))) == 1
+    adapt(str(tmp_path / "2"), f"self:{corpus}", tmp_path / "more", steps=1, **TINY)
+    assert len(list(cache.glob("self-*.jsonl"))) == 2
+
+
+def test_what_cannot_be_written_is_refused(causal_base: str, masked_base: str, corpus: str, tmp_path: Path) -> None:
+    infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
+    for model in (masked_base, str(infiller)):
+        recipe = mlm() if model == masked_base else None
+        with pytest.raises(ValueError, match=f"{model} does not write from left to right; leave self: out"):
+            adapt(model, f"self:{corpus}", tmp_path / "run", recipe=recipe, steps=1, **TINY)
+    with pytest.raises(ValueError, match="nowhere.txt does not exist"):
+        adapt(causal_base, "self:nowhere.txt", tmp_path / "run", steps=1, **TINY)
+    with pytest.raises(ValueError, match="no text of 4000 tokens"):
+        written(causal_base, f"self:{corpus}", length=4000)
+
+
+@pytest.fixture
+def wide_base(causal_base: str, tmp_path: Path) -> str:
+    """The tiny Llama with room for a chat."""
+    folder = shutil.copytree(causal_base, tmp_path / "wide")
+    network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=256)
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> str:
+    """Six chats and twenty pairs without an answer."""
+    path = tmp_path / "questions.jsonl"
+    chats = [[{"role": "user", "content": word}, {"role": "assistant", "content": "no"}] for word in "abcdef"]
+    pairs = [{"instruction": f"say {word}", "output": None} for word in "ghijklmnopqrstuvwxyz"]
+    records = [{"messages": chat} for chat in chats] + pairs
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_a_model_answers_questions_and_is_tuned_on_that(
+    wide_base: str, asked: str, cache: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = TINY | {"length": 192}
+    out = tune(wide_base, f"self:{asked}", tmp_path / "run", recipe=block(4), steps=1, **options)
+    assert json.loads((out / "run.json").read_text())["data"] == f"self:{asked}"
+    (path,) = cache.glob("self-*.jsonl")
+    chats = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert 4 < len(chats) < 26  # those that came to an end
+    assert all([message["role"] for message in chat] == ["user", "assistant"] for chat in chats)
+    contents = [chat[0]["content"] for chat in chats]
+    everything = [*"abcdef", *(f"say {word}" for word in "ghijklmnopqrstuvwxyz")]
+    assert len(set(contents)) == len(contents) and set(contents) < set(everything)
+    assert all(chat[1]["content"].strip() not in ("", "no") for chat in chats)
+
+
+def test_what_is_written_does_not_depend_on_what_is_written_beside_it(
+    causal_base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = load_base(causal_base)
+    tokenizer = make_denoiser(source, block())[1]
+    writer = TextGenerator(source.network, tokenizer, [*range(0, 320, 9)], 48, 0, Console(quiet=True))
+    prompts = [tokenizer.encode("the cat sat on the mat"[:size]) for size in range(2, 20, 3)]
+    monkeypatch.setattr(self_generated, "TEMPERATURE", 1e-6)  # the likeliest token
+    monkeypatch.setattr(self_generated, "fast_bfloat16", lambda: False)
+    found = []
+    for together in (1, 4):
+        monkeypatch.setattr(self_generated, "TOGETHER", together)
+        path = writer.file([together], prompts, lambda n, ids: {"n": n, "ids": ids})
+        found.append([json.loads(line) for line in path.read_text().splitlines()])
+    assert len(found[0]) == len(found[1]) == len(prompts)
+    for alone, beside in zip(*found, strict=True):
+        size = len(beside["ids"])  # padding takes room
+        assert size and alone["ids"][:size] == beside["ids"]
+        assert all(token_id % 9 for token_id in alone["ids"][:-1])  # nothing behind an end
+
+
+def test_a_model_without_a_left_to_right_half_cannot_answer(
+    causal_base: str, masked_base: str, corpus: str, asked: str, tmp_path: Path
+) -> None:
+    infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
+    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
+        tune(str(infiller), f"self:{asked}", tmp_path / "no", steps=1, **TINY)
+    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
+        tune(masked_base, f"self:{asked}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
+    with pytest.raises(ValueError, match="need no template"):
+        template = Template("{instruction}", "{output}")
+        tune(causal_base, f"self:{asked}", tmp_path / "no", recipe=block(), template=template, steps=1, **TINY)
+    with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
+        tune(causal_base, "self:nowhere.jsonl", tmp_path / "no", recipe=block(), steps=1, **TINY)
