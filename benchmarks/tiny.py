@@ -1,4 +1,4 @@
-"""A tiny left-to-right model trained in a minute or two, for scripts that are given none."""
+"""A tiny AR model trained in a minute or two, for scripts that are run without a model."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusify.text.tokenizer import TextTokenizer
 
 
 def train_tiny_base(folder: Path, data: str, *, steps: int = 600, rows: int = 16, length: int = 256) -> Path:
-    """A Llama of 260k parameters and a vocabulary of 512, trained on `data` and saved in `folder`."""
+    """A Llama of 260k parameters with a vocabulary of 512, trained on `data` and saved in `folder`."""
     texts = load_texts(data)
     assert isinstance(texts, Dataset)
     bpe = Tokenizer(models.BPE())

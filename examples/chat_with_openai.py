@@ -1,4 +1,4 @@
-"""The `openai` client with a served model: a completion, a stream, and JSON of a given schema.
+"""Use a served model with the `openai` client: a completion, a stream, and JSON that follows a schema.
 
 diffusify serve runs/demo &
 python examples/chat_with_openai.py http://127.0.0.1:8000
@@ -20,18 +20,19 @@ def main(address: str) -> None:
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
     model = client.models.list().data[0].id
 
-    told = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0)
-    print(told.choices[0].text, told.usage)
+    completion = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0)
+    print(completion.choices[0].text, completion.usage)
 
-    # extra_body holds what OpenAI has no word for: here the left-to-right model's own text, in fewer forwards.
-    fast = {"tolerance": 0.0}
-    for part in client.completions.create(model=model, prompt="A list", max_tokens=24, stream=True, extra_body=fast):
-        print(part.choices[0].text, end="", flush=True)
+    # extra_body holds the fields that OpenAI does not have. tolerance 0 is lossless speculative decoding: the text of
+    # AR decoding, in fewer forward passes.
+    extra = {"tolerance": 0.0}
+    for chunk in client.completions.create(model=model, prompt="A list", max_tokens=24, stream=True, extra_body=extra):
+        print(chunk.choices[0].text, end="", flush=True)
     print()
 
-    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
-    asked = {"role": "user", "content": "Describe a cat as JSON."}
-    answer = client.chat.completions.create(model=model, messages=[asked], max_tokens=48, response_format=form)
+    schema = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    message = {"role": "user", "content": "Describe a cat as JSON."}
+    answer = client.chat.completions.create(model=model, messages=[message], max_tokens=48, response_format=schema)
     print(json.loads(answer.choices[0].message.content or ""))
 
 

@@ -1,4 +1,4 @@
-"""The holes of a document are filled: `[[12]]` is room for twelve tokens, `[[4-20]]` for as many as are surest.
+"""Fill the masked spans of a document: `[[12]]` is a span of 12 tokens, `[[4-20]]` one of 4 to 20 tokens.
 
 python examples/infill_document.py runs/infiller letter.md > filled.md
 """
@@ -11,14 +11,14 @@ import diffusify
 
 
 def main(folder: str, file: str) -> str:
-    """The document without holes. Each paragraph is a text of its own, so a document may be longer than the context."""
-    model = diffusify.load(folder)  # one that sees both ways: `--recipe ar` or `mlm`
-    parts = re.split(r"(\n\s*\n)", Path(file).read_text(encoding="utf-8"))
-    holed = [part for part in parts if re.search(r"(?<!\\)\[\[\d", part)]
+    """The filled document. Each paragraph is infilled alone, so a document can be longer than the model's context."""
+    model = diffusify.load(folder)  # a bidirectional model: `--recipe ar` or `mlm`
+    paragraphs = re.split(r"(\n\s*\n)", Path(file).read_text(encoding="utf-8"))
+    masked = [paragraph for paragraph in paragraphs if re.search(r"(?<!\\)\[\[\d", paragraph)]
 
-    # All paragraphs with holes are one batch; what is written one token at a time, the surest first, is best.
-    filled = iter(model.infill(holed, temperature=0.7, top_p=0.9))
-    return "".join(next(filled).text if part in holed else part for part in parts)
+    # All paragraphs with masked spans form one batch. The default, one token per step, gives the best quality.
+    filled = iter(model.infill(masked, temperature=0.7, top_p=0.9))
+    return "".join(next(filled).text if paragraph in masked else paragraph for paragraph in paragraphs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny random networks of every family that is tested."""
+"""Tiny random networks of every tested family."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ FAMILIES = CAUSAL | MASKED
 
 
 def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random network, wide awake: weights large enough that every token matters."""
+    """A random network with weights so large that every token changes the logits."""
     settings = {"vocab_size": VOCABULARY} | FAMILIES[family] | changes
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(seed)
@@ -61,6 +61,7 @@ def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: An
 def tiny_denoiser(
     family: str = "llama", attention: AttentionPattern = Bidirectional(), shift: int | None = None, **changes: Any
 ) -> Denoiser:
+    """A denoiser around `tiny_network`; the shift defaults to that of the family's kind."""
     network = tiny_network(family, **changes)
     shift = int(family in CAUSAL) if shift is None else shift
     return Denoiser(network, DiffusionConfig(MASK, shift, attention, type(network).__name__)).eval()

@@ -1,4 +1,4 @@
-"""Cards are written and read back whole; what does not read is refused by name."""
+"""Diffusion configs survive JSON; an invalid one raises an error that names the field."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffusify.config import DiffusionConfig, from_plain, to_plain
 from diffusify.diffusion import attention, objectives, policies, quotas, ranking, schedules
 
-CARDS = st.builds(
+CONFIGS = st.builds(
     DiffusionConfig,
     mask_token_id=st.integers(0, 9),
     shift=st.sampled_from([0, 1]),
@@ -37,9 +37,9 @@ CARDS = st.builds(
 )
 
 
-@given(CARDS)
-def test_cards_survive_json(card: DiffusionConfig) -> None:
-    assert from_plain(json.loads(json.dumps(to_plain(card))), DiffusionConfig) == card
+@given(CONFIGS)
+def test_configs_survive_json(config: DiffusionConfig) -> None:
+    assert from_plain(json.loads(json.dumps(to_plain(config))), DiffusionConfig) == config
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_cards_survive_json(card: DiffusionConfig) -> None:
         ({"policy": "os.system"}, "must be one of Unmask, Ancestral"),
     ],
 )
-def test_a_card_that_does_not_read_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+def test_invalid_config_raises(change: dict, message: str, tmp_path: Path) -> None:
     plain = to_plain(DiffusionConfig(3, 1, attention.Bidirectional(), "LlamaForCausalLM")) | change
     (tmp_path / "diffusion_config.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match="diffusion_config.json") as error:
@@ -62,10 +62,10 @@ def test_a_card_that_does_not_read_is_refused(change: dict, message: str, tmp_pa
     assert message in str(error.value)
 
 
-def test_a_missing_card_says_how_to_make_a_model(tmp_path: Path) -> None:
+def test_missing_config_says_how_to_make_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="diffusify adapt"):
         DiffusionConfig.load(tmp_path)
 
 
-def test_a_name_alone_stands_for_a_choice() -> None:
+def test_class_name_alone_stands_for_its_defaults() -> None:
     assert from_plain("Cosine", schedules.NoiseSchedule) == schedules.Cosine()

@@ -1,4 +1,4 @@
-"""The examples run, at tiny size."""
+"""The programs in `examples/` run with tiny models."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def example(name: str) -> ModuleType:
+    """Import an example as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,12 +23,12 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_they_are_short() -> None:
+def test_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 40, path
 
 
-def test_a_served_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_examples_with_a_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("The cat sat\non the mat.\nIt is so.\n")
     with serving() as address:
@@ -40,17 +41,17 @@ def test_a_served_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 TINY = {"steps": 1, "length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
 
 
-def test_a_model_of_your_own(
+def test_adapt_your_model(
     causal_base: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = example("adapt_your_model")
-    monkeypatch.setattr(mine, "PROMPT", "The cat")  # the tiny base sees 64 tokens
-    mine.main(causal_base, corpus, str(tmp_path / "mine"), **TINY)
-    told = capsys.readouterr().out
-    assert "eval_ar_nll" in told and all(f"{preset}, " in told for preset in ("quality", "balanced", "fast"))
+    module = example("adapt_your_model")
+    monkeypatch.setattr(module, "PROMPT", "The cat")  # the tiny base has a context of 64 tokens
+    module.main(causal_base, corpus, str(tmp_path / "mine"), **TINY)
+    output = capsys.readouterr().out
+    assert "eval_ar_nll" in output and all(f"{preset}, " in output for preset in ("quality", "balanced", "fast"))
 
 
-def test_a_document(tmp_path: Path) -> None:
+def test_infill_document(tmp_path: Path) -> None:
     lm = tiny_lm(infills=True)
     save_denoiser(tmp_path / "model", lm.denoiser, lm.tokenizer.tokenizer)
     file = tmp_path / "letter.md"
@@ -59,10 +60,10 @@ def test_a_document(tmp_path: Path) -> None:
     assert filled.startswith("# A cat\n\nThe") and "\n\nIt is so.\n\nA [[ and" in filled
 
 
-@pytest.mark.skipif(find_spec("rxnfp") is None, reason="the package rxnfp, which carries the model, is not installed")
-def test_a_model_of_reactions(tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("rxnfp") is None, reason="the package rxnfp, which has the model, is not installed")
+def test_reaction_model(tmp_path: Path) -> None:
     data = tmp_path / "reactions.jsonl"
     texts = [f"{'C' * i}O.CC(=O)O>>CC(=O)O{'C' * i}" for i in range(1, 40)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    written = example("reaction_model").main(str(data), str(tmp_path / "out"), "CCO.CC(=O)O>>[[9]]", **TINY)
-    assert written.startswith("CCO.CC(=O)O>>") and len(written) > len("CCO.CC(=O)O>>")
+    text = example("reaction_model").main(str(data), str(tmp_path / "out"), "CCO.CC(=O)O>>[[9]]", **TINY)
+    assert text.startswith("CCO.CC(=O)O>>") and len(text) > len("CCO.CC(=O)O>>")

@@ -1,9 +1,8 @@
-"""Numbers in README and documentation are those that were measured; every claim has its command and its file.
+"""Numbers in README and documentation are the measured ones; every claim has its command and its file.
 
-A paragraph or table row that names `results/NAME.json` has only such numbers as the file holds, rounded; whole numbers
-may also be settings in the script. One that names none is about the file named last under the same heading; where there
-is none either, numbers with decimals are written as code, which is left out. Each row of a table is about another part
-of its file.
+In a paragraph or table row that names `results/NAME.json`, every number is in that file, up to rounding; integers may
+also be settings in the script. A paragraph without a file refers to the last one under the same heading. Without any
+file, decimal numbers are formatted as code, which is ignored. Each row of a table is about another part of its file.
 """
 
 import json
@@ -33,7 +32,7 @@ def numbers(text: str) -> list[str]:
     return ["".join(found) for found in NUMBER.findall(words(text))]
 
 
-def told(number: str, values: set[float]) -> bool:
+def matches(number: str, values: set[float]) -> bool:
     """Whether a number is one of the values, rounded as it is written; a share may be told in percent."""
     digits, unit = re.fullmatch(r"([\d.,]+?),?([kMG]?)", number).groups()  # pyright: ignore[reportOptionalMemberAccess]
     decimals = len(digits.partition(".")[2])
@@ -57,7 +56,7 @@ def smallest(node: Any, wanted: list[str], path: tuple = ()) -> tuple:
     """The path of the innermost part of a result that has all the numbers; what its keys say counts."""
     inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, part in inner:
-        if isinstance(part, dict | list) and all(told(n, values(part) | values([*path, key])) for n in wanted):
+        if isinstance(part, dict | list) and all(matches(n, values(part) | values([*path, key])) for n in wanted):
             return smallest(part, wanted, (*path, str(key)))
     return path
 
@@ -89,7 +88,7 @@ def test_numbers_are_those_that_were_measured(page: Path) -> None:
             whole = {n for name in here for n in settings(name)}
             for number in numbers(part):
                 if here:
-                    fine = told(number, measured) or ("." not in number and told(number, whole))
+                    fine = matches(number, measured) or ("." not in number and matches(number, whole))
                     assert fine, f"{number} is in none of {here}: {part}"
                 else:
                     assert "." not in number, f"{number} names no file in results/, or is to be written as code: {part}"
@@ -125,7 +124,7 @@ def test_make_bench_runs_them_all() -> None:
 
 def test_the_rules_can_fail() -> None:
     held = {"AR": {"bleu": 19.26}, "block(4)": {"bleu": 13.66, "steps": 16}}
-    assert told("19.3", values(held)) and told("20", {0.2}) and told("1.4M", {1433600.0})
-    assert not told("19.4", values(held)) and not told("1.5M", {1433600.0})
+    assert matches("19.3", values(held)) and matches("20", {0.2}) and matches("1.4M", {1433600.0})
+    assert not matches("19.4", values(held)) and not matches("1.5M", {1433600.0})
     assert smallest(held, ["16", "13.66"]) == ("block(4)",) and smallest(held, ["19.26", "13.66"]) == ()
     assert numbers("SmolLM2-135M took 1,209 MiB, 2.17 times `0.9` in Python 3.11.") == ["1,209", "2.17"]

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without warnings, is whole, loads nothing from elsewhere; its pictures are true."""
+"""The documentation site builds without warnings, is complete and loads nothing from elsewhere."""
 
 import html
 import importlib.util
@@ -36,7 +36,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_tells_of_every_public_name(site: Path) -> None:
+@pytest.mark.slow
+def test_the_reference_has_every_public_name(site: Path) -> None:
     reference = (site / "reference.html").read_text(encoding="utf-8")
     assert not [name for name in diffusify.__all__ if f'id="diffusify.{name}"' not in reference]
 
@@ -49,6 +50,7 @@ ON_DEMAND = ("unpkg.com/mermaid", "api.github.com/", "${e}/api/v4/", "unpkg.com/
 DEMANDS = re.compile(r"""class="?mermaid|data-md-component="?source\b""")
 
 
+@pytest.mark.slow
 def test_it_loads_nothing_from_elsewhere(site: Path) -> None:
     pages = [path.read_text(encoding="utf-8") for path in site.rglob("*.html")]
     assert len(pages) > 10
@@ -78,7 +80,7 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_browser_asks_nobody_else_and_finds_words(site: Path, address: str) -> None:
+def test_a_browser_loads_nothing_else_and_finds_words(site: Path, address: str) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -108,9 +110,9 @@ def pictures() -> ModuleType:
 
 
 def behind(picture: Path) -> Any:
-    """What a picture was drawn from."""
-    told = picture.read_text(encoding="utf-8").partition("<dc:description>")[2].partition("</dc:description>")[0]
-    return json.loads(html.unescape(told))
+    """The data that a picture was drawn from."""
+    data = picture.read_text(encoding="utf-8").partition("<dc:description>")[2].partition("</dc:description>")[0]
+    return json.loads(html.unescape(data))
 
 
 def test_the_pictures_show_what_the_classes_say(tmp_path: Path) -> None:
@@ -126,6 +128,14 @@ def test_the_pictures_show_what_the_classes_say(tmp_path: Path) -> None:
     for q in range(8):
         assert block[q] == [int(q // 4 == k // 4) for k in range(8)] + [int(k // 4 < q // 4) for k in range(8)]
         assert block[8 + q] == [0] * 8 + [int(k <= q) for k in range(8)]
+
+
+def test_the_data_flow_names_what_exists() -> None:
+    drawn = pictures()
+    for name, flow in (("training", drawn.TRAINING), ("sampling", drawn.SAMPLING)):
+        assert behind(IMAGES / f"{name}.svg") == [list(box) for box in flow]
+        for title, _, file in flow:
+            assert f"class {title}" in (ROOT / "src" / "diffusify" / file).read_text(encoding="utf-8"), title
 
 
 def test_a_text_develops(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ __all__ = [
     "tune",
 ]
 
-_ROOMS = {
+_EXPORTS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
     "diffusify.models.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
@@ -59,8 +59,8 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a word when it is first said: `diffusify --help` needs no torch."""
-    for room, words in _ROOMS.items():
-        if name in words:
-            return getattr(import_module(room), name)
+    """Import a public name on first use, so that `diffusify --help` does not import torch."""
+    for module, names in _EXPORTS.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

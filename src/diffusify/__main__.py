@@ -1,4 +1,4 @@
-"""`python -m diffusify`, and so `torchrun -m diffusify`."""
+"""The entry point of `python -m diffusify` and `torchrun -m diffusify`."""
 
 from diffusify.cli import app
 

@@ -1,4 +1,4 @@
-"""How a network became a denoiser, and how frozen choices are written down and read back."""
+"""The diffusion config of a model, and the JSON form of the frozen dataclasses that configure it."""
 
 import json
 import os
@@ -14,17 +14,18 @@ from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
 
 
-def to_plain(choice: Any) -> Any:
-    """A frozen choice as JSON types: its class's name under "type", then its fields."""
-    if is_dataclass(choice) and not isinstance(choice, type):
-        return {"type": type(choice).__name__} | {f.name: to_plain(getattr(choice, f.name)) for f in fields(choice)}
-    return list(choice) if isinstance(choice, tuple) else choice
+def to_plain(value: Any) -> Any:
+    """A frozen dataclass as JSON types: the name of its class under "type", then its fields."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__} | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
-    """A frozen choice from JSON types. Only the classes that `hint` names can come out.
+    """The inverse of `to_plain`: a value of the type `hint`; only classes that `hint` names are constructed.
 
-    A choice may also be given by its name alone ("Linear"). Anything else than `hint` allows is a ValueError.
+    A dataclass may also be given by its name alone ("Linear"). Raises ValueError for a value that `hint` does not
+    allow; the message starts with `where`.
     """
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     classes: dict[str, Any] = {o.__name__: o for o in options if isinstance(o, type) and is_dataclass(o)}
@@ -59,77 +60,84 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
 
 
 def nearest(name: str, known: Any) -> str:
-    """The end of an error message: what the user may have meant."""
+    """The end of an error message about an unknown name: the closest known name, or all of them."""
     close = get_close_matches(name, list(known), n=1)
     return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(sorted(known))}"
 
 
 def cache_folder() -> Path:
-    """Where what is worth keeping between runs is kept: $DIFFUSIFY_CACHE, else the user's cache."""
+    """The folder for cached files: $DIFFUSIFY_CACHE, or `diffusify` in the user's cache folder."""
     if folder := os.environ.get("DIFFUSIFY_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusify"
 
 
 def sees_right_context(attention: AttentionPattern) -> bool:
-    """Whether an open position is decided with a view of the text behind it: what infilling needs."""
+    """Whether open positions attend to the text after them, as infilling requires."""
     return isinstance(attention, Bidirectional | Prefix)
 
 
 def keeps_ar_model(attention: AttentionPattern, shift: int) -> bool:
-    """Whether the clean text beside the noisy one is read as by the left-to-right base; a pass tells its answers."""
+    """Whether the clean copy in block training is processed as by the AR base model (the AR half)."""
     return shift == 1 and isinstance(attention, BlockCausal) and attention.clean == "token"
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How a network became a denoiser: saved beside the weights as `diffusion_config.json`, read back by everyone."""
+    """How a network is used as a denoiser; saved next to the weights as `diffusion_config.json`.
+
+    Raises ValueError if `shift` is neither 0 nor 1.
+    """
 
     mask_token_id: int
-    shift: int  # 1: the output at position i is about position i + 1, as in a left-to-right model
-    attention: AttentionPattern  # who may look at whom when the model is used
+    shift: int  # 1: the output at position i predicts position i + 1, as in an AR model
+    attention: AttentionPattern  # which token attends to which in sampling
     architecture: str  # the transformers class of the network
     recipe: str = "ar"
     base_model: str = ""
     schedule: NoiseSchedule = Linear()
     objective: Objective = Objective()
     policy: Policy = Unmask()
-    infilling: AttentionPattern | None = None  # who may look at whom where holes are filled, if that is another pattern
-    longest_answer: int | None = None  # the longest that the length head tells; no head if unset
+    infilling: AttentionPattern | None = None  # the pattern for infilling, if it differs
+    longest_answer: int | None = None  # the largest length that the length head predicts; no head if unset
 
     def __post_init__(self) -> None:
         if self.shift not in (0, 1):
-            raise ValueError(f"shift={self.shift} must be 1 (left-to-right networks) or 0 (masked networks)")
+            raise ValueError(f"shift={self.shift} must be 1 (autoregressive networks) or 0 (masked networks)")
 
     @property
     def block_size(self) -> int | None:
+        """The block size of a block model, else None."""
         return self.attention.size if isinstance(self.attention, BlockCausal) else None
 
     @property
     def infiller(self) -> "DiffusionConfig":
-        """The card by which holes are filled: this one, unless that is done under a pattern of its own."""
+        """The diffusion config for infilling: this one with the attention pattern `infilling`, if that is set."""
         return self if self.infilling is None else replace(self, attention=self.infilling, infilling=None)
 
     @property
     def sees_right_context(self) -> bool:
+        """Whether the model can infill: open positions attend to the text after them."""
         return sees_right_context(self.infiller.attention)
 
     @property
     def keeps_ar_model(self) -> bool:
+        """Whether the model is a block model whose clean text is processed as by the AR base model."""
         return keeps_ar_model(self.attention, self.shift)
 
     @property
     def reads_as_ar_model(self) -> bool:
-        """Whether finished text is read as by a left-to-right model: a base as it is, or one that kept that half."""
+        """Whether finished text is processed as by an AR model: an AR base, or a block model that keeps its AR half."""
         return self.keeps_ar_model or (self.shift == 1 and isinstance(self.attention, Causal))
 
     def save(self, folder: Path | str) -> None:
+        """Write `diffusion_config.json` into a folder."""
         text = json.dumps(to_plain(self), indent=2)
         (Path(folder) / "diffusion_config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> "DiffusionConfig":
-        """Read the card in a folder. ValueError when there is none or it does not read."""
+        """Read `diffusion_config.json` from a folder. Raises ValueError if it is missing or invalid."""
         path = Path(folder) / "diffusion_config.json"
         if not path.is_file():
             raise ValueError(
@@ -137,6 +145,6 @@ class DiffusionConfig:
                 "make one with `diffusify adapt BASE --out DIR`"
             )
         try:
-            return from_plain(json.loads(path.read_text(encoding="utf-8")), cls, "card")
+            return from_plain(json.loads(path.read_text(encoding="utf-8")), cls, "diffusion config")
         except ValueError as error:
-            raise ValueError(f"{path} does not read as a card: {error}") from error
+            raise ValueError(f"{path} is not a valid diffusion config: {error}") from error

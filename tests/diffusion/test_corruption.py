@@ -1,4 +1,4 @@
-"""Corruption opens the right share of the right positions."""
+"""Corruption opens the expected share of the editable positions."""
 
 import torch
 from hypothesis import given
@@ -14,14 +14,14 @@ def generator(seed: int) -> torch.Generator:
 
 
 @given(st.integers(1, 60), st.integers(0, 1000))
-def test_stratified_has_one_draw_in_every_cell(count: int, seed: int) -> None:
+def test_stratified_has_one_sample_in_every_cell(count: int, seed: int) -> None:
     u = stratified(count, generator(seed)).sort().values
     edges = torch.arange(count + 1) / count
     assert (u >= edges[:-1] - 1e-6).all() and (u <= edges[1:] + 1e-6).all()
 
 
 @given(st.integers(0, 1000))
-def test_only_editable_positions_open_and_the_rest_is_untouched(seed: int) -> None:
+def test_only_editable_positions_open_and_the_others_keep_their_tokens(seed: int) -> None:
     tokens = torch.randint(0, 9, (3, 10), generator=generator(seed))
     document = torch.tensor([[1] * 10, [1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
     batch = noised(Canvas.clean(tokens, document), PerText(), Linear(), 9, ar_share=0.5, generator=generator(seed))
@@ -39,7 +39,7 @@ def test_the_open_share_is_one_minus_alpha() -> None:
         assert abs(float(share) - float(1 - schedule.alpha(t[0, 0]))) < 0.005
 
 
-def test_a_coupled_pair_is_one_luck_at_two_times() -> None:
+def test_coupled_pair_has_the_same_random_numbers_at_two_times() -> None:
     clean = Canvas.clean(torch.zeros(64, 50, dtype=torch.long))
     batch = noised(clean, PerText(grid=50, draws=2), Linear(), 1, generator=generator(3))
     first, second = batch.canvas.open[::2], batch.canvas.open[1::2]
@@ -50,7 +50,7 @@ def test_a_coupled_pair_is_one_luck_at_two_times() -> None:
     assert torch.equal((batch.t * 50).round() / 50, batch.t) and batch.t.min() > 0 and batch.t.max() <= 1
 
 
-def test_blocks_have_a_time_each_and_restart_with_every_document() -> None:
+def test_every_block_has_its_own_time_and_blocks_restart_with_documents() -> None:
     document = torch.tensor([[1] * 6 + [2] * 4, [1] * 10])
     t = PerBlock(4)(Canvas.clean(torch.zeros_like(document), document), generator(0))[0]
     groups = [t[0, :4], t[0, 4:6], t[0, 6:], t[1, :4], t[1, 4:8], t[1, 8:]]
@@ -60,23 +60,23 @@ def test_blocks_have_a_time_each_and_restart_with_every_document() -> None:
     assert all(abs(b - a - 1 / 6) < 1e-2 for a, b in zip(cells, cells[1:], strict=False))
 
 
-def test_packed_texts_have_a_time_each() -> None:
+def test_every_packed_text_has_its_own_time() -> None:
     document = torch.tensor([[1] * 6 + [2] * 4, [1] * 10])
     t = PerText(draws=2)(Canvas.clean(torch.zeros_like(document), document), generator(0))
-    for draw in t:
-        groups = [draw[0, :6], draw[0, 6:], draw[1]]
+    for times in t:
+        groups = [times[0, :6], times[0, 6:], times[1]]
         assert all(len(set(group.tolist())) == 1 for group in groups)
     assert len(set(t.flatten().tolist())) == 6
 
 
-def test_a_fixed_time_opens_a_fixed_share() -> None:
+def test_fixed_time_opens_a_fixed_share() -> None:
     batch = noised(Canvas.clean(torch.zeros(40, 500, dtype=torch.long)), Fixed(), Linear(), 1, generator=generator(0))
     assert set(batch.t.flatten().tolist()) == {torch.tensor(0.15).item()}
     assert abs(float(batch.canvas.open.float().mean()) - 0.15) < 0.01
 
 
 @given(st.integers(0, 500), st.integers(1, 5))
-def test_a_complement_opens_what_the_first_canvas_does_not(seed: int, size: int) -> None:
+def test_complement_opens_what_the_first_canvas_does_not(seed: int, size: int) -> None:
     document = torch.tensor([[1] * 6 + [2] * 4, [1] * 7 + [0] * 3])
     clean = Canvas.clean(torch.randint(0, 9, (2, 10), generator=generator(seed)), document)
     batch = noised(clean, PerBlock(size, complement=True), Linear(), 9, ar_share=0.5, generator=generator(seed))
@@ -86,7 +86,7 @@ def test_a_complement_opens_what_the_first_canvas_does_not(seed: int, size: int)
     assert torch.equal(batch.text, clean.tokens) and not batch.ar_positions[1::2].any()
 
 
-def test_a_tilt_opens_ends_of_blocks_and_as_many_as_without() -> None:
+def test_tilt_opens_the_ends_of_blocks_and_keeps_the_open_share() -> None:
     clean = Canvas.clean(torch.zeros(200, 64, dtype=torch.long))
     shares = []
     for tilt in (None, 0.1):
@@ -98,7 +98,7 @@ def test_a_tilt_opens_ends_of_blocks_and_as_many_as_without() -> None:
 
 
 @given(st.integers(0, 100), st.integers(1, 6))
-def test_a_tilted_block_opens_its_share_of_tokens(seed: int, size: int) -> None:
+def test_tilted_block_opens_its_share_of_tokens(seed: int, size: int) -> None:
     clean = Canvas.clean(torch.zeros(3, 12, dtype=torch.long), torch.tensor([[1] * 5 + [2] * 7] * 3))
     batch = noised(clean, PerBlock(size, tilt=0.2), Linear(), 1, generator=generator(seed))
     block = (clean.position_ids % size == 0).flatten().cumsum(0) - 1

@@ -1,4 +1,4 @@
-"""Noise schedules fall from text to noise, and agree with their own derivative and inverse."""
+"""Noise schedules fall from 1 to 0, and agree with their own derivative and inverse."""
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ def test_ends_slope_and_inverse(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(ends, torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
-def test_the_elbo_weight_is_one_over_t_when_linear() -> None:
+def test_elbo_weight_is_one_over_t_for_the_linear_schedule() -> None:
     t = torch.tensor([0.1, 0.5, 1.0])
     torch.testing.assert_close(Elbo()(t, Linear()), 1 / t)
     torch.testing.assert_close(Elbo()(t, Polynomial(3.0)), 3 / t)
 
 
-def test_a_power_of_zero_is_refused() -> None:
+def test_power_zero_raises() -> None:
     with pytest.raises(ValueError, match="power=0"):
         Polynomial(0.0)

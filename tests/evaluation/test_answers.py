@@ -1,8 +1,8 @@
-"""Answers are read by their benchmarks' rules, and tries are counted as the papers count them."""
+"""Answers are extracted by the benchmarks' rules, and attempts are aggregated as in the papers."""
 
 import pytest
 
-from diffusify.evaluation.answers import final_answer, hit, last_number, letter, majority
+from diffusify.evaluation.answers import choice_letter, final_answer, hit, last_number, majority
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from diffusify.evaluation.answers import final_answer, hit, last_number, letter,
         ("", None),
     ],
 )
-def test_the_final_answer_stands_behind_the_last_mark(text: str, answer: str | None) -> None:
+def test_the_final_answer_follows_the_last_mark(text: str, answer: str | None) -> None:
     assert final_answer(text) == answer
 
 
@@ -35,7 +35,7 @@ def test_the_final_answer_stands_behind_the_last_mark(text: str, answer: str | N
         ("", None),
     ],
 )
-def test_the_last_number_is_read_alike_however_it_is_written(text: str, number: str | None) -> None:
+def test_the_last_number_has_one_form(text: str, number: str | None) -> None:
     assert last_number(text) == number
 
 
@@ -52,16 +52,16 @@ def test_the_last_number_is_read_alike_however_it_is_written(text: str, number: 
         ("", None),
     ],
 )
-def test_a_letter_is_what_an_answer_begins_with(text: str, chosen: str | None) -> None:
-    assert letter(text) == chosen
+def test_the_choice_letter_begins_an_answer(text: str, chosen: str | None) -> None:
+    assert choice_letter(text) == chosen
 
 
-def test_tries_vote() -> None:
+def test_the_majority_of_attempts_counts() -> None:
     assert majority(["3", "5", "5"]) == "5"
     assert majority(["3", "5"]) == "3"
     assert majority([None, None, "7"]) == "7"
     assert majority([None]) is None and majority([]) is None
 
 
-def test_one_right_try_is_a_hit() -> None:
+def test_one_correct_attempt_is_a_hit() -> None:
     assert hit(["3", None, "5"], "5") and not hit(["3", None], "5") and not hit([], "5")

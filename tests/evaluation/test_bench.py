@@ -1,4 +1,4 @@
-"""The bench tells what it measured, and lossless decoding agrees with left-to-right decoding in it."""
+"""The benchmark reports its measurements, and lossless decoding in it agrees with AR decoding."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import diffusify
 from diffusify.cli import app
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.bench import AR, bench, cut_prompts, plot, ways
+from diffusify.evaluation.bench import AR, bench, cut_prompts, decoding_settings, plot
 from diffusify.models.loading import load_base
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
@@ -23,17 +23,17 @@ def model(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactor
     return str(adapt(causal_base, corpus, out, steps=1, length=32, held_out=64, bf16=False))
 
 
-def test_rows_say_what_was_written(model: str, causal_base: str, tmp_path: Path) -> None:
+def test_rows_describe_the_generated_texts(model: str, causal_base: str, tmp_path: Path) -> None:
     lm, base = diffusify.load(model), load_base(causal_base).network.eval()
     prompts = cut_prompts(lm, TEXT, 3, lengths=(8, 16))
     assert [len(lm.tokenizer.encode(prompt)) for prompt in prompts] == [8, 16, 8]
-    chosen = {"one": SamplingConfig(policy=Unmask()), "lossless": SamplingConfig(tolerance=0.0)}
-    rows = {row.way: row for row in bench(lm, base, prompts, chosen, max_new_tokens=9)}
+    settings = {"one": SamplingConfig(policy=Unmask()), "lossless": SamplingConfig(tolerance=0.0)}
+    rows = {row.way: row for row in bench(lm, base, prompts, settings, max_new_tokens=9)}
     assert list(rows) == [AR, "one", "lossless"]
     assert rows[AR].tokens_per_forward == 1 == rows["one"].tokens_per_forward <= rows["lossless"].tokens_per_forward
     assert rows["one"].agreement == 1 and rows[AR].agreement is None and rows[AR].speedup is None
-    same = ("perplexity", "distinct_2", "entropy")
-    assert [getattr(rows[AR], name) for name in same] == [getattr(rows["lossless"], name) for name in same]
+    metrics = ("perplexity", "distinct_2", "entropy")
+    assert [getattr(rows[AR], name) for name in metrics] == [getattr(rows["lossless"], name) for name in metrics]
     assert all(math.isfinite(row.perplexity) and row.tokens_per_second > 0 for row in rows.values())
     plot(list(rows.values()), tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5000
@@ -41,11 +41,11 @@ def test_rows_say_what_was_written(model: str, causal_base: str, tmp_path: Path)
         cut_prompts(lm, TEXT, 999)
 
 
-def test_every_way_runs(model: str, causal_base: str, corpus: str, tmp_path: Path) -> None:
+def test_every_setting_runs(model: str, causal_base: str, corpus: str, tmp_path: Path) -> None:
     lm = diffusify.load(model)
-    assert ways(lm)["quality"] == SamplingConfig(tolerance=0.0)
-    words = ["bench", model, "--data", corpus, "--prompts", "1", "--max-new-tokens", "5", "--out", str(tmp_path)]
-    done = CliRunner().invoke(app, [*words, "--json"])
+    assert decoding_settings(lm)["quality"] == SamplingConfig(tolerance=0.0)
+    command = ["bench", model, "--data", corpus, "--prompts", "1", "--max-new-tokens", "5", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
-    assert [row["way"] for row in json.loads(done.stdout)] == [AR, *ways(lm)]
+    assert [row["way"] for row in json.loads(done.stdout)] == [AR, *decoding_settings(lm)]
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(done.stdout)

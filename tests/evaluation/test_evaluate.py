@@ -1,7 +1,8 @@
-"""Whole evaluations of tiny models: kept item by item, gone on with, compared, and put on a page."""
+"""Evaluations of tiny models: saved item by item, resumed, compared, and shown as a page."""
 
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from diffusify.cli import app
+from diffusify.config import to_plain
 from diffusify.evaluation import evaluate as module
-from diffusify.evaluation.evaluate import Difference, Row, difference, evaluate, read_scores, row
-from diffusify.evaluation.html_report import calibration, scores_table
-from diffusify.evaluation.likelihood import MonteCarlo
+from diffusify.evaluation.evaluate import Difference, ScoreRow, difference, evaluate, read_scores, score_row
+from diffusify.evaluation.html_report import calibration_curve, scores_table
+from diffusify.evaluation.likelihood import MonteCarlo, TokenByToken
 from diffusify.evaluation.open_model import open_lm
-from diffusify.evaluation.scoring import Scored
-from diffusify.evaluation.tasks import Choice
+from diffusify.evaluation.scoring import ItemScore
+from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded, checksum
 from diffusify.models.recipes import ar
 from diffusify.training.adapt import adapt
 from tests.evaluation.test_tasks import RECORDS, write
@@ -39,35 +41,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scored(*values: float) -> list[Scored]:
-    return [Scored({"accuracy": float(value)}, {}) for value in values]
+def scored(*values: float) -> list[ItemScore]:
+    return [ItemScore({"accuracy": float(value)}, {}) for value in values]
 
 
-def test_a_killed_evaluation_goes_on_and_repeats_nothing(
+def test_a_killed_evaluation_resumes_and_repeats_nothing(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = open_lm(model)
-    items = {"piqa": [Choice("It is", (f" {i}", f" {i + 1} so"), i % 2) for i in range(6)]}
+    items = {"piqa": [MultipleChoice("It is", (f" {i}", f" {i + 1} so"), i % 2) for i in range(6)]}
     whole = evaluate(lm, items, tmp_path / "whole")
 
-    asked: list[int] = []
-    true = module.score
+    batches: list[int] = []
+    score = module.score
 
-    def dies(lm: Any, todo: Any, *rest: Any, **more: Any) -> Any:
-        asked.append(len(todo))
-        for number, one in enumerate(true(lm, todo, *rest, **more)):
-            if number == 4 and len(asked) == 1:
+    def interrupted_score(lm: Any, remaining: Any, *args: Any, **kwargs: Any) -> Any:
+        batches.append(len(remaining))
+        for number, one in enumerate(score(lm, remaining, *args, **kwargs)):
+            if number == 4 and len(batches) == 1:
                 raise KeyboardInterrupt
             yield one
 
-    monkeypatch.setattr(module, "score", dies)
+    monkeypatch.setattr(module, "score", interrupted_score)
     with pytest.raises(KeyboardInterrupt):
         evaluate(lm, items, tmp_path / "killed")
     file = tmp_path / "killed" / "piqa.jsonl"
-    file.write_text(file.read_text()[:-7])  # the last line was cut off, too
+    file.write_text(file.read_text()[:-7])  # the last line was cut off as well
     counts: list[int] = []
-    again = evaluate(lm, items, tmp_path / "killed", told=lambda task, done: counts.append(done))
-    assert asked == [6, 3] and counts == [3, 4, 5, 6]
+    again = evaluate(lm, items, tmp_path / "killed", progress=lambda task, done: counts.append(done))
+    assert batches == [6, 3] and counts == [3, 4, 5, 6]
     assert again == whole
     assert (tmp_path / "killed" / "piqa.jsonl").read_text() == (tmp_path / "whole" / "piqa.jsonl").read_text()
     with pytest.raises(ValueError, match="holds an evaluation with another measure"):
@@ -80,52 +82,83 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
         evaluate(lm, items, tmp_path / "whole")
 
 
-def test_a_score_is_a_mean_with_its_error() -> None:
-    told = row("piqa", scored(1, 0, 1, 1))
-    assert (told.score, told.items, told.metric) == (75.0, 4, "accuracy")
-    assert told.se == pytest.approx(25.0)
-    assert row("piqa", scored(1.0)).se == 0.0
-    assert row("piqa", [Scored({"accuracy": 1.0}, {"cut": cut}) for cut in (0, 3, 9)]).cut == 2
+def test_items_keep_their_checksums() -> None:
+    """Evaluations that earlier versions saved can be resumed, so neither names nor order of fields may matter."""
+    items = [
+        MultipleChoice("It is", (" a", " b"), 1, "byte"),
+        OpenEnded("1+1=", ("2",), "number", extra_tokens=3, stop="\n"),
+        Infill("a", "b", "c", "check()"),
+    ]
+    former = [
+        "Choice(context='It is', choices=(' a', ' b'), gold=1, by='byte')",
+        "Answer(prompt='1+1=', golds=('2',), match='number', room=3, stop='\\n')",
+        "Hole(before='a', middle='b', after='c', check='check()')",
+    ]
+    assert [checksum(item) for item in items] == [zlib.crc32(text.encode()) for text in former]
+
+
+def test_an_evaluation_of_an_earlier_version_is_resumed(model: str, tmp_path: Path) -> None:
+    lm, items = open_lm(model), {"piqa": [MultipleChoice("It is", (" a", " b"), 1)]}
+    scores = evaluate(lm, items, tmp_path)
+    file = tmp_path / "evaluation.json"
+    saved = json.loads(file.read_text())
+    for new, old in {"min_rounds": "least", "max_rounds": "most", "margin": "decided"}.items():
+        saved["measure"][old] = saved["measure"].pop(new)
+    file.write_text(json.dumps(saved))
+    assert evaluate(lm, items, tmp_path) == scores
+    with pytest.raises(ValueError, match="holds an evaluation with another measure"):
+        evaluate(lm, items, tmp_path, measure=TokenByToken())
+    former = to_plain(TokenByToken()) | {"type": "OneByOne"}
+    file.write_text(json.dumps(saved | {"measure": former}))
+    assert evaluate(lm, items, tmp_path, measure=TokenByToken()) == scores
+
+
+def test_a_score_is_a_mean_with_its_standard_error() -> None:
+    mean = score_row("piqa", scored(1, 0, 1, 1))
+    assert (mean.score, mean.items, mean.metric) == (75.0, 4, "accuracy")
+    assert mean.se == pytest.approx(25.0)
+    assert score_row("piqa", scored(1.0)).se == 0.0
+    assert score_row("piqa", [ItemScore({"accuracy": 1.0}, {"cut": cut}) for cut in (0, 3, 9)]).cut == 2
 
 
 def test_a_difference_is_paired() -> None:
-    """What both get right or wrong together says nothing, however the items differ."""
-    alike = difference("piqa", scored(*[1, 0] * 20), scored(*[1, 0] * 20))
-    assert (alike.ahead, alike.low, alike.high) == (0.0, 0.0, 0.0)
+    """Items that both models get right, or both get wrong, do not widen the interval."""
+    equal = difference("piqa", scored(*[1, 0] * 20), scored(*[1, 0] * 20))
+    assert (equal.ahead, equal.low, equal.high) == (0.0, 0.0, 0.0)
     better = difference("piqa", scored(*[1] * 20, *[0] * 20), scored(*[1] * 12, *[0] * 28))
     assert better.ahead == pytest.approx(20.0)
     assert 5 < better.low < 12 and 28 < better.high < 37  # +-12.4 by the normal approximation
     with pytest.raises(ValueError, match="cannot be paired"):
         difference("piqa", scored(1, 0), scored(1))
     with pytest.raises(ValueError, match="cannot be paired"):
-        difference("piqa", scored(1), [Scored({"accuracy": 1.0}, {}, item=7)])
+        difference("piqa", scored(1), [ItemScore({"accuracy": 1.0}, {}, item=7)])
 
 
-def test_calibration_is_how_often_a_confidence_is_right() -> None:
-    items = [Choice("", (" a", " b"), 0)] * 10
-    told = [
-        Scored({"accuracy": float(i < 4)}, {"log_prob": [0.0, -1.0 if i < 5 else -9.0], "worth": [1.0, 1.0]})
+def test_calibration_is_the_accuracy_at_a_confidence() -> None:
+    items = [MultipleChoice("", (" a", " b"), 0)] * 10
+    scores = [
+        ItemScore({"accuracy": float(i < 4)}, {"log_prob": [0.0, -1.0 if i < 5 else -9.0], "worth": [1.0, 1.0]})
         for i in range(10)
     ]
-    curve = calibration(items, told, bins=2)
+    curve = calibration_curve(items, scores, bins=2)
     assert list(curve) == pytest.approx([100 / (1 + 2.718281828**-1), 100 / (1 + 2.718281828**-9)], rel=1e-6)
     assert list(curve.values()) == [80.0, 0.0]
 
 
-def test_the_table_has_errors_of_both_and_counts_what_was_cut() -> None:
-    ours = [Row("piqa", "accuracy", 61.26, 1.5, 200), Row("lambada", "accuracy", 30.0, 2.0, 50, cut=3)]
+def test_the_table_has_both_errors_and_the_number_of_truncated_items() -> None:
+    ours = [ScoreRow("piqa", "accuracy", 61.26, 1.5, 200), ScoreRow("lambada", "accuracy", 30.0, 2.0, 50, cut=3)]
     assert scores_table(ours) == (
         ["task", "metric", "items", "model"],
         [["piqa", "accuracy", "200", "61.3 ± 1.5"], ["lambada", "accuracy", "50 (3 cut)", "30.0 ± 2.0"]],
     )
-    other, ahead = Row("piqa", "accuracy", 60.0, 1.0, 200), Difference("piqa", "accuracy", 1.26, -0.5, 3.0)
+    other, ahead = ScoreRow("piqa", "accuracy", 60.0, 1.0, 200), Difference("piqa", "accuracy", 1.26, -0.5, 3.0)
     heads, (line,) = scores_table(ours[:1], [other], [ahead], ("a", "b"))
     assert heads[3:] == ["a", "b", "difference (95%)"]
     assert line[3:] == ["61.3 ± 1.5", "60.0 ± 1.0", "+1.3 (-0.5 to +3.0)"]
 
 
 class Page(HTMLParser):
-    """Every tag that is opened is closed, and nothing is asked of anybody."""
+    """A parser that checks that every tag is closed, and collects links to other resources."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,15 +177,15 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_command_writes_a_page_and_says_what_it_found(
+def test_the_command_writes_a_page_and_prints_the_scores(
     model: str, causal_base: str, corpus: str, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
     command = ["eval", model, "--tasks", ",".join(TASKS), "--data", str(data), "--baseline", causal_base]
     command += ["--out", str(out), "--limit", "3", "--steps", "4", "--sweep", "1,2", "--texts", corpus, "--free", "3"]
     wide = {"COLUMNS": "200"}
-    told = CliRunner().invoke(app, command, env=wide)
-    assert told.exit_code == 0, told.output
+    done = CliRunner().invoke(app, command, env=wide)
+    assert done.exit_code == 0, done.output
     found = json.loads((out / "results.json").read_text())
     assert [line["task"] for line in found["rows"]] == list(TASKS)
     assert all(line["items"] == 3 and 0 <= line["score"] <= 100 for line in found["rows"])
@@ -161,16 +194,16 @@ def test_the_command_writes_a_page_and_says_what_it_found(
     free = found["settings"]["from_nothing"]
     assert all(free[who]["perplexity"] > 1 and 0 < free[who]["distinct_2"] <= 1 for who in ("model", "baseline"))
     page = (out / "index.html").read_text()
-    assert "Texts from nothing" in page and "Bits per byte" in page
+    assert "Unconditional samples" in page and "Bits per byte" in page
     table = page[: page.index("</table>")]
     lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr>")[1:]]
     assert [line[0] for line in lines] == ["task", *TASKS] and {len(line) for line in lines} == {6}
     for line in lines:
-        assert " ".join(line) in " ".join(told.output.split())
+        assert " ".join(line) in " ".join(done.output.split())
     reader = Page()
     reader.feed(page)
     assert not reader.open and not reader.links
-    assert page.count("<svg") == 3 and "the later the redder" in page
+    assert page.count("<svg") == 3 and "tokens decoded later are redder" in page
     assert len(re.findall(r'title="step \d+"', page)) > 10
     again = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(again.stdout) == found
@@ -188,21 +221,19 @@ def test_the_command_writes_a_page_and_says_what_it_found(
         (["--tasks", "piqqa"], 'task "piqqa" is not known; did you mean "piqa"'),
         (["--tasks", "siqa"], "holds no siqa.jsonl"),
         (["--tasks", "piqa", "--free", "2"], "free=2 texts need a --baseline"),
-        (["--tasks", "piqa", "--tries", "3"], "tries=3 would all be the same"),
+        (["--tasks", "piqa", "--tries", "3"], "tries=3 greedy answers would all be the same"),
         (["--tasks", "piqa", "--shots", "9"], "shots=9 must"),
-        (["--tasks", "piqa", "--likelihood", "left-to-right"], "does not read from left to right"),
+        (["--tasks", "piqa", "--likelihood", "left-to-right"], "is not autoregressive"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line(
-    model: str, data: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    told = CliRunner().invoke(app, ["eval", model, "--data", str(data), "--out", str(tmp_path / "out"), *arguments])
-    assert told.exit_code == 2
-    assert message in " ".join(told.output.split())
+def test_errors_are_one_line(model: str, data: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["eval", model, "--data", str(data), "--out", str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
     nothing = CliRunner().invoke(app, ["compare", str(tmp_path), str(tmp_path)])
     assert nothing.exit_code == 2 and "holds no evaluation" in nothing.output
 
 
 def test_tasks_are_listed() -> None:
-    told = CliRunner().invoke(app, ["eval", "anything", "--tasks", "list"])
-    assert told.exit_code == 0 and "hellaswag" in told.output and "Which ending" in told.output
+    done = CliRunner().invoke(app, ["eval", "anything", "--tasks", "list"])
+    assert done.exit_code == 0 and "hellaswag" in done.output and "Choose the ending" in done.output

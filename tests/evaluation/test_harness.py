@@ -13,14 +13,14 @@ from lm_eval.tasks import TaskManager
 
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.harness import DiffusifyLM
-from diffusify.evaluation.likelihood import LeftToRight, MonteCarlo
+from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo
 from diffusify.models.recipes import ar, block
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
-HFLM: Any = huggingface.HFLM  # its own annotation forgets what it is
+HFLM: Any = huggingface.HFLM  # wrongly annotated
 RECORDS = [
     {"q": "The quick brown fox jumps over", "choices": ["the lazy dog", "a cat", "it"], "gold": 0},
     {"q": "The cat sat on", "choices": ["the mat", "done: 5", "the mats"], "gold": 0},
@@ -50,7 +50,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 
 
 class HF(HFLM):
-    """The harness's own model, told that the mask token is no answer (a trained base knows as much by itself)."""
+    """The harness's own model without the mask token, which a trained base model would not predict anyway."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, device="cpu", dtype="float32", batch_size=2, max_length=64)
@@ -83,7 +83,7 @@ def numbers(found: dict[str, list[Any]]) -> dict[str, list[float]]:
     return {name: flat(values) for name, values in found.items() if name != "writing"}
 
 
-def test_a_base_as_it_is_scores_what_the_harness_says(
+def test_an_unmodified_base_model_scores_as_in_the_harness(
     causal_base: str, tasks: TaskManager, theirs: dict[str, list[Any]]
 ) -> None:
     ours = evaluate(DiffusifyLM(causal_base), tasks)
@@ -92,7 +92,7 @@ def test_a_base_as_it_is_scores_what_the_harness_says(
     assert ours["writing"] == theirs["writing"]
 
 
-def test_a_block_model_keeps_the_left_to_right_scores_or_tells_its_bound(
+def test_a_block_model_keeps_the_ar_scores_or_measures_its_bound(
     causal_base: str, corpus: str, tasks: TaskManager, tmp_path: Path
 ) -> None:
     model = adapt(
@@ -100,7 +100,7 @@ def test_a_block_model_keeps_the_left_to_right_scores_or_tells_its_bound(
         learning_rate=1e-12, bf16=False,
     )  # fmt: skip
     exact = DiffusifyLM(str(model), tolerance=0.0)
-    assert isinstance(exact.measure, LeftToRight)
+    assert isinstance(exact.measure, Autoregressive)
     theirs, ours = evaluate(HF(str(model)), tasks), evaluate(exact, tasks)
     for name, values in numbers(theirs).items():
         assert numbers(ours)[name] == pytest.approx(values, abs=1e-3), name
@@ -109,7 +109,7 @@ def test_a_block_model_keeps_the_left_to_right_scores_or_tells_its_bound(
     assert numbers(bound)["rolling"] != pytest.approx(numbers(ours)["rolling"], abs=1e-3)
 
 
-def test_a_model_that_sees_both_ways_is_measured_by_its_bound(
+def test_a_bidirectional_model_is_measured_by_its_bound(
     causal_base: str, corpus: str, tasks: TaskManager, tmp_path: Path
 ) -> None:
     model = adapt(causal_base, corpus, tmp_path / "ar", recipe=ar(), steps=1, length=32, held_out=64, bf16=False)
@@ -122,19 +122,19 @@ def test_a_model_that_sees_both_ways_is_measured_by_its_bound(
     assert found == again
 
 
-def test_what_the_model_would_write_is_told(causal_base: str, corpus: str, tmp_path: Path) -> None:
+def test_a_greedy_continuation_is_recognised(causal_base: str, corpus: str, tmp_path: Path) -> None:
     model = adapt(causal_base, corpus, tmp_path / "ar", recipe=ar(), steps=1, length=32, held_out=64, bf16=False)
     lm = DiffusifyLM(str(model), draws=16)
     prompt = lm.tok_encode("The cat sat")
-    writing = lm.lm.prepare_generation([prompt], 4, SamplingConfig(policy=Unmask()))
-    writing.results()
-    made = writing.canvas.tokens[0, -4:].tolist()
-    other = [made[0] + 1, *made[1:]]
-    told = lm._loglikelihood_tokens([(("", ""), prompt, made), (("", "x"), prompt[:-1], other)])
-    assert [greedy for _, greedy in told] == [True, False]
+    run = lm.lm.prepare_generation([prompt], 4, SamplingConfig(policy=Unmask()))
+    run.results()
+    greedy = run.canvas.tokens[0, -4:].tolist()
+    other = [greedy[0] + 1, *greedy[1:]]
+    results = lm._loglikelihood_tokens([(("", ""), prompt, greedy), (("", "x"), prompt[:-1], other)])
+    assert [is_greedy for _, is_greedy in results] == [True, False]
 
 
-def test_bad_arguments_are_refused(causal_base: str) -> None:
+def test_invalid_arguments_are_refused(causal_base: str) -> None:
     with pytest.raises(ValueError, match="dtype=int8"):
         DiffusifyLM(causal_base, dtype="int8")
     with pytest.raises(ValueError, match="temperature"):

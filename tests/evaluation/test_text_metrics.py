@@ -1,4 +1,4 @@
-"""Metrics of texts against their definitions."""
+"""Text metrics compared with their definitions."""
 
 import math
 
@@ -13,14 +13,14 @@ from tests.text import makers
 @torch.no_grad()
 def test_perplexity_is_that_of_the_network() -> None:
     network, tokenizer = tiny_network("llama", vocab_size=320), makers.byte_level()
-    prompts, written = ["The cat", ""], [[5, 9, 7], [11]]
+    prompts, generated = ["The cat", ""], [[5, 9, 7], [11]]
     total, count = 0.0, 0
-    for prompt, ids in zip(prompts, written, strict=True):
+    for prompt, ids in zip(prompts, generated, strict=True):
         head = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
         logits = network(input_ids=torch.tensor([head + ids])).logits[0].log_softmax(-1)
         total -= sum(float(logits[len(head) - 1 + i, token]) for i, token in enumerate(ids))
         count += len(ids)
-    assert perplexity(tokenizer, network, prompts, written) == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert perplexity(tokenizer, network, prompts, generated) == pytest.approx(math.exp(total / count), rel=1e-4)
     assert math.isnan(perplexity(tokenizer, network, ["It"], [[]]))
 
 

@@ -1,4 +1,4 @@
-"""Law 1: the tokens that move an answer are exactly those the attention pattern shows it, for every family."""
+"""Law 1: exactly the tokens that the attention pattern allows change a position's logits, for every family."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("family", "kernel"), KERNELS)
-def test_answers_move_with_what_they_may_see(family: str, kernel: str) -> None:
+def test_logits_depend_on_exactly_the_allowed_tokens(family: str, kernel: str) -> None:
     denoiser = tiny_denoiser(family, kernel=kernel)
     for pattern in PATTERNS:
         assert torch.equal(attention_influence(denoiser, pattern), allowed_influence(denoiser, pattern)), pattern
@@ -32,7 +32,7 @@ def test_answers_move_with_what_they_may_see(family: str, kernel: str) -> None:
 @pytest.mark.parametrize(
     ("family", "kernel"), [("mistral", "sdpa"), ("qwen3", "eager"), ("gemma3_text", "sdpa"), ("modernbert", "sdpa")]
 )
-def test_sliding_windows_survive_a_mask_of_our_own(family: str, kernel: str) -> None:
+def test_sliding_windows_are_kept_under_a_custom_mask(family: str, kernel: str) -> None:
     changes = {
         "mistral": {"sliding_window": 2},
         "qwen3": {"sliding_window": 2, "use_sliding_window": True, "max_window_layers": 0},
@@ -40,9 +40,9 @@ def test_sliding_windows_survive_a_mask_of_our_own(family: str, kernel: str) -> 
         "modernbert": {"local_attention": 2, "layer_types": ["sliding_attention", "sliding_attention"]},
     }[family]
     denoiser = tiny_denoiser(family, kernel=kernel, shift=0, **changes)
-    seen = attention_influence(denoiser, Bidirectional(), n=9)
+    influence = attention_influence(denoiser, Bidirectional(), n=9)
     distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
-    assert torch.equal(seen, distance <= 2)  # two layers that each see one token to either side
+    assert torch.equal(influence, distance <= 2)  # two layers, each with a window of one token to either side
 
 
 def test_a_network_that_ignores_its_mask_is_refused() -> None:
@@ -54,7 +54,7 @@ def test_a_network_that_ignores_its_mask_is_refused() -> None:
         check_attention(denoiser)
 
 
-def test_a_kernel_that_would_ignore_the_mask_is_refused() -> None:
+def test_a_kernel_that_ignores_the_mask_is_refused() -> None:
     denoiser = tiny_denoiser("llama")
     denoiser.network.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2"):
@@ -69,7 +69,7 @@ def test_a_network_without_position_ids_is_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "roberta", "albert", "distilbert", "electra", "gpt_neox", "phi3"])
-def test_documents_and_padding_do_not_see_each_other(family: str) -> None:
+def test_documents_and_padding_do_not_attend_to_each_other(family: str) -> None:
     denoiser = tiny_denoiser(family)
     row = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 0, 0]])
     document = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
@@ -87,5 +87,5 @@ def test_prefix_attention() -> None:
     canvas = Canvas.from_tokens([[5, 6, 7, None, None]], noise=47, pad=0)
     other = Canvas.from_tokens([[5, 6, 7, None, None]], noise=46, pad=0)
     a, b = denoiser(canvas).logits[0], denoiser(other).logits[0]
-    moved = (a - b).nan_to_num().abs().amax(-1) > 1e-6
-    assert moved.tolist() == [False, False, False, True, True]
+    changed = (a - b).nan_to_num().abs().amax(-1) > 1e-6
+    assert changed.tolist() == [False, False, False, True, True]

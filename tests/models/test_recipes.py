@@ -1,4 +1,4 @@
-"""Recipes are the rows of the design's table, and refuse what does not fit together."""
+"""Recipes have the documented settings, and refuse settings that exclude each other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
 from diffusify.diffusion.schedules import Cosine
-from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, of_model
+from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, saved_recipe
 from tests.families import tiny_denoiser
 
 
-def test_rows() -> None:
+def test_settings_of_the_recipes() -> None:
     assert (ar().shift, ar().attention, ar().time, ar().objective.weight) == (1, Bidirectional(), PerText(), Elbo())
     assert (mlm().shift, mlm().time, mlm().objective) == (
         0,
@@ -28,7 +29,7 @@ def test_rows() -> None:
     assert block(masked=True).objective.distill == block(ar_weight=0.0).objective.distill == 0.0
 
 
-def test_annealing_opens_the_future_linearly_and_repeats_itself() -> None:
+def test_annealing_is_linear_and_deterministic() -> None:
     recipe = ar(annealing_steps=10)
     patterns = [recipe.at(step, 0.0).attention for step in range(12)]
     shares = [pattern.share if isinstance(pattern, Annealed) else 1.0 for pattern in patterns]
@@ -37,13 +38,11 @@ def test_annealing_opens_the_future_linearly_and_repeats_itself() -> None:
     assert ar(annealing_steps=0).at(0, 0.0).attention == Bidirectional()
 
 
-def test_the_annealed_share_of_looks_ahead_is_allowed() -> None:
-    from diffusify.canvas import Canvas
-
-    seen = Annealed(0.3, seed=1)(Canvas.clean(torch.zeros(1, 200, dtype=torch.long))).visible()[0]
+def test_annealing_allows_a_share_of_attention_to_later_positions() -> None:
+    visible = Annealed(0.3, seed=1)(Canvas.clean(torch.zeros(1, 200, dtype=torch.long))).visible()[0]
     ahead = torch.ones(200, 200).triu(1).bool()
-    assert seen[~ahead].all()
-    assert abs(float(seen[ahead].float().mean()) - 0.3) < 0.01
+    assert visible[~ahead].all()
+    assert abs(float(visible[ahead].float().mean()) - 0.3) < 0.01
 
 
 def test_an_ar_loss_without_a_causal_clean_half_is_refused() -> None:
@@ -51,7 +50,7 @@ def test_an_ar_loss_without_a_causal_clean_half_is_refused() -> None:
         Recipe("x", 1, Bidirectional(), PerText(), Objective(ar_weight=0.5))
     with pytest.raises(ValueError, match=r"distill=0.5 need shift=1"):
         block(4, masked=True, distill=0.5)
-    with pytest.raises(ValueError, match="token-causal clean half"):  # its answers would be read from noisy text
+    with pytest.raises(ValueError, match="token-causal clean half"):  # its AR logits would come from noisy text
         replace(as_is(), objective=Objective(ar_weight=0.5))
 
 
@@ -61,13 +60,13 @@ def test_empty_blocks_are_refused(size: int) -> None:
         block(size)
 
 
-def test_the_card_says_what_the_recipe_decided() -> None:
-    card = block(8).diffusion_config("LlamaForCausalLM", 7, "some/base")
-    assert (card.block_size, card.shift, card.mask_token_id, card.sees_right_context) == (8, 1, 7, False)
+def test_the_diffusion_config_has_the_recipes_settings() -> None:
+    config = block(8).diffusion_config("LlamaForCausalLM", 7, "some/base")
+    assert (config.block_size, config.shift, config.mask_token_id, config.sees_right_context) == (8, 1, 7, False)
     assert tiny_denoiser("llama").diffusion_config.sees_right_context
 
 
-def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
+def test_options_of_mlm() -> None:
     assert mlm(prefix=True).attention == Prefix()
     plain = mlm(mask_ratio=0.15, label_smoothing=0.1)
     assert (plain.time, plain.objective) == (Fixed(0.15), Objective(Flat(), per="open", label_smoothing=0.1))
@@ -77,13 +76,13 @@ def test_masked_networks_have_a_prefix_and_a_plain_form() -> None:
 @pytest.mark.parametrize(
     "recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True), block(4, infilling=0.25)]
 )
-def test_a_card_is_enough_to_go_on(recipe: Recipe, tmp_path: Path) -> None:
-    assert of_model(str(tmp_path)) is None
+def test_training_continues_from_a_saved_config(recipe: Recipe, tmp_path: Path) -> None:
+    assert saved_recipe(str(tmp_path)) is None
     recipe.diffusion_config("X", 7, "some/base").save(tmp_path)
-    assert of_model(str(tmp_path)) == recipe
+    assert saved_recipe(str(tmp_path)) == recipe
 
 
-def test_a_curriculum_grows_and_ends_with_the_size_itself() -> None:
+def test_a_curriculum_ends_with_the_block_size() -> None:
     recipe = block(8, curriculum=(1, 2, 4), complement=True)
     stages = [recipe.at(3, progress / 20) for progress in range(21)]
     sizes = [stage.attention.size for stage in stages if isinstance(stage.attention, BlockCausal)]
@@ -92,31 +91,33 @@ def test_a_curriculum_grows_and_ends_with_the_size_itself() -> None:
     assert block(8).at(0, 0.0) == block(8) and recipe.at(9, 1.0) is recipe
 
 
-def test_steps_of_infilling_are_spread_evenly_and_like_those_of_ar() -> None:
+def test_infilling_steps_are_spread_evenly_and_equal_those_of_ar() -> None:
     recipe = block(4, infilling=0.3, curriculum=(1,))
     steps = [recipe.at(step, 0.0) for step in range(100)]
-    full = [step.attention == Bidirectional() for step in steps]
-    assert [sum(full[start : start + 10]) for start in range(0, 100, 10)] == [3] * 10
-    ours = next(step for step in steps if step.attention == Bidirectional())
-    assert (ours.time, ours.objective) == (ar().time, ar().objective)
-    assert {step.attention for step, whole in zip(steps, full, strict=True) if not whole} == {BlockCausal(1, "token")}
-    card = recipe.diffusion_config("LlamaForCausalLM", 7, "some/base")
-    assert card.sees_right_context and card.block_size == 4 and card.keeps_ar_model
-    assert (card.infiller.attention, card.infiller.block_size) == (Bidirectional(), None)
+    infilling = [step.attention == Bidirectional() for step in steps]
+    assert [sum(infilling[start : start + 10]) for start in range(0, 100, 10)] == [3] * 10
+    first = next(step for step in steps if step.attention == Bidirectional())
+    assert (first.time, first.objective) == (ar().time, ar().objective)
+    assert {step.attention for step, fills in zip(steps, infilling, strict=True) if not fills} == {
+        BlockCausal(1, "token")
+    }
+    config = recipe.diffusion_config("LlamaForCausalLM", 7, "some/base")
+    assert config.sees_right_context and config.block_size == 4 and config.keeps_ar_model
+    assert (config.infiller.attention, config.infiller.block_size) == (Bidirectional(), None)
     assert block().diffusion_config("X", 7, "b").infiller.attention == BlockCausal(4, "token")
 
 
-def test_what_does_not_go_together_in_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"curriculum=\(2,\) is of block sizes"):
+def test_settings_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"curriculum=\(2,\) lists block sizes"):
         replace(ar(), curriculum=(2,))
     with pytest.raises(ValueError, match="complement=True"):
         replace(block(4, complement=True), schedule=Cosine())
-    with pytest.raises(ValueError, match="annealing_steps=5 lead to full attention"):
+    with pytest.raises(ValueError, match="annealing_steps=5 need attention=Bidirectional"):
         replace(block(4), annealing_steps=5)
     for base, share in ((block(4), 1.0), (ar(), 0.2)):
         with pytest.raises(ValueError, match=f"infilling={share} is a share of block"):
             replace(base, infilling=share)
-    with pytest.raises(ValueError, match=r"distill=0.5 is taught by a left-to-right network"):
+    with pytest.raises(ValueError, match=r"distill=0.5 needs an autoregressive teacher"):
         block(4, masked=True, distill=0.5, teacher="base")
     with pytest.raises(ValueError, match="tilt=0"):
         block(4, tilt=0.0)

@@ -1,4 +1,4 @@
-"""Attention in tiles is transformers' own, forwards and backwards."""
+"""Tiled attention equals transformers' own, in the forward and the backward pass."""
 
 from typing import Any
 
@@ -19,25 +19,27 @@ PATTERNS = [Causal(), Annealed(0.3), Bidirectional(), BlockCausal(3), BlockCausa
 
 def gradients(denoiser: Denoiser, canvas: Canvas, clean: torch.Tensor, pattern: AttentionPattern) -> dict[str, Any]:
     denoiser.zero_grad()
-    answers = denoiser(canvas, clean, positions=canvas.open, attention=pattern).logits
-    answers.log_softmax(-1)[:, 0].sum().backward()
-    return {"answers": answers} | {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
+    logits = denoiser(canvas, clean, positions=canvas.open, attention=pattern).logits
+    logits.log_softmax(-1)[:, 0].sum().backward()
+    return {"logits": logits} | {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
 
 
 def noisy(documents: torch.Tensor, seed: int = 0) -> tuple[Canvas, torch.Tensor]:
-    luck = torch.Generator().manual_seed(seed)
-    clean = torch.randint(1, MASK, documents.shape, generator=luck)
-    open = (torch.rand(documents.shape, generator=luck) < 0.5) & (documents > 0)
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(1, MASK, documents.shape, generator=generator)
+    open = (torch.rand(documents.shape, generator=generator) < 0.5) & (documents > 0)
     open[:, 1] = True
     return Canvas(clean.masked_fill(open, MASK), open, documents > 0, documents), clean
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_learns_the_same(family: str, pattern: AttentionPattern, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_has_the_same_gradients(
+    family: str, pattern: AttentionPattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if family == "gemma2":
-        pytest.skip("its scores are capped, which sdpa cannot do")
-    monkeypatch.setattr(tiled_attention, "SIDE", 4)
+        pytest.skip("its scores are capped, which sdpa does not support")
+    monkeypatch.setattr(tiled_attention, "TILE_SIZE", 4)
     denoiser = tiny_denoiser(family)
     canvas, clean = noisy(torch.tensor([[1] * 13, [1] * 6 + [2] * 5 + [0] * 2]))
     plain = gradients(denoiser, canvas, clean, pattern)
@@ -51,42 +53,42 @@ def test_every_family_learns_the_same(family: str, pattern: AttentionPattern, mo
 
 @settings(deadline=None, max_examples=60)
 @given(
-    side=st.integers(1, 9),
+    tile_size=st.integers(1, 9),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     pattern=st.sampled_from(PATTERNS),
     seed=st.integers(0, 99),
 )
-def test_any_mask_in_tiles_of_any_size(side: int, sizes: list[int], pattern: AttentionPattern, seed: int) -> None:
+def test_any_mask_in_tiles_of_any_size(tile_size: int, sizes: list[int], pattern: AttentionPattern, seed: int) -> None:
     documents = torch.tensor([[n for n, size in enumerate(sizes, 1) for _ in range(size)]])
     canvas, clean = noisy(torch.nn.functional.pad(documents, (0, 2)), seed)
     bias = pattern(canvas, clean).bias(torch.float32)
-    luck = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     query, key, value = (
-        torch.randn(1, heads, bias.shape[-1], 4, generator=luck).requires_grad_() for heads in (4, 2, 2)
+        torch.randn(1, heads, bias.shape[-1], 4, generator=generator).requires_grad_() for heads in (4, 2, 2)
     )
-    mine: Any = tiled_attention._Tiled.apply(query, key, value, _cut(bias, side), 0.5)
-    wide = [part.repeat_interleave(2, 1) for part in (key, value)]
-    plain = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=bias, scale=0.5)
-    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
-    weight = torch.randn(mine.shape, generator=luck)
+    tiled: Any = tiled_attention._TiledAttention.apply(query, key, value, cut_into_tiles(bias, tile_size), 0.5)
+    repeated = [heads.repeat_interleave(2, 1) for heads in (key, value)]
+    plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=bias, scale=0.5)
+    torch.testing.assert_close(tiled, plain, atol=1e-5, rtol=1e-4)
+    weight = torch.randn(tiled.shape, generator=generator)
     for a, b in zip(
-        torch.autograd.grad((mine * weight).sum(), (query, key, value)),
+        torch.autograd.grad((tiled * weight).sum(), (query, key, value)),
         torch.autograd.grad((plain * weight).sum(), (query, key, value)),
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
-def test_what_nobody_looks_at_is_not_computed() -> None:
+def test_fully_masked_tiles_are_skipped() -> None:
     canvas, clean = noisy(torch.ones(1, 64, dtype=torch.long))
-    strips = _cut(BlockCausal(4)(canvas, clean).bias(torch.float32), 16)
-    seen = [sum(stretch.stop - stretch.start for stretch in strip.stretches) for strip in strips]
-    assert seen == [32, 48, 64, 80, 16, 32, 48, 64]  # own block and clean history; clean history
+    tiles = cut_into_tiles(BlockCausal(4)(canvas, clean).bias(torch.float32), 16)
+    computed = [sum(keys.stop - keys.start for keys in tile.key_ranges) for tile in tiles]
+    assert computed == [32, 48, 64, 80, 16, 32, 48, 64]  # noisy: own block and clean history; clean: clean history
 
 
-def test_a_mask_is_cut_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts, cut = [], tiled_attention._strips
-    monkeypatch.setattr(tiled_attention, "_strips", lambda bias: cuts.append(1) or cut(bias))
+def test_a_mask_is_cut_into_tiles_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts, cut = [], tiled_attention._tiles
+    monkeypatch.setattr(tiled_attention, "_tiles", lambda bias: cuts.append(1) or cut(bias))
     denoiser = tiny_denoiser("llama")
     use_tiled_attention(denoiser.network)
     canvas, clean = noisy(torch.ones(2, 9, dtype=torch.long))
@@ -95,7 +97,7 @@ def test_a_mask_is_cut_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @torch.no_grad()
-def test_without_a_gradient_everything_is_as_before() -> None:
+def test_without_gradients_sdpa_is_used() -> None:
     denoiser = tiny_denoiser("llama")
     canvas, clean = noisy(torch.ones(2, 9, dtype=torch.long))
     before = denoiser(canvas, clean, attention=BlockCausal(3)).logits
@@ -103,7 +105,7 @@ def test_without_a_gradient_everything_is_as_before() -> None:
     assert torch.equal(denoiser(canvas, clean, attention=BlockCausal(3)).logits, before)
 
 
-def _cut(bias: torch.Tensor, side: int) -> list[tiled_attention.Strip]:
+def cut_into_tiles(bias: torch.Tensor, tile_size: int) -> list[tiled_attention.QueryTile]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled_attention, "SIDE", side)
-        return tiled_attention._strips(bias)
+        patch.setattr(tiled_attention, "TILE_SIZE", tile_size)
+        return tiled_attention._tiles(bias)

@@ -1,4 +1,4 @@
-"""Strings in, strings out: batches, completions, lengths that the model tells, chats."""
+"""`DiffusionLM` and its settings: batches, infilling, predicted lengths, chats, guidance and presets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,47 +32,46 @@ def model(attention: AttentionPattern = Bidirectional(), family: str = "llama") 
 
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4), BlockCausal(4, clean="block")])
 @pytest.mark.parametrize("policy", [None, Rdm(), Unmask()])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(attention, policy) -> None:
-    """Law 5."""
+def test_a_batch_gives_the_texts_of_single_prompts(attention, policy) -> None:
     lm = model(attention)
-    together = lm.generate(PROMPTS, max_new_tokens=9, policy=policy)
-    alone = [lm.generate(prompt, max_new_tokens=9, policy=policy) for prompt in PROMPTS]
+    together = lm.generate(PROMPTS, max_new_tokens=6, policy=policy)
+    alone = [lm.generate(prompt, max_new_tokens=6, policy=policy) for prompt in PROMPTS]
     assert [result.text for result in together] == [result.text for result in alone]
     assert [result.tokens for result in together] == [result.tokens for result in alone]
     assert all(result.text == prompt + (result.completion or "") for result, prompt in zip(alone, PROMPTS, strict=True))
 
 
-def test_a_model_of_blocks_that_learnt_to_fill_holes_does_both() -> None:
-    """Each is what a model of that kind alone would write, with the same weights."""
-    blocks, full = model(BlockCausal(4)), model(Bidirectional())
+def test_a_block_model_with_an_infilling_attention_does_both() -> None:
+    """With the same weights, it continues as a block model and infills as a bidirectional model."""
+    block, full = model(BlockCausal(4)), model(Bidirectional())
     both = model(BlockCausal(4))
     both.denoiser.diffusion_config = replace(both.config, infilling=Bidirectional())
-    for one in (full, both):
-        one.denoiser.network = blocks.denoiser.network
+    for lm in (full, both):
+        lm.denoiser.network = block.denoiser.network
     texts = ["The [[4]] sat on the mat", "so [[2-5]] it [[3]] is"]
     assert [r.text for r in both.infill(texts)] == [r.text for r in full.infill(texts)]
     assert [r.text for r in both.infill(texts, window=4)] == [r.text for r in full.infill(texts, window=4)]
     for settings in ({}, {"tolerance": 0.0}):
-        theirs = blocks.generate(PROMPTS, max_new_tokens=9, **settings)
-        assert [r.text for r in both.generate(PROMPTS, max_new_tokens=9, **settings)] == [r.text for r in theirs]
-    assert both.config.sees_right_context and not blocks.config.sees_right_context
+        expected = block.generate(PROMPTS, max_new_tokens=6, **settings)
+        assert [r.text for r in both.generate(PROMPTS, max_new_tokens=6, **settings)] == [r.text for r in expected]
+    assert both.config.sees_right_context and not block.config.sees_right_context
 
 
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
 @pytest.mark.parametrize("policy", [Unmask(rank=Random()), Ancestral(), Rdm(noise=1.0), ReMdm(eta=0.3)])
-def test_drawn_texts_do_not_depend_on_neighbours(attention: AttentionPattern, policy: Policy) -> None:
-    """Law 5, with luck: each text has a seed of its own, which gives it again alone."""
+def test_sampled_texts_do_not_depend_on_neighbours(attention: AttentionPattern, policy: Policy) -> None:
+    """Each text has its own seed, which gives the same text on its own."""
     lm = model(attention)
-    together = lm.generate(PROMPTS, max_new_tokens=9, policy=policy, temperature=1.0, seed=7)
+    together = lm.generate(PROMPTS, max_new_tokens=6, policy=policy, temperature=1.0, seed=7)
     assert [result.seed for result in together] == [7, 8, 9]
     for prompt, result in zip(PROMPTS, together, strict=True):
-        alone = lm.generate(prompt, max_new_tokens=9, policy=policy, temperature=1.0, seed=result.seed)
+        alone = lm.generate(prompt, max_new_tokens=6, policy=policy, temperature=1.0, seed=result.seed)
         assert alone.text == result.text
-    tries = lm.generate([PROMPTS[0]] * 3, max_new_tokens=9, policy=policy, temperature=1.0)
-    assert len({result.text for result in tries}) > 1
+    samples = lm.generate([PROMPTS[0]] * 3, max_new_tokens=6, policy=policy, temperature=1.0)
+    assert len({result.text for result in samples}) > 1
 
 
-def test_each_prompt_may_have_its_own_room() -> None:
+def test_each_prompt_may_have_its_own_max_new_tokens() -> None:
     lm = model()
     short, long = lm.generate(PROMPTS[:2], max_new_tokens=[2, 11], temperature=1.0)
     assert short.tokens <= 2 and long.tokens <= 11
@@ -80,7 +79,7 @@ def test_each_prompt_may_have_its_own_room() -> None:
         lm.generate(PROMPTS, max_new_tokens=[2, 3])
 
 
-def test_infills_come_in_batches_too() -> None:
+def test_infilling_in_batches() -> None:
     lm = model()
     texts = ["The [[3]] sat on [[2]] mat", "so [[4]]"]
     together = lm.infill(texts)
@@ -88,138 +87,141 @@ def test_infills_come_in_batches_too() -> None:
     assert [len(result.spans or ()) for result in together] == [2, 1]
 
 
-def test_the_surest_size_of_a_hole_is_kept() -> None:
+def test_the_most_confident_length_of_a_span_is_kept() -> None:
     lm = model()
     result = lm.infill("The [[2-4]] on the mat")
-    each = []
-    for size in (2, 3, 4):
-        writing = lm.prepare_infilling([f"The [[{size}]] on the mat"], SamplingConfig())
-        *_, last = writing
-        each.append((last.score[0][last.canvas.editable[0]].mean().detach().item(), writing.results()[0].text))
-    assert result.text == max(each)[1]
+    candidates = []
+    for length in (2, 3, 4):
+        run = lm.prepare_infilling([f"The [[{length}]] on the mat"], SamplingConfig())
+        *_, last = run
+        candidates.append((last.score[0][last.canvas.editable[0]].mean().detach().item(), run.results()[0].text))
+    assert result.text == max(candidates)[1]
     together = lm.infill(["The [[2-4]] on the mat", "so [[3]] it"])
-    assert [one.text for one in together] == [result.text, lm.infill("so [[3]] it").text]
+    assert [each.text for each in together] == [result.text, lm.infill("so [[3]] it").text]
 
 
-def test_the_surest_of_the_likeliest_lengths_is_written() -> None:
+def test_the_most_confident_of_the_predicted_lengths_is_kept() -> None:
     lm = model()
     torch.manual_seed(3)
     lm.denoiser.add_length_head(12)
     prompt = "The cat"
-    written = lm.generate(prompt, length_beam=4)
+    result = lm.generate(prompt, length_beam=4)
     canvas = next(iter(lm.prepare_generation([prompt], 1, SamplingConfig()))).canvas
-    likeliest = (lm.denoiser.lengths(canvas).topk(4).indices[0] + 1).tolist()
+    lengths = (lm.denoiser.length_logits(canvas).topk(4).indices[0] + 1).tolist()
     candidates = []
-    for length in likeliest:
-        writing = lm.prepare_generation([prompt], length, SamplingConfig())
-        *_, last = writing
-        result = writing.results()[0]
-        score = last.score[0][last.canvas.editable[0]][: result.tokens].mean().detach().item() if result.tokens else 0.0
-        candidates.append((score, result.text))
-    assert written.text == max(candidates)[1]
+    for length in lengths:
+        run = lm.prepare_generation([prompt], length, SamplingConfig())
+        *_, last = run
+        candidate = run.results()[0]
+        scores = last.score[0][last.canvas.editable[0]][: candidate.tokens]
+        candidates.append((scores.mean().detach().item() if candidate.tokens else 0.0, candidate.text))
+    assert result.text == max(candidates)[1]
     assert lm.generate(prompt, length_beam=1).text == candidates[0][1]
-    assert lm.generate(prompt, max_new_tokens=5).tokens <= 5  # a given length is kept to
+    assert lm.generate(prompt, max_new_tokens=5).tokens <= 5  # max_new_tokens overrides the predictions
 
 
-def test_told_lengths_stay_within_what_the_model_sees() -> None:
+def test_predicted_lengths_fit_into_the_context() -> None:
     lm = model()
     lm.denoiser.add_length_head(400)
-    assert lm.generate("The cat " * 30, length_beam=2).text.startswith("The cat")
+    assert lm.generate("The cat " * 30, length_beam=2, steps=2).text.startswith("The cat")
 
 
-def test_an_answer_ends_where_its_turn_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_with_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model(BlockCausal(4))
     end = lm.chat_template.end_token_id
-    positions = [{"role": "user", "content": "is it so?"}]
+    messages = [{"role": "user", "content": "is it so?"}]
 
-    def always(canvas, *, positions):
-        """A model that says `it`, then ends its turn."""
+    def predict(canvas, *, positions):
+        """A model that answers " it", then ends its turn."""
         it = lm.tokenizer.encode(" it")[0]
         first = canvas.position_ids == (canvas.editable.long().cumsum(1) == 1).long().argmax(1, keepdim=True)
         logits = torch.zeros(int(positions.sum()), 320)
         logits[torch.arange(len(logits)), torch.where(first[positions], it, end)] = 9.0
-        return LazyLogits.of(logits)
+        return LazyLogits.from_tensor(logits)
 
-    monkeypatch.setattr(lm.denoiser, "predict", always)
-    answer = lm.chat(positions, max_new_tokens=16, cache="none")
+    monkeypatch.setattr(lm.denoiser, "predict", predict)
+    answer = lm.chat(messages, max_new_tokens=16, cache="none")
     assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
-    with pytest.raises(ValueError, match="already"):
-        lm.chat([*positions, {"role": "assistant", "content": "yes"}])
+    with pytest.raises(ValueError, match="the last message is the assistant's"):
+        lm.chat([*messages, {"role": "assistant", "content": "yes"}])
 
 
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
-def test_guidance_is_the_formula_of_the_paper(attention: AttentionPattern) -> None:
-    """LLaDA: without the prompt + (scale + 1) x the difference the prompt makes; none at scale 0."""
+def test_guidance_is_llada_s_formula(attention: AttentionPattern) -> None:
+    """LLaDA's formula: unconditional + (scale + 1) * (conditional - unconditional)."""
     lm = model(attention)
     canvas = next(iter(lm.prepare_generation(["The cat"], 6, SamplingConfig()))).canvas
     positions, mask = canvas.open, lm.config.mask_token_id
     guided = GuidedDenoiser(lm.denoiser.predict, lm.denoiser.predict, 1.5, mask)(canvas, positions=positions).logits
-    blind = canvas.tokens.masked_fill(~canvas.editable & (canvas.position_ids > 0), mask)
-    given, free = (lm.denoiser(replace(canvas, tokens=t), positions=positions).logits for t in (canvas.tokens, blind))
-    finite = given.isfinite()
-    torch.testing.assert_close(guided[finite], (free + 2.5 * (given - free))[finite])
-    assert torch.equal(guided.isfinite(), finite) and not torch.allclose(guided[finite], given[finite])
-    plain, none = (lm.generate("The cat", 6, **more).text for more in ({}, {"guidance": 0.0}))
+    masked = canvas.tokens.masked_fill(~canvas.editable & (canvas.position_ids > 0), mask)
+    conditional, unconditional = (
+        lm.denoiser(replace(canvas, tokens=tokens), positions=positions).logits for tokens in (canvas.tokens, masked)
+    )
+    finite = conditional.isfinite()
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(guided[finite], expected[finite])
+    assert torch.equal(guided.isfinite(), finite) and not torch.allclose(guided[finite], conditional[finite])
+    plain, zero = (lm.generate("The cat", 6, **more).text for more in ({}, {"guidance": 0.0}))
     cached, uncached = (lm.generate("The cat", 6, guidance=2.0, cache=c).text for c in ("exact", "none"))
-    assert plain == none and cached == uncached
+    assert plain == zero and cached == uncached
 
 
-def test_a_window_is_written_before_the_next() -> None:
+def test_windows_are_decoded_from_left_to_right() -> None:
     lm = model()
-    seen = [frame.canvas.open[0] for frame in lm.prepare_generation(["The"], 12, SamplingConfig(window=4))]
+    frames = [frame.canvas.open[0] for frame in lm.prepare_generation(["The"], 12, SamplingConfig(window=4))]
     positions = lm.prepare_generation(["The"], 12, SamplingConfig()).canvas.position_ids[0]
-    for open in seen:
+    for open in frames:
         if open.any():
             first = positions[open][0] // 4
             assert open[positions // 4 > first].all() or first == positions.max() // 4
 
 
-def test_a_repetition_penalty_is_that_of_transformers() -> None:
+def test_repetition_penalty_equals_transformers() -> None:
     lm = model()
     canvas = lm.prepare_generation(["The cat and the dog"], 3, SamplingConfig()).canvas
     logits = torch.randn(3, 320)
-    theirs: Any = RepetitionPenaltyLogitsProcessor(1.7)
-    ours = Sampler(repetition_penalty=1.7).shaped(LazyLogits.of(logits), canvas, canvas.open).logits
+    reference: Any = RepetitionPenaltyLogitsProcessor(1.7)
+    sampler = Sampler(repetition_penalty=1.7)
+    actual = sampler.process_logits(LazyLogits.from_tensor(logits), canvas, canvas.open).logits
     given = canvas.tokens[~canvas.open]
-    torch.testing.assert_close(ours, torch.cat([theirs(given[None], row[None]) for row in logits]))
+    torch.testing.assert_close(actual, torch.cat([reference(given[None], row[None]) for row in logits]))
 
 
-def test_lossless_texts_are_left_to_right_texts() -> None:
+def test_speculative_texts_do_not_depend_on_neighbours() -> None:
     lm = model(BlockCausal(4))
     together = lm.generate(PROMPTS, max_new_tokens=9, tolerance=0.0)
     alone = [lm.generate(prompt, max_new_tokens=9, tolerance=0.0) for prompt in PROMPTS]
     assert [result.text for result in together] == [result.text for result in alone]
     assert all(result.forwards <= 9 for result in alone)
-    drawn = lm.generate(PROMPTS, max_new_tokens=9, tolerance=0.0, temperature=1.0, seed=3)
-    for prompt, result in zip(PROMPTS, drawn, strict=True):
+    sampled = lm.generate(PROMPTS, max_new_tokens=9, tolerance=0.0, temperature=1.0, seed=3)
+    for prompt, result in zip(PROMPTS, sampled, strict=True):
         again = lm.generate(prompt, max_new_tokens=9, tolerance=0.0, temperature=1.0, seed=result.seed)
         assert again.text == result.text
-    with pytest.raises(ValueError, match="keeps its left-to-right half"):
+    with pytest.raises(ValueError, match="keeps its AR half"):
         model().generate("The", max_new_tokens=4, tolerance=0.0)
 
 
-def test_texts_of_a_batch_may_each_have_settings() -> None:
+def test_each_text_of_a_batch_may_have_its_own_settings() -> None:
     lm = model()
-    each = [
+    per_text = [
         SamplingConfig(temperature=1.0, seed=4),
         SamplingConfig(threshold=0.02, suppress_tokens=(65, 66)),
         SamplingConfig(policy=Klass(), window=3, seed=9),
     ]
-    together = lm.prepare_generation(PROMPTS, 9, each).results()
+    together = lm.prepare_generation(PROMPTS, 9, per_text).results()
     assert [result.seed for result in together] == [4, 0, 9]
-    for prompt, settings, result in zip(PROMPTS, each, together, strict=True):
+    for prompt, settings, result in zip(PROMPTS, per_text, together, strict=True):
         assert lm.prepare_generation([prompt], 9, settings).results()[0].text == result.text
     with pytest.raises(ValueError, match="2 settings for 3 texts"):
-        lm.prepare_generation(PROMPTS, 9, each[:2])
+        lm.prepare_generation(PROMPTS, 9, per_text[:2])
     with pytest.raises(ValueError, match="guidance must be the same"):
-        lm.prepare_generation(PROMPTS[:2], 9, [each[0], replace(each[0], guidance=1.0)])
-    with pytest.raises(ValueError, match="a policy that revokes"):
-        lm.prepare_generation(PROMPTS[:2], 9, [each[0], SamplingConfig(policy=Wino())])
+        lm.prepare_generation(PROMPTS[:2], 9, [per_text[0], replace(per_text[0], guidance=1.0)])
+    with pytest.raises(ValueError, match="a policy with shadow masks"):
+        lm.prepare_generation(PROMPTS[:2], 9, [per_text[0], SamplingConfig(policy=Wino())])
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_revoking_is_told_what_is_written(family: str) -> None:
-    """Written tokens are doubted, not reread: with them in sight they would be kept or not for another reason."""
+def test_wino_terminates_and_does_not_depend_on_neighbours(family: str) -> None:
     lm = model(family=family)
     result = lm.generate("The cat", max_new_tokens=12, policy=Wino(threshold=0.005))
     assert result.tokens <= 12 and result.forwards <= 12
@@ -227,22 +229,22 @@ def test_revoking_is_told_what_is_written(family: str) -> None:
     assert again[0].text == result.text
 
 
-def test_suppressed_tokens_are_those_of_transformers() -> None:
+def test_suppressed_tokens_equal_transformers() -> None:
     lm = model(BlockCausal(4))
     plain = lm.prepare_generation(["The cat"], 8, SamplingConfig(tolerance=0.0))
     plain.results()
-    worst = int(plain.canvas.tokens[0, -8:].mode().values)
-    writing = lm.prepare_generation(["The cat"], 8, SamplingConfig(tolerance=0.0, suppress_tokens=(worst,)))
-    writing.results()
-    given = writing.canvas.tokens[:, :-8]
+    suppressed = int(plain.canvas.tokens[0, -8:].mode().values)
+    run = lm.prepare_generation(["The cat"], 8, SamplingConfig(tolerance=0.0, suppress_tokens=(suppressed,)))
+    run.results()
+    given = run.canvas.tokens[:, :-8]
     generate: Any = lm.denoiser.network.generate
     settings = GenerationConfig(
         max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=lm.tokenizer.end_token_id,
-        suppress_tokens=[worst, lm.config.mask_token_id],
+        suppress_tokens=[suppressed, lm.config.mask_token_id],
     )  # fmt: skip
     expected = generate(given, generation_config=settings, attention_mask=torch.ones_like(given))
-    made = writing.canvas.tokens[0, : expected.shape[1]]
-    assert made.tolist() == expected[0].tolist() and worst not in made[-8:].tolist()
+    actual = run.canvas.tokens[0, : expected.shape[1]]
+    assert actual.tolist() == expected[0].tolist() and suppressed not in actual[-8:].tolist()
 
 
 SETTINGS = {
@@ -262,15 +264,15 @@ SETTINGS = {
 
 
 @given(st.fixed_dictionaries({}, optional=SETTINGS))
-def test_settings_survive_json(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any]) -> None:
+def test_settings_are_saved_and_loaded(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any]) -> None:
     settings, file = SamplingConfig(**given), tmp_path_factory.mktemp("settings") / "sampling_config.json"
     settings.save(file)
     assert SamplingConfig.load(file) == settings
 
 
-def test_settings_that_do_not_read_are_refused_by_name(tmp_path: Path) -> None:
+def test_errors_name_the_settings_file(tmp_path: Path) -> None:
     file = tmp_path / "fast.json"
-    with pytest.raises(ValueError, match="fast.json does not read"):
+    with pytest.raises(ValueError, match="fast.json is not a valid settings file"):
         SamplingConfig.load(file)
     for text, message in (
         ('{"stepz": 3}', 'has no "stepz"; did you mean "steps"'),
@@ -278,10 +280,10 @@ def test_settings_that_do_not_read_are_refused_by_name(tmp_path: Path) -> None:
         ("{", ""),
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=rf"fast.json does not read as settings: .*{message}"):
+        with pytest.raises(ValueError, match=rf"fast.json is not a valid settings file: .*{message}"):
             SamplingConfig.load(file)
-    with pytest.raises(ValueError, match="is code, which settings cannot keep"):
-        SamplingConfig(logits_processor=lambda logits, canvas, asked: logits).save(file)
+    with pytest.raises(ValueError, match="is code, which cannot be saved"):
+        SamplingConfig(logits_processor=lambda logits, canvas, positions: logits).save(file)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +320,6 @@ def test_presets_suit_the_model(family: str, attention: AttentionPattern, recipe
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)

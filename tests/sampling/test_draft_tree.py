@@ -1,4 +1,4 @@
-"""The tree of drafts against the enumeration of all continuations."""
+"""The draft tree, compared with an enumeration of all continuations."""
 
 from itertools import product
 
@@ -10,76 +10,76 @@ from hypothesis import strategies as st
 from diffusify.sampling.draft_tree import DraftTree
 
 
-def drafts(seed: int, b: int, ahead: int, v: int) -> torch.Tensor:
+def draft_logits(seed: int, b: int, ahead: int, v: int) -> torch.Tensor:
     return 3 * torch.randn(b, ahead, v, generator=torch.Generator().manual_seed(seed))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(2, 5), st.integers(1, 12))
-def test_the_likeliest_drafts_are_those_of_the_enumeration(seed: int, b: int, ahead: int, v: int, count: int) -> None:
-    logits = drafts(seed, b, ahead, v)
-    tree = DraftTree.likeliest(logits, count)
-    likely = logits.softmax(-1)
+def test_the_tree_holds_the_most_likely_paths(seed: int, b: int, ahead: int, v: int, count: int) -> None:
+    logits = draft_logits(seed, b, ahead, v)
+    tree = DraftTree.from_logits(logits, count)
+    probs = logits.softmax(-1)
     for row in range(b):
-        every = sorted(
+        expected = sorted(
             (
-                (0.999**depth * float(torch.stack([likely[row, i, t] for i, t in enumerate(path)]).prod()), path)
+                (0.999**depth * float(torch.stack([probs[row, i, t] for i, t in enumerate(path)]).prod()), path)
                 for depth in range(1, ahead + 1)
                 for path in product(range(v), repeat=depth)
             ),
             reverse=True,
         )[:count]
-        made = [tuple(t for t in path if t >= 0) for path in tree.path[row].tolist()]
-        assert made[0] == () and len(set(made)) == len(made)
-        assert set(made[1:]) == {path for _, path in every}
-        expected = torch.tensor([1.0, *(chance for chance, _ in every)])
-        torch.testing.assert_close(tree.chance[row].sort(descending=True).values, expected)
-        for i, path in enumerate(made):
-            assert tree.along[row, i].tolist() == [path[: len(other)] == other for other in made]
+        paths = [tuple(t for t in path if t >= 0) for path in tree.path[row].tolist()]
+        assert paths[0] == () and len(set(paths)) == len(paths)
+        assert set(paths[1:]) == {path for _, path in expected}
+        expected_probs = torch.tensor([1.0, *(prob for prob, _ in expected)])
+        torch.testing.assert_close(tree.prob[row].sort(descending=True).values, expected_probs)
+        for i, path in enumerate(paths):
+            assert tree.ancestors[row, i].tolist() == [path[: len(other)] == other for other in paths]
             assert tree.depth[row, i] == len(path)
-            assert made[int(tree.parent[row, i])] == path[:-1]
+            assert paths[int(tree.parent[row, i])] == path[:-1]
             if path:
                 assert tree.token[row, i] == path[-1]
 
 
-def test_where_nothing_is_drafted_nothing_is_tried() -> None:
-    logits = drafts(0, 1, 3, 9)
+def test_positions_without_drafts_get_no_nodes() -> None:
+    logits = draft_logits(0, 1, 3, 9)
     logits[:, 1:] = -torch.inf
-    tree = DraftTree.likeliest(logits, 12)
-    tried = tree.chance[0] > 0
-    assert tried.sum() == 10  # the root, and every token at the first place
-    assert (tree.depth[0, tried] <= 1).all()
-    right = torch.ones_like(tried)[None]
-    assert tried[tree.furthest(right, torch.zeros(right.shape))].all()
+    tree = DraftTree.from_logits(logits, 12)
+    used = tree.prob[0] > 0
+    assert used.sum() == 10  # the root, and every token at depth 1
+    assert (tree.depth[0, used] <= 1).all()
+    accepted = torch.ones_like(used)[None]
+    assert used[tree.last_accepted(accepted, torch.zeros(accepted.shape))].all()
 
 
-def test_the_text_goes_on_from_the_last_right_draft() -> None:
-    """Of two ways that are right as far, the likelier; a right token behind a wrong one does not count."""
+def test_the_deepest_accepted_node_is_chosen() -> None:
+    """Among equally deep nodes, that of the more likely path; an accepted node below a rejected one does not count."""
     path = [[-1, -1, -1], [4, -1, -1], [5, -1, -1], [4, 6, -1], [5, 7, -1], [5, 8, -1]]
     tree = DraftTree(torch.tensor([path]), torch.tensor([[1.0, 0.5, 0.3, 0.2, 0.1, 0.1]]))
-    likely = torch.tensor([[0.0, -1.0, -2.0, -1.0, -0.5, -0.1]])
+    log_prob = torch.tensor([[0.0, -1.0, -2.0, -1.0, -0.5, -0.1]])
 
-    def furthest(*right: int) -> int:
-        return int(tree.furthest(torch.tensor([[i in (0, *right) for i in range(6)]]), likely))
+    def last_accepted(*accepted: int) -> int:
+        return int(tree.last_accepted(torch.tensor([[i in (0, *accepted) for i in range(6)]]), log_prob))
 
-    assert furthest() == 0
-    assert furthest(3, 4) == 0
-    assert furthest(1, 2) == 1
-    assert furthest(2, 4) == 4
-    assert furthest(2, 4, 5) == 5
-    assert furthest(1, 2, 3, 4, 5) == 3
+    assert last_accepted() == 0
+    assert last_accepted(3, 4) == 0
+    assert last_accepted(1, 2) == 1
+    assert last_accepted(2, 4) == 4
+    assert last_accepted(2, 4, 5) == 5
+    assert last_accepted(1, 2, 3, 4, 5) == 3
 
 
 @pytest.mark.parametrize("count", [1, 4, 30])
-def test_masks_stand_where_the_text_is_likely_to_stand(count: int) -> None:
-    tree = DraftTree.likeliest(drafts(3, 2, 3, 9), 5)
-    owner, turn = tree.masks(count)
-    assert owner.shape == (2, min(count, 6 * 3))
-    stays = tree.chance.clone()
+def test_masks_follow_the_nodes_likely_to_be_accepted_last(count: int) -> None:
+    tree = DraftTree.from_logits(draft_logits(3, 2, 3, 9), 5)
+    node, offset = tree.place_masks(count)
+    assert node.shape == (2, min(count, 6 * 3))
+    is_last = tree.prob.clone()
     for row in range(2):
-        for place in range(1, 6):
-            stays[row, tree.parent[row, place]] -= tree.chance[row, place]
-        slots = list(zip(owner[row].tolist(), turn[row].tolist(), strict=True))
+        for child in range(1, 6):
+            is_last[row, tree.parent[row, child]] -= tree.prob[row, child]
+        slots = list(zip(node[row].tolist(), offset[row].tolist(), strict=True))
         assert len(set(slots)) == len(slots)
-        assert slots[0] == (int(stays[row].argmax()), 0)
-        for place, ahead in slots:
-            assert ahead == 0 or (place, ahead - 1) in slots  # no mask without those before it
+        assert slots[0] == (int(is_last[row].argmax()), 0)
+        for mask_node, mask_offset in slots:
+            assert mask_offset == 0 or (mask_node, mask_offset - 1) in slots  # no mask without those before it

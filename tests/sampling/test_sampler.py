@@ -1,4 +1,4 @@
-"""The loop: other people's samplers, exact distributions, and rows that keep to themselves."""
+"""The denoising loop: reference samplers, exact distributions, and independent rows."""
 
 from itertools import pairwise, product
 from pathlib import Path
@@ -31,24 +31,24 @@ def last(frames):
 
 
 class TopKTies:
-    """The default policy, with equals in the order of `torch.topk` instead of from left to right."""
+    """The default policy, with ties in the order of `torch.topk` instead of from left to right."""
 
     def __call__(self, state: StepState) -> Move:
-        ours = Unmask()(state)
-        write = torch.zeros_like(ours.write)
+        default = Unmask()(state)
+        write = torch.zeros_like(default.write)
         for row, count in enumerate(Evenly()(state).tolist()):
             write[row, state.guess.score[row].topk(count).indices] = True
         for row in range(len(write)):  # the same choice, up to ties
-            same = [state.guess.score[row][m[row]].sort().values for m in (ours.write, write)]
+            same = [state.guess.score[row][m[row]].sort().values for m in (default.write, write)]
             assert torch.equal(*same)
-        return Move(write, ours.erase)
+        return Move(write, default.erase)
 
 
 @pytest.mark.parametrize(("width", "steps"), [(32, 32), (32, 8), (8, 16), (4, 32)])
-def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
-    """LLaDA's sampler, run on a toy network by others' code: equal token for token.
+def test_low_confidence_decoding_equals_llada_s_sampler(width: int, steps: int) -> None:
+    """Token for token the output of LLaDA's own sampler on a toy network.
 
-    The toy gives equal logits to many positions; the peer broke those ties as `torch.topk` happens to.
+    The toy network gives equal logits to many positions, and LLaDA's sampler breaks ties in the order of `torch.topk`.
     """
     given = load_file(DATA / "low_confidence.safetensors")
     weight, prompts = given["toy_weight"], given["prompts"]
@@ -57,7 +57,7 @@ def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
         hidden = weight[canvas.tokens]
         logits = hidden + 0.7 * hidden.roll(1, 1) + 0.5 * hidden.roll(-1, 1) + hidden.mean(1, keepdim=True)
         logits[..., 63] = -torch.inf
-        return LazyLogits.of(logits[positions])
+        return LazyLogits.from_tensor(logits[positions])
 
     canvas = Canvas.from_tokens([[*prompt, *[None] * 32] for prompt in prompts.tolist()], noise=63, pad=0)
     window = (torch.arange(36) - 4).clamp_min(0) // width
@@ -68,13 +68,13 @@ def test_low_confidence_decoding_of_a_peer(width: int, steps: int) -> None:
 
 @pytest.mark.parametrize("curve", ["linear", "cosine"])
 @pytest.mark.parametrize("conditional", [False, True], ids=["uncond", "cond"])
-def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], conditional: bool) -> None:
-    """The authors' own routing on recorded logits: the same canvas after each of eight steps."""
+def test_rdm_decoding_equals_the_paper_s_code(curve: Literal["linear", "cosine"], conditional: bool) -> None:
+    """The same canvas after each of eight steps as the authors' routing on recorded logits."""
     given = load_file(DATA / f"rdm_decode_{'cond' if conditional else 'uncond'}_{curve}.safetensors")
     steps = iter(given["logits"])
 
     def recorded(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(next(steps)[positions])
+        return LazyLogits.from_tensor(next(steps)[positions])
 
     editable = given["editable"]
     start = Canvas(given["tokens"], editable, editable, torch.ones_like(given["tokens"]))
@@ -90,60 +90,60 @@ def test_rdm_decoding_of_the_paper_s_code(curve: Literal["linear", "cosine"], co
 @pytest.mark.parametrize("how", ["cap", "rescale"])
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 def test_remasking_keeps_the_noise_level(how: Literal["cap", "rescale"], schedule: NoiseSchedule) -> None:
-    """However much is taken back, the share that is open after each step is that of the schedule (ReMDM)."""
+    """The share of open positions after each step is that of the schedule, in spite of remasking (ReMDM)."""
     n, steps = 40_000, 8
 
     def flat(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(torch.zeros(int(positions.sum()), 3))
+        return LazyLogits.from_tensor(torch.zeros(int(positions.sum()), 3))
 
     policy = ReMdm(Ancestral(schedule), how, eta=0.5, schedule=schedule)
-    room = Canvas.from_tokens([[None] * n], noise=3, pad=0)
-    sampler = Sampler(Draw(1.0), policy, steps)
-    before, taken_back = room, 0
+    canvas = Canvas.from_tokens([[None] * n], noise=3, pad=0)
+    sampler = Sampler(policy=policy, steps=steps)
+    before, remasked = canvas, 0
     for step, frame in enumerate(
-        sampler(flat, room, noise=3, rng=RowGenerators((torch.Generator().manual_seed(0),))), 1
+        sampler(flat, canvas, noise=3, rng=RowGenerators((torch.Generator().manual_seed(0),))), 1
     ):
-        wanted = 1 - float(schedule.alpha(torch.tensor(1 - step / steps)))
+        expected = 1 - float(schedule.alpha(torch.tensor(1 - step / steps)))
         share = float(frame.canvas.open.float().mean())
-        assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 1e-9
-        taken_back += int((frame.canvas.open & ~before.open).sum())
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / n) ** 0.5 + 1e-9
+        remasked += int((frame.canvas.open & ~before.open).sum())
         before = frame.canvas
-    assert step == steps and taken_back > n / 20
+    assert step == steps and remasked > n / 20
 
 
 @pytest.mark.parametrize("policy", [Unmask(), Unmask(quota=Threshold(0.1)), Ancestral()])
 @pytest.mark.parametrize("how", ["cap", "rescale", "confidence"])
-def test_remasking_goes_around_any_policy_and_ends(
+def test_remasking_works_with_any_policy_and_terminates(
     policy: Policy, how: Literal["cap", "rescale", "confidence"]
 ) -> None:
     denoiser = tiny_denoiser("bert", Bidirectional())
-    room = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 3]], noise=MASK, pad=0)
     sampler = Sampler(policy=ReMdm(policy, how, eta=0.3), steps=30)  # type: ignore[arg-type]
-    frames = list(sampler(denoiser.predict, room, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(0),))))
+    frames = list(sampler(denoiser.predict, canvas, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(0),))))
     opened = [(b.canvas.open & ~a.canvas.open).any() for a, b in zip(frames, frames[1:], strict=False)]
     assert not frames[-1].canvas.open.any() and any(opened)
-    assert torch.equal(frames[-1].canvas.tokens[~room.editable], room.tokens[~room.editable])
+    assert torch.equal(frames[-1].canvas.tokens[~canvas.editable], canvas.tokens[~canvas.editable])
 
 
-def test_stochastic_routing_ends_and_depends_on_the_seed() -> None:
+def test_stochastic_routing_terminates_and_depends_on_the_seed() -> None:
     denoiser = tiny_denoiser("bert", Bidirectional())
-    room = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 5]], noise=MASK, pad=0)
+    canvas = Canvas.from_tokens([[5, *[None] * 12, 6], [7, *[None] * 5]], noise=MASK, pad=0)
 
-    def write(seed: int) -> torch.Tensor:
+    def generate(seed: int) -> torch.Tensor:
         frames = Sampler(policy=Rdm(noise=5.0), steps=6)(
-            denoiser.predict, room, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(seed),))
+            denoiser.predict, canvas, noise=MASK, rng=RowGenerators((torch.Generator().manual_seed(seed),))
         )
-        canvas = last(frames).canvas
-        assert not canvas.open.any()
-        return canvas.tokens
+        result = last(frames).canvas
+        assert not result.open.any()
+        return result.tokens
 
-    assert torch.equal(write(0), write(0))
-    assert any(not torch.equal(write(0), write(seed)) for seed in range(1, 5))
+    assert torch.equal(generate(0), generate(0))
+    assert any(not torch.equal(generate(0), generate(seed)) for seed in range(1, 5))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_leftmost_greedy_under_causal_attention_is_ar_decoding(family: str) -> None:
-    """Law 4."""
+    """One token at a time from left to right equals `transformers`' greedy decoding."""
     denoiser = tiny_denoiser(family, Causal())
     prompt = [5, 9, 33]
     settings = GenerationConfig(
@@ -158,27 +158,27 @@ def test_leftmost_greedy_under_causal_attention_is_ar_decoding(family: str) -> N
 
 @pytest.mark.parametrize(("policy", "steps"), [(Unmask(Random()), None), (Ancestral(), 120)])
 def test_sampling_from_a_known_posterior(policy: Policy, steps: int | None) -> None:
-    """Law 7: with the exact posterior of a toy distribution, random order and enough steps, chi-square."""
+    """Chi-square test: decoding with the exact posterior of a toy distribution samples from that distribution."""
     joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 2
     joint = joint / joint.sum()
 
-    def posterior(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
-        out = []
-        for row, open, wanted in zip(canvas.tokens.tolist(), canvas.open.tolist(), positions.tolist(), strict=True):
-            given = joint[tuple(slice(None) if o else t for t, o in zip(row, open, strict=True))]
-            for i in (i for i, a in enumerate(wanted) if a):
-                axis = sum(open[:i])
-                rest = [a for a in range(given.dim()) if a != axis]
-                out.append((given.sum(rest) if rest else given).log())
-        return LazyLogits.of(torch.stack(out))
+    logits = torch.full((4, 4, 4, 3, 3), torch.nan, dtype=torch.float64)  # by the tokens (3: open), then the position
+    for state in product(range(4), repeat=3):
+        given = joint[tuple(slice(None) if token == 3 else slice(token, token + 1) for token in state)]
+        for i in (i for i, token in enumerate(state) if token == 3):
+            logits[(*state, i)] = given.sum([axis for axis in range(3) if axis != i]).log()
 
-    draws = 3000
-    canvas = Canvas.from_tokens([[None] * 3] * draws, noise=9, pad=0)
+    def posterior(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        state = canvas.tokens.masked_fill(canvas.open, 3)
+        return LazyLogits.from_tensor(logits[tuple(state.T)][positions])
+
+    samples = 3000
+    canvas = Canvas.from_tokens([[None] * 3] * samples, noise=9, pad=0)
     sampler = Sampler(Draw(), policy, steps=steps)
     frame = last(sampler(posterior, canvas, noise=9, rng=RowGenerators((torch.Generator().manual_seed(0),))))
     code = (frame.canvas.tokens * torch.tensor([9, 3, 1])).sum(1)
     observed = torch.bincount(code, minlength=27).double()
-    expected = torch.tensor([joint[t] for t in product(range(3), repeat=3)]) * draws
+    expected = torch.tensor([joint[t] for t in product(range(3), repeat=3)]) * samples
     assert float(((observed - expected) ** 2 / expected).sum()) < 54.1  # 26 degrees of freedom, p = 0.001
 
 
@@ -191,23 +191,23 @@ def test_rows_do_not_depend_on_their_neighbours(policy: Policy, pattern: Bidirec
     denoiser = tiny_denoiser("llama", pattern)
     rows = [[1, 5, 6, *[None] * 9], [1, *[None] * 5], [1, 7, 8, 9, 10, *[None] * 11]]
 
-    def write(some: list) -> torch.Tensor:
-        canvas = Canvas.from_tokens(some, noise=MASK, pad=0)
+    def generate(rows: list) -> torch.Tensor:
+        canvas = Canvas.from_tokens(rows, noise=MASK, pad=0)
         window = canvas.position_ids // 4 if pattern != Bidirectional() else None
         return last(Sampler(policy=policy)(denoiser.predict, canvas, window, noise=MASK)).canvas.tokens
 
-    together = write(rows)
+    together = generate(rows)
     for i, row in enumerate(rows):
-        assert write([row])[0].tolist() == together[i, : len(row)].tolist()
+        assert generate([row])[0].tolist() == together[i, : len(row)].tolist()
 
 
 @pytest.mark.parametrize("width", [4, 16])
 @pytest.mark.parametrize("policy", [*POLICIES, Rdm(), ReMdm(), Klass()], ids=str)
-def test_settled_positions_stay(policy: Policy, width: int) -> None:
-    """What is told to be settled is never changed, it only grows, and where nothing is taken back nothing waits."""
-    room = Canvas.from_tokens([[5, 9, *[None] * 14], [4, None, 7, *[None] * 9]], noise=MASK, pad=0)
+def test_settled_positions_do_not_change(policy: Policy, width: int) -> None:
+    """Settled positions only grow in number, and without remasking they reach up to the first open position."""
+    canvas = Canvas.from_tokens([[5, 9, *[None] * 14], [4, None, 7, *[None] * 9]], noise=MASK, pad=0)
     sampler = Sampler(pick=Draw(1.0), policy=policy)
-    frames = list(sampler(tiny_denoiser("llama").predict, room, room.position_ids // width, noise=MASK))
+    frames = list(sampler(tiny_denoiser("llama").predict, canvas, canvas.position_ids // width, noise=MASK))
     for before, after in pairwise(frames):
         assert (before.settled <= after.settled).all()
         for row, count in enumerate(before.settled.tolist()):
@@ -217,8 +217,8 @@ def test_settled_positions_stay(policy: Policy, width: int) -> None:
             assert torch.equal(before.settled, (before.canvas.open.long().cumsum(1) == 0).sum(1))
 
 
-def test_each_row_may_be_sampled_in_its_own_way() -> None:
-    """One batch: other picks, policies, steps, ends and penalties, and each row is what it is alone."""
+def test_each_row_may_have_its_own_sampler() -> None:
+    """Each row of a batch with different samplers is what it is on its own."""
     denoiser = tiny_denoiser("llama")
     rows = [
         [1, 5, 6, *[None] * 9],
@@ -237,20 +237,20 @@ def test_each_row_may_be_sampled_in_its_own_way() -> None:
         Sampler(Draw(2.0), Ancestral(), steps=5),
     ]
 
-    def write(some: list[int]) -> torch.Tensor:
-        canvas = Canvas.from_tokens([rows[i] for i in some], noise=MASK, pad=0)
-        rng = RowGenerators.seeded(some)
-        frames = denoise(denoiser.predict, canvas, [samplers[i] for i in some], noise=MASK, rng=rng)
+    def generate(indices: list[int]) -> torch.Tensor:
+        canvas = Canvas.from_tokens([rows[i] for i in indices], noise=MASK, pad=0)
+        rng = RowGenerators.from_seeds(indices)
+        frames = denoise(denoiser.predict, canvas, [samplers[i] for i in indices], noise=MASK, rng=rng)
         return last(frames).canvas.tokens
 
-    together = write([0, 1, 2, 3, 4])
+    together = generate([0, 1, 2, 3, 4])
     for i, row in enumerate(rows):
-        assert write([i])[0].tolist() == together[i, : len(row)].tolist()
+        assert generate([i])[0].tolist() == together[i, : len(row)].tolist()
     assert not set(together[3, 2:12].tolist()) & {7, 9}
 
 
-def test_a_model_is_not_asked_again_what_it_has_answered() -> None:
-    """Ancestral steps that write nothing cost no forward; the text is the same."""
+def test_no_forward_pass_is_repeated() -> None:
+    """Ancestral steps that write nothing cost no forward pass."""
     denoiser, seen = tiny_denoiser("llama"), []
 
     def counting(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
@@ -263,7 +263,7 @@ def test_a_model_is_not_asked_again_what_it_has_answered() -> None:
     assert all(before != after for before, after in pairwise(seen))
 
 
-def test_a_processor_has_the_last_word_and_its_own_rows() -> None:
+def test_a_logits_processor_is_applied_to_its_own_rows() -> None:
     denoiser = tiny_denoiser("llama")
 
     def only_seven(logits: torch.Tensor, canvas: Canvas, positions: torch.Tensor) -> torch.Tensor:
@@ -276,11 +276,11 @@ def test_a_processor_has_the_last_word_and_its_own_rows() -> None:
     assert tokens[1] == [1, 7, 7, 7, 7] and tokens[0] != [1, 5, 7, 7, 7]
 
 
-def test_a_seed_gives_the_same_text_and_given_tokens_stay() -> None:
+def test_a_seed_gives_the_same_text_and_given_tokens_do_not_change() -> None:
     denoiser = tiny_denoiser("llama")
     canvas = Canvas.from_tokens(
         [[1, 5, None, None, MASK, None, 6]], noise=MASK, pad=0
-    )  # the mask token's id as given text
+    )  # with the mask token in the given text
     texts = []
     for seed in (0, 0, 1, 2):
         sampler = Sampler(Draw(2.0), Ancestral(), steps=3)
@@ -301,7 +301,7 @@ def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
         logits = torch.zeros(*canvas.tokens.shape, 5)
         logits[:, :, 3] = 2.0
         logits[0, 4, 2] = 9.0  # the first row ends at position 4
-        return LazyLogits.of(logits[positions])
+        return LazyLogits.from_tensor(logits[positions])
 
     canvas = Canvas.from_tokens([[1, 1, *[None] * 6], [1, 1, *[None] * 6]], noise=4, pad=0)
     frames = list(Sampler(policy=Unmask(Leftmost()), end_token_id=2)(toy, canvas, noise=4))
@@ -311,7 +311,7 @@ def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
     assert set(frames[-1].canvas.tokens[:, 2:].flatten().tolist()) <= {0, 1, 4}
 
 
-def test_steps_are_shared_out_over_blocks() -> None:
+def test_steps_are_divided_among_blocks() -> None:
     denoiser = tiny_denoiser("llama", BlockCausal(4))
     canvas = Canvas.from_tokens([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
     for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16)):
@@ -319,6 +319,6 @@ def test_steps_are_shared_out_over_blocks() -> None:
         assert frame.forwards == forwards
 
 
-def test_no_steps_are_refused() -> None:
+def test_zero_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="steps=0"):
         Sampler(steps=0)

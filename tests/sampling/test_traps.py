@@ -1,8 +1,8 @@
-"""Mistakes that other samplers have made, one test each.
+"""Known mistakes of other samplers, with one test each.
 
-Elsewhere: counts averaged over a batch (`test_generation`: a batch gives each prompt what it gets alone), the factor
-rule's failed last rank (`test_policies`), the first token of a block under shift with a cache (`test_cache`), a written
-mask token (`test_denoiser`: its logit is -inf).
+Others are tested elsewhere: counts averaged over a batch (`test_diffusion_lm`), the last rank of the factor rule
+(`test_policies`), the first token of a cached block with shifted predictions (`test_kv_cache`), and a generated mask
+token (`test_denoiser`).
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal
-from diffusify.diffusion.logits import TOGETHER, LazyLogits
+from diffusify.diffusion.logits import CHUNK_SIZE, LazyLogits
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.ranking import Confidence, Entropy, Margin, Random, Ranking
@@ -34,14 +34,14 @@ def model(attention: AttentionPattern = Bidirectional()) -> DiffusionLM:
 
 
 @pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy()], ids=str)
-def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Ranking) -> None:
-    """An end token that may not be written must not make its position look sure (LLaDA's sampler, above T = 0)."""
+def test_banned_tokens_do_not_count_for_confidence(rank: Ranking) -> None:
+    """A banned end token must not make its position confident (LLaDA's sampler with a temperature)."""
 
     def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
         logits = torch.zeros(*canvas.tokens.shape, 6)
-        logits[:, 1, END] = 20.0  # sure to end, and hence of no opinion at all once it may not
+        logits[:, 1, END] = 20.0  # confident in the end token, and uniform without it
         logits[:, 2, 4] = 3.0
-        return LazyLogits.of(logits[positions])
+        return LazyLogits.from_tensor(logits[positions])
 
     canvas = Canvas.from_tokens([[1, None, None]], noise=5, pad=0)
     frames = denoise(toy, canvas, [Sampler(Draw(0.5), Unmask(rank), banned=(END,))], noise=5)
@@ -54,8 +54,8 @@ def test_a_banned_token_counts_for_nothing_in_confidence_either(rank: Ranking) -
 
 @pytest.mark.parametrize("rank", [Confidence(), Margin(), Entropy(), Random()], ids=str)
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 25])
-def test_every_step_writes_and_shares_are_even(rank: Ranking, steps: int) -> None:
-    """Rounding down leaves the first steps empty and the last one full (Dream's sampler)."""
+def test_every_step_writes_an_even_share(rank: Ranking, steps: int) -> None:
+    """Rounding down would leave the first steps empty and the last one full (Dream's sampler)."""
     denoiser = tiny_denoiser("llama")
     canvas = Canvas.from_tokens([[1, *[None] * 10], [1, *[None] * 4]], noise=MASK, pad=0)
     frames = denoise(denoiser.predict, canvas, [Sampler(Draw(), Unmask(rank), steps)] * 2, noise=MASK)
@@ -63,12 +63,12 @@ def test_every_step_writes_and_shares_are_even(rank: Ranking, steps: int) -> Non
     written = torch.stack(counts).diff(dim=0).neg()
     assert len(written) == min(10, steps)
     for row, size in enumerate((10, 4)):
-        mine = [count for count in written[:, row].tolist() if count]
-        assert sum(mine) == size and max(mine) - min(mine) <= 1
+        shares = [count for count in written[:, row].tolist() if count]
+        assert sum(shares) == size and max(shares) - min(shares) <= 1
 
 
-def test_each_hole_choice_keeps_its_text_s_own_settings() -> None:
-    """Settings are repeated for the candidates of a text, not dealt out in turn (a peer's tiled requests)."""
+def test_candidates_of_a_text_have_its_settings() -> None:
+    """Settings are repeated for the candidates of a text, not tiled over the batch."""
     lm = model()
     texts = ["The [[2-4]] on the mat", "so [[2-4]] it", "[[3]] end"]
     each = [
@@ -77,32 +77,32 @@ def test_each_hole_choice_keeps_its_text_s_own_settings() -> None:
         SamplingConfig(suppress_tokens=tuple(range(60, 300))),
     ]
     together = lm.prepare_infilling(texts, each).results()
-    # Candidates are as many for all texts of a batch, so each is compared beside one that asks for as many.
+    # All texts of a batch have the same number of candidates, so each text is compared in a batch with as many.
     for text, settings, result in zip(texts, each, together, strict=True):
         alone = lm.prepare_infilling([text, "a [[2-4]]"], [settings, SamplingConfig()]).results()[0]
         assert (alone.text, alone.seed) == (result.text, result.seed)
 
 
-def test_noise_is_finer_than_float32() -> None:
-    """Uniform numbers of 24 bits cut off the luck that an unlikely token needs, as if it were colder."""
-    race = RowGenerators.seeded([0]).exponential(torch.ones(1, 4).bool(), 50_000)
-    assert race.dtype == torch.float64 and (race.float().double() != race).float().mean() > 0.9
+def test_sampling_noise_is_float64() -> None:
+    """Uniform numbers with 24 bits cut the tail of the distribution, which acts as a lower temperature."""
+    noise = RowGenerators.from_seeds([0]).exponential(torch.ones(1, 4).bool(), 50_000)
+    assert noise.dtype == torch.float64 and (noise.float().double() != noise).float().mean() > 0.9
 
 
-def test_positions_written_together_have_luck_of_their_own() -> None:
-    """One random number for a whole block makes its tokens move together."""
+def test_positions_written_in_one_step_are_independent() -> None:
+    """One random number for a whole block would make its tokens dependent."""
 
-    def coins(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
-        return LazyLogits.of(torch.zeros(int(positions.sum()), 2))
+    def uniform(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        return LazyLogits.from_tensor(torch.zeros(int(positions.sum()), 2))
 
     canvas = Canvas.from_tokens([[None] * 4] * 2000, noise=9, pad=0)
-    *_, last = Sampler(Draw(), steps=1)(coins, canvas, noise=9)
+    *_, last = Sampler(Draw(), steps=1)(uniform, canvas, noise=9)
     shares = torch.bincount((last.canvas.tokens * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / 2000
     assert float(((shares - 1 / 16) ** 2 * 16 * 2000).sum()) < 37.7  # 15 degrees of freedom, p = 0.001
 
 
-def test_a_seed_and_a_temperature_are_each_text_s_own() -> None:
-    """A batch that shares its first request's settings, or ignores the seed."""
+def test_each_text_has_its_own_seed_and_temperature() -> None:
+    """A batch must not share the settings of its first text, nor ignore the seed."""
     lm = model()
     hot, cold = SamplingConfig(temperature=3.0, seed=1), SamplingConfig()
     texts = [
@@ -113,25 +113,25 @@ def test_a_seed_and_a_temperature_are_each_text_s_own() -> None:
     assert lm.prepare_generation(["The"], 12, hot).results()[0].text == texts[1]
 
 
-def test_tokens_are_counted_up_to_the_end_and_not_over_the_canvas() -> None:
+def test_tokens_are_counted_up_to_the_end_token() -> None:
     lm = model(BlockCausal(4))
     end = lm.tokenizer.end_token_id
     result = lm.generate("The cat", 16, cache="none", suppress_tokens=tuple(i for i in range(320) if i != end))
     assert result.tokens == 0 and result.tokens_per_second == 0 and result.forwards <= 4
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any one tensor holds, and the most rows of any that is as wide as the vocabulary."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor, and the rows of the largest tensor of the vocabulary's width."""
 
     def __init__(self, v: int) -> None:
         super().__init__()
-        self.v, self.numbers, self.rows = v, 0, 0
+        self.v, self.numel, self.rows = v, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.numel = max(self.numel, tensor.numel())
                 if tensor.dim() and tensor.shape[-1] == self.v and "embedding" not in str(func):
                     self.rows = max(self.rows, math.prod(tensor.shape[:-1]))
         return out
@@ -139,17 +139,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)], ids=str)
-def test_memory_grows_with_the_length_and_never_with_length_times_vocabulary(
-    attention: AttentionPattern, temperature: float
-) -> None:
-    """All-position logits of a long canvas took a peer 38 GB."""
-    v, most = 611, {}
+def test_memory_does_not_grow_with_length_times_vocabulary(attention: AttentionPattern, temperature: float) -> None:
+    """Logits of all positions of a long canvas would take tens of gigabytes."""
+    v, largest = 611, {}
     lm = DiffusionLM(tiny_denoiser("llama", attention, vocab_size=v, max_position_embeddings=2048), makers.byte_level())
     for n in (256, 1024):
-        writing = lm.prepare_generation(["The"], n, SamplingConfig(steps=n // 4, temperature=temperature, top_p=0.9))
-        with Largest(v) as seen:
-            for _ in zip(range(3), writing, strict=False):
+        run = lm.prepare_generation(["The"], n, SamplingConfig(steps=n // 4, temperature=temperature, top_p=0.9))
+        with LargestTensor(v) as recorded:
+            for _ in zip(range(3), run, strict=False):
                 pass
-        assert seen.rows <= TOGETHER
-        most[n] = seen.numbers
-    assert most[1024] <= 4.5 * most[256]
+        assert recorded.rows <= CHUNK_SIZE
+        largest[n] = recorded.numel
+    assert largest[1024] <= 4.5 * largest[256]

@@ -1,4 +1,4 @@
-"""Tiny random models of the two kinds, and real servers that serve them."""
+"""Tiny random models, bidirectional and block-causal, and servers for them in a thread of this process."""
 
 import threading
 from collections.abc import Iterator
@@ -19,23 +19,24 @@ from tests.text import makers
 
 
 def tiny_lm(*, infills: bool, context: int = 320) -> DiffusionLM:
-    """A random Llama, adapted by nobody."""
+    """A random Llama as a diffusion model: a bidirectional one if it `infills`, else a block-causal one."""
     tokenizer = makers.byte_level()
     network = tiny_network("llama", vocab_size=len(tokenizer.tokenizer), max_position_embeddings=context)
     attention, recipe = (Bidirectional(), "ar") if infills else (BlockCausal(4), "block")
-    card = DiffusionConfig(tokenizer.mask_token_id, 1, attention, "LlamaForCausalLM", recipe=recipe)
-    return DiffusionLM(Denoiser(network, card).eval(), tokenizer)
+    config = DiffusionConfig(tokenizer.mask_token_id, 1, attention, "LlamaForCausalLM", recipe=recipe)
+    return DiffusionLM(Denoiser(network, config).eval(), tokenizer)
 
 
 def tiny_models() -> dict[str, DiffusionLM]:
+    """The models of `serving`."""
     return {"infiller": tiny_lm(infills=True), "left-to-right": tiny_lm(infills=False)}
 
 
 @contextmanager
 def running(app: FastAPI, **settings: Any) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
+    """The address of a running server."""
     address: Queue[str] = Queue()
-    server = Server(app, port=0, announce=address.put, **settings)
+    server = Server(app, port=0, on_listening=address.put, **settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -47,6 +48,7 @@ def running(app: FastAPI, **settings: Any) -> Iterator[str]:
 
 @contextmanager
 def serving(first: str = "infiller", **settings: Any) -> Iterator[str]:
+    """The address of a server with both tiny models, `first` listed first; `settings` are those of `create_app`."""
     models = tiny_models()
     with running(create_app({first: models.pop(first), **models}, **settings)) as address:
         yield address

@@ -1,4 +1,4 @@
-"""Requests beside each other: each gets what it gets alone, and none holds up the others for ever."""
+"""Concurrent requests: each gets the answer that it gets alone, and none blocks the others for good."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from diffusify.sampling.sampling_config import SamplingConfig
-from diffusify.serving.engine.engine import Busy, Engine
+from diffusify.serving.engine.engine import Engine, QueueFull
 from diffusify.serving.engine.job import Job
 from diffusify.serving.engine.metrics import Metrics
 from tests.serving.models import serving, tiny_lm
@@ -23,52 +23,53 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "Rdm", "steps": 6}, {"policy": "ReMdm"}, {"policy": "Klass"}, {"top_k": 4},
     {"repetition_penalty": 1.3}, {"guidance": 0.5},
 ]  # fmt: skip
-LENGTHS = [8, 256, 17, 64, 33, 100]
+LENGTHS = [6, 24, 9, 16, 12, 20]
 
 
-def mixed() -> list[tuple[str, dict[str, Any]]]:
-    """32 requests of every sort."""
-    asked: list[tuple[str, dict[str, Any]]] = []
+def mixed_requests() -> list[tuple[str, dict[str, Any]]]:
+    """32 requests of all kinds, as path and body."""
+    requests: list[tuple[str, dict[str, Any]]] = []
     for i in range(32):
-        both_ways = i % 2 == 0
-        wishes = dict(POLICIES[i // 2 % len(POLICIES)]) | {"seed": i, "temperature": [0.0, 1.0, 0.7][i % 3]}
-        wishes |= {"model": "infiller" if both_ways else "left-to-right"}
-        if both_ways and i % 4 == 0:
-            wishes |= {"window": 16, "cache": "dual"} if not wishes.get("policy") else {}
-        if not both_ways and i % 5 == 0:
-            wishes = {"seed": i, "temperature": wishes["temperature"], "model": wishes["model"], "tolerance": 0.5}
-        if both_ways and i % 3 == 0:
-            asked.append(("infill", wishes | {"text": f"The cat [[{LENGTHS[i % 6] // 4 + 1}]] dog [[2-5]]."}))
+        infills = i % 2 == 0
+        body = dict(POLICIES[i // 2 % len(POLICIES)]) | {"seed": i, "temperature": [0.0, 1.0, 0.7][i % 3]}
+        body |= {"model": "infiller" if infills else "left-to-right"}
+        if infills and i % 4 == 0:
+            body |= {"window": 16, "cache": "dual"} if not body.get("policy") else {}
+        if not infills and i % 5 == 0:
+            body = {"seed": i, "temperature": body["temperature"], "model": body["model"], "tolerance": 0.5}
+        if infills and i % 3 == 0:
+            requests.append(("infill", body | {"text": f"The cat [[{LENGTHS[i % 6] // 4 + 1}]] dog [[2-5]]."}))
         elif i % 7 == 1:
             messages = [{"role": "user", "content": "Is it so? " * (i % 4 + 1)}]
-            asked.append(("chat/completions", wishes | {"messages": messages, "max_tokens": LENGTHS[i % 6]}))
+            requests.append(("chat/completions", body | {"messages": messages, "max_tokens": LENGTHS[i % 6]}))
         else:
             more = {"n": 2} if i % 6 == 5 else {}
-            asked.append(
-                ("completions", wishes | more | {"prompt": "The cat " * (i % 5), "max_tokens": LENGTHS[i % 6]})
-            )
-    return asked
+            prompt = {"prompt": "The cat " * (i % 5), "max_tokens": LENGTHS[i % 6]}
+            requests.append(("completions", body | more | prompt))
+    return requests
 
 
-def told(answer: httpx.Response) -> dict[str, Any]:
-    assert answer.status_code == 200, answer.text
-    return {key: value for key, value in answer.json().items() if key not in ("id", "created")}
+def content(response: httpx.Response) -> dict[str, Any]:
+    """The JSON of a response without what differs between equal requests."""
+    assert response.status_code == 200, response.text
+    return {key: value for key, value in response.json().items() if key not in ("id", "created")}
 
 
+@pytest.mark.slow
 def test_32_requests_together_are_32_requests_alone() -> None:
-    asked = mixed()
-    assert len(asked) == 32
+    requests = mixed_requests()
+    assert len(requests) == 32
 
     async def run(address: str) -> tuple[list[dict], list[dict]]:
         async with httpx.AsyncClient(base_url=f"{address}/v1/", timeout=None) as client:
-            batcher = await asyncio.gather(*(client.post(path, json=body) for path, body in asked))
-            alone = [await client.post(path, json=body) for path, body in asked]
-            return [told(answer) for answer in batcher], [told(answer) for answer in alone]
+            together = await asyncio.gather(*(client.post(path, json=body) for path, body in requests))
+            alone = [await client.post(path, json=body) for path, body in requests]
+            return [content(response) for response in together], [content(response) for response in alone]
 
     with serving() as address:
-        batcher, alone = asyncio.run(run(address))
+        together, alone = asyncio.run(run(address))
         metrics = httpx.get(f"{address}/metrics").text
-    for one, other, request in zip(batcher, alone, asked, strict=True):
+    for one, other, request in zip(together, alone, requests, strict=True):
         assert one == other, request
     shared = re.findall(r'batch_rows_bucket\{le="8.0",model="(.*?)"\} (\d+)', metrics)
     all_steps = re.findall(r'batch_rows_count\{model="(.*?)"\} (\d+)', metrics)
@@ -76,7 +77,7 @@ def test_32_requests_together_are_32_requests_alone() -> None:
 
 
 def in_engine(work: Callable[[Engine], Awaitable[None]], **limits: Any) -> None:
-    """Run some requests on an engine in this process."""
+    """Run requests on an engine in this process."""
 
     async def run() -> None:
         engine = Engine({"m": tiny_lm(infills=False)}, metrics=Metrics(), **limits)
@@ -89,94 +90,97 @@ def in_engine(work: Callable[[Engine], Awaitable[None]], **limits: Any) -> None:
     asyncio.run(run())
 
 
-def job(room: int = 40, **more: Any) -> Job:
-    return Job("m", lambda lm: lm.prepare_generation(["The cat"], room, SamplingConfig()), **more)
+def job(length: int = 24, **more: Any) -> Job:
+    return Job("m", lambda lm: lm.prepare_generation(["The cat"], length, SamplingConfig()), **more)
 
 
-def test_who_is_cancelled_is_gone_before_the_next_pass() -> None:
+def test_a_cancelled_job_is_removed_before_the_next_pass() -> None:
     async def work(engine: Engine) -> None:
         batcher = engine.queues["m"].batcher
-        stays, goes = engine.submit(job(listen=lambda step: step)), engine.submit(job(listen=lambda _: batcher.passes))
-        async for passes in goes:
+        stays = engine.submit(job(on_step=lambda step: step))
+        cancelled = engine.submit(job(on_step=lambda _: batcher.passes))
+        async for passes in cancelled:
             if passes == 3:
-                goes.cancel()
+                cancelled.cancel()
         assert len(batcher.loops) == 1
-        assert len((await stays.done()).results()) == 1
-        steps = goes.work.forwards
+        assert len((await stays.result()).results()) == 1
+        steps = cancelled.work.forwards
         assert 3 <= steps <= 5 < stays.work.forwards
 
     in_engine(work)
 
 
-def test_a_full_line_says_when_to_come_again() -> None:
+def test_a_full_queue_says_when_to_retry() -> None:
     async def work(engine: Engine) -> None:
         first = [engine.submit(job()) for _ in range(3)]
-        with pytest.raises(Busy, match="3 requests are waiting, which is all that may; come again in 1 s"):
+        with pytest.raises(QueueFull, match="3 requests are waiting, which is the limit; retry after 1 s"):
             engine.submit(job())
         for one in first:
-            assert (await one.done()).results()[0].tokens == 40
-        assert (await engine.submit(job()).done()).results()
+            assert (await one.result()).results()[0].tokens == 24
+        assert (await engine.submit(job()).result()).results()
 
     in_engine(work, waiting=3)
 
 
 def test_deadlines() -> None:
     async def work(engine: Engine) -> None:
-        with pytest.raises(TimeoutError, match="not done within 1e-09 s"):
-            await engine.submit(job(seconds=1e-9)).done()
+        with pytest.raises(TimeoutError, match="not finished within 1e-09 s"):
+            await engine.submit(job(timeout=1e-9)).result()
 
     in_engine(work)
 
 
-def test_first_come_first_served_within_the_budget() -> None:
-    """A long text waits for its turn, and what comes later does not overtake it."""
+def test_requests_start_in_order_within_the_budget() -> None:
+    """A long text waits until it fits, and later requests do not overtake it."""
 
     async def work(engine: Engine) -> None:
         seen: list[tuple[str, int]] = []
 
-        async def go(name: str, room: int) -> None:
-            await engine.submit(job(room, listen=lambda _: seen.append((name, engine.queues["m"].rows)))).done()
+        async def generate(name: str, length: int) -> None:
+            watched = job(length, on_step=lambda _: seen.append((name, engine.queues["m"].rows)))
+            await engine.submit(watched).result()
 
-        await asyncio.gather(go("first", 30), go("long", 120), go("short", 60))
+        await asyncio.gather(generate("first", 15), generate("long", 60), generate("short", 30))
         assert list(dict.fromkeys(name for name, _ in seen)) == ["first", "long", "short"]
-        assert all(rows <= 1 for _, rows in seen)  # 200 positions have room for one of them
-        with pytest.raises(ValueError, match="needs 1 texts of 203 tokens, but there is room for 200"):
-            await engine.submit(job(200)).done()
+        assert all(rows <= 1 for _, rows in seen)  # only one of them fits into 100 positions
+        with pytest.raises(ValueError, match="needs 1 x 103 tokens .* takes at most 100; request fewer or shorter"):
+            await engine.submit(job(100)).result()
 
-    in_engine(work, tokens=200)
+    in_engine(work, tokens=100)
 
 
 def test_a_failing_request_fails_alone() -> None:
     async def work(engine: Engine) -> None:
-        def bad(logits: Any, canvas: Any, asked: Any) -> Any:
-            raise RuntimeError("of its own")
+        def fail(logits: Any, canvas: Any, positions: Any) -> Any:
+            raise RuntimeError("failed")
 
-        fails = Job("m", lambda lm: lm.prepare_generation(["The"], 8, SamplingConfig(logits_processor=bad)))
+        fails = Job("m", lambda lm: lm.prepare_generation(["The"], 8, SamplingConfig(logits_processor=fail)))
         good, failing = engine.submit(job()), engine.submit(fails)
-        with pytest.raises(RuntimeError, match="of its own"):
-            await failing.done()
-        assert (await good.done()).results()[0].tokens == 40
+        with pytest.raises(RuntimeError, match="failed"):
+            await failing.result()
+        assert (await good.result()).results()[0].tokens == 24
         assert engine.alive
 
     in_engine(work)
 
 
-def test_memory_is_given_back() -> None:
+def test_the_pool_is_freed() -> None:
     queues = []
 
     async def work(engine: Engine) -> None:
         queues.extend(engine.queues.values())
         for _ in range(3):
-            await asyncio.gather(*(engine.submit(job(room)).done() for room in (5, 60, 20)))
+            await asyncio.gather(*(engine.submit(job(length)).result() for length in (5, 30, 12)))
 
     in_engine(work)
     (queue,) = queues
-    assert not queue.working and queue.batcher.pool.height == 0
+    assert not queue.running and queue.batcher.pool.height == 0
     assert all(layer.keys is None for layer in queue.batcher.pool.layers)
 
 
-def test_a_server_that_is_told_to_end_answers_first(causal_base: str) -> None:
-    """SIGTERM under load: every request that was taken in gets its whole answer."""
+@pytest.mark.slow
+def test_a_terminated_server_answers_accepted_requests(causal_base: str) -> None:
+    """After SIGTERM every accepted request gets its whole answer."""
     command = [sys.executable, "-m", "diffusify", "serve", f"tiny={causal_base}", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""Models that are opened when somebody asks for them."""
+"""Models that are opened on request."""
 
 import shutil
 from pathlib import Path
@@ -20,28 +20,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_models_come_and_go(folder: Path) -> None:
+def test_models_are_opened_and_closed(folder: Path) -> None:
     with running(create_app({}, folder=folder, keep=1)) as address, httpx.Client(base_url=f"{address}/v1") as client:
 
         def listed() -> dict[str, bool]:
             return {one["id"]: "chats" in one["diffusion"] for one in client.get("models").json()["data"]}
 
-        def write(name: str) -> httpx.Response:
+        def complete(name: str) -> httpx.Response:
             return client.post("completions", json={"model": name, "prompt": "The", "max_tokens": 4, "temperature": 0})
 
         assert listed() == {"one": False, "two": False}
-        first = write("one").json()["choices"]
+        first = complete("one").json()["choices"]
         assert listed() == {"one": True, "two": False}
-        assert write("two").status_code == 200
-        assert listed() == {"one": False, "two": True}  # one at a time stays open
+        assert complete("two").status_code == 200
+        assert listed() == {"one": False, "two": True}  # keep=1
         shutil.copytree(folder / "one", folder / "three")
-        assert write("three").json()["choices"] == first
-        told = write("../one")
-        assert told.status_code == 404 and "is not served" in told.json()["error"]["message"]
+        assert complete("three").json()["choices"] == first
+        answer = complete("../one")
+        assert answer.status_code == 404 and "is not served" in answer.json()["error"]["message"]
         assert client.get("models/two").json()["diffusion"]["infills"] is True
 
 
-def test_a_broken_folder_is_told(folder: Path) -> None:
+def test_a_corrupt_folder_is_an_error(folder: Path) -> None:
     (folder / "two" / "model.safetensors").write_bytes(b"")
     with running(create_app({}, folder=folder)) as address:
         body = {"model": "two", "prompt": "The"}

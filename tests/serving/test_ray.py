@@ -1,4 +1,4 @@
-"""Two replicas behind one address, by Ray Serve."""
+"""Two replicas behind one address with Ray Serve."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusify[cluster]'")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # from Ray
 
 
 @pytest.fixture
@@ -33,15 +33,15 @@ def address(causal_base: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ray.shutdown()
 
 
-def test_two_replicas_answer_alike(address: str) -> None:
+def test_two_replicas_give_equal_answers(address: str) -> None:
     from ray import serve  # pyright: ignore[reportMissingImports]
 
     body = {"model": "tiny", "prompt": "The cat", "max_tokens": 8, "temperature": 0}
     with httpx.Client(base_url=address, timeout=120) as client:
-        told = [client.post("/v1/completions", json=body).json()["choices"] for _ in range(13)]
-        assert all(one == told[0] for one in told) and told[0][0]["text"]
-        asked = (client.get("/metrics").text for _ in range(30))
-        counted = {str(re.findall(r"^diffusify_requests_total.*completions.*$", text, re.MULTILINE)) for text in asked}
+        choices = [client.post("/v1/completions", json=body).json()["choices"] for _ in range(13)]
+        assert all(each == choices[0] for each in choices) and choices[0][0]["text"]
+        pages = (client.get("/metrics").text for _ in range(30))
+        counts = {str(re.findall(r"^diffusify_requests_total.*completions.*$", text, re.MULTILINE)) for text in pages}
     assert serve.status().applications["default"].deployments["Replica"].replica_states == {"RUNNING": 2}
-    assert len(counted) == 2  # two servers, each of which counts its own: they cannot have answered half of 13 each
+    assert len(counts) == 2  # each server counts its own requests, and 13 requests cannot be split evenly
     assert os.environ["REPLICAS"] == "2"

@@ -1,11 +1,11 @@
-"""Chat templates as models are published with them, and tokenizers that have their special tokens."""
+"""Chat templates of published models, and tokenizers with their special tokens."""
 
 from tokenizers import pre_tokenizers
 
 from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
-# SmolLM2: says something of its own where there is no system message.
+# SmolLM2: has a default system message.
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
     "are a helpful fox<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -26,7 +26,7 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-# Llama 2: spaces around an answer; the system's content stands in the first user's.
+# Llama 2: spaces around an answer; the system message is part of the first user message.
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -36,7 +36,7 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# Zephyr: roles are no special tokens.
+# Zephyr: roles are not special tokens.
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
     "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
@@ -73,10 +73,10 @@ SPECIAL = (
 
 
 def first_only() -> TextTokenizer:
-    """As newer Llama 2 and Mistral: a space before a text's first word, and none behind a special token."""
-    made = unigram()
-    made.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # pyright: ignore
-    return made
+    """As newer Llama 2 and Mistral: a space before a text's first word, and none after a special token."""
+    tokenizer = unigram()
+    tokenizer.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # pyright: ignore
+    return tokenizer
 
 
 KINDS = {
@@ -89,10 +89,10 @@ KINDS = {
 
 
 def chat_tokenizer(kind: str, style: str) -> TextTokenizer:
-    """A tiny tokenizer that has a chat template and all special tokens that one may write."""
-    made = KINDS[kind]()
-    made.tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
-    made.tokenizer.chat_template = STYLES[style][0]
-    if kind == "word_piece":  # templates speak of BOS and EOS
-        made.tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
-    return made
+    """A tiny tokenizer with a chat template and the special tokens of all templates."""
+    tokenizer = KINDS[kind]()
+    tokenizer.tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
+    tokenizer.tokenizer.chat_template = STYLES[style][0]
+    if kind == "word_piece":  # templates use BOS and EOS
+        tokenizer.tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    return tokenizer

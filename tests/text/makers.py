@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind that is tested, trained on the spot."""
+"""Tiny tokenizers of every tested kind, trained in milliseconds."""
 
 import json
 
@@ -11,7 +11,7 @@ WORDS = "The quick brown fox jumps over the lazy dog, and the cat sat on the mat
 
 
 def byte_level(words: str = WORDS) -> TextTokenizer:
-    """As GPT-2 and its kin: every byte has a token, so nothing is lost."""
+    """As in GPT-2: every byte has a token, so nothing is lost."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def byte_level(words: str = WORDS) -> TextTokenizer:
 
 
 def word_piece() -> TextTokenizer:
-    """As BERT: words and their ##ends; spaces are not kept."""
+    """As in BERT: words and their ##ends; spaces are not kept."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -47,7 +47,7 @@ def word_piece() -> TextTokenizer:
 
 
 def unigram() -> TextTokenizer:
-    """As T5 and XLM-R: a space is a sign at a word's start, also before a text's first word."""
+    """As in T5 and XLM-R: a space is a mark at the start of a word, also of the first word of a text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -72,7 +72,7 @@ def unigram() -> TextTokenizer:
 
 
 def sentence_bpe() -> TextTokenizer:
-    """As Llama 2: the normalizer puts a space before the first word; letters it does not know become bytes."""
+    """As in Llama 2: the normalizer adds a space before the first word; unknown characters become bytes."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -91,6 +91,7 @@ def sentence_bpe() -> TextTokenizer:
 
 
 def with_mask(fast: PreTrainedTokenizerFast, mask: str) -> TextTokenizer:
+    """A TextTokenizer with this mask token."""
     mask_token_id = fast.convert_tokens_to_ids(mask)
     assert isinstance(mask_token_id, int)
     return TextTokenizer(fast, mask_token_id)

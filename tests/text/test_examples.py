@@ -1,4 +1,4 @@
-"""Records become examples: the right tokens are given, the right ones are to be written."""
+"""Records become examples with the right tokens as prompt and the right ones as target."""
 
 import json
 from typing import Any
@@ -38,7 +38,7 @@ def examples_of(
 
 @pytest.mark.parametrize("tokenizer", ALL)
 @given(de=TEXT, en=TEXT.filter(str.strip))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_templated_pair(tokenizer: TextTokenizer, de: str, en: str) -> None:
     (row,) = examples_of(tokenizer, {"de": de, "en": en}, template=TRANSLATE)
     prompt = [tokenizer.start_token_id, *tokenizer.encode(f"German: {de}\nEnglish:")]
@@ -46,7 +46,7 @@ def test_a_templated_pair(tokenizer: TextTokenizer, de: str, en: str) -> None:
     assert row["tokens"][: len(prompt)] == prompt
     assert row["target"] == [False] * len(prompt) + [True] * len(answer)
     assert answer == [*tokenizer.encode(f" {en}", continues=True), tokenizer.end_token_id]
-    assert answer.count(tokenizer.end_token_id) == 1  # and no padding, where that is the end token too
+    assert answer.count(tokenizer.end_token_id) == 1  # and no padding, even where that is the end token
     assert tokenizer.mask_token_id not in row["tokens"]
 
 
@@ -57,7 +57,7 @@ def test_a_pair_without_a_prompt() -> None:
         assert row["target"] == [False] + [True] * (len(row["tokens"]) - 1)
 
 
-def test_filling() -> None:
+def test_filling_a_template() -> None:
     template = Template('{{"{a b}": {n}}}', "{flag}{x}")
     record = {"a b": "{n}", "n": 3, "flag": True, "x": ["\u00e9"], "nothing": None}
     assert template.fill_prompt(record) == '{"{n}": 3}'
@@ -69,7 +69,7 @@ def test_filling() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "}", "{}", "{a!r}", "{a:>3}", '{"a": {a}}', "{a"])
-def test_templates_that_are_none(text: str) -> None:
+def test_invalid_templates(text: str) -> None:
     for prompt, target in ((text, "{a}"), ("{a}", "{a}" + text)):
         with pytest.raises(ValueError, match="template .*written twice"):
             Template(prompt, target)
@@ -81,7 +81,7 @@ def test_a_target_without_a_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "asked"),
+    ("record", "question"),
     [
         ({"instruction": "fox", "output": "dog"}, "fox"),
         ({"instruction": "fox", "input": "cat", "output": "dog"}, "fox\n\ncat"),
@@ -97,14 +97,14 @@ def test_a_target_without_a_field() -> None:
         ({"conversations": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}, "fox"),
     ],
 )
-def test_forms_of_records(record: dict[str, Any], asked: str) -> None:
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "dog"}]
+def test_record_formats(record: dict[str, Any], question: str) -> None:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "dog"}]
     tokenizer = chat_tokenizer("byte_level", "chatml")
     (example,) = ChatTemplate(tokenizer).examples(messages, each_turn=True)
     assert examples_of(tokenizer, record) == [{"tokens": example.tokens, "target": example.target}]
 
 
-def test_chats_of_many_turns() -> None:
+def test_chats_of_several_turns() -> None:
     turns = [("system", "over"), ("human", "fox"), ("gpt", "dog"), ("human", "cat"), ("gpt", "done")]
     record = {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
     tokenizer = chat_tokenizer("byte_level", "llama3")
@@ -141,18 +141,18 @@ def test_long_examples_are_left_out_whole() -> None:
         ({"question": "x", "answer": " "}, None, "message 2: the assistant's content is empty"),
         ({"messages": []}, None, "no messages"),
         ({"messages": [{"from": "bard", "value": "x"}]}, None, 'message 1: role "bard" is not known'),
-        ({"messages": ["x"]}, None, "x is no message; write"),
+        ({"messages": ["x"]}, None, "x is not a message; write"),
         ({"de": "x"}, TRANSLATE, 'no field "en" for template .*; fields: de'),
-        ({"de": "x", "en": "\n"}, TRANSLATE, "nothing is to be written: the target ' {en}' is empty"),
+        ({"de": "x", "en": "\n"}, TRANSLATE, "the target ' {en}' is empty for this record"),
     ],
 )
-def test_refusals(record: dict[str, Any], template: Template | None, error: str) -> None:
-    fine = {"question": "fox", "answer": "dog", "de": "fox", "en": "dog"}
+def test_errors(record: dict[str, Any], template: Template | None, error: str) -> None:
+    valid = {"question": "fox", "answer": "dog", "de": "fox", "en": "dog"}
     with pytest.raises(ValueError, match=f"record 2: .*{error}"):
-        examples_of(byte_level(), fine, record, template=template)
+        examples_of(byte_level(), valid, record, template=template)
 
 
-def test_nothing_to_work_on() -> None:
+def test_errors_without_records() -> None:
     with pytest.raises(ValueError, match="no records"):
         make_examples(records(), BYTES, template=None, each_turn=False, length=10)
     with pytest.raises(ValueError, match="length=1 must be at least 2"):

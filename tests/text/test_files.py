@@ -1,4 +1,4 @@
-"""What is wrong with a record is told, and costs no other record."""
+"""Every unreadable record is reported, and no other record is lost with it."""
 
 import gzip
 import json
@@ -12,16 +12,16 @@ from pyarrow import parquet
 
 from diffusify.text import files
 from diffusify.text.bad_records import BadRecords
-from diffusify.text.files import Part, parts_of, try_texts
+from diffusify.text.files import FilePart, split_file, try_texts
 
 
-def sorted_out(path: Path) -> tuple[list[str], list[str]]:
-    """The texts of a file, part by part, and what is wrong with the others."""
-    found = [text for part in parts_of(path) for text in try_texts(part)]
+def texts_and_errors(path: Path) -> tuple[list[str], list[str]]:
+    """The texts of a file, part by part, and the errors of its unreadable records."""
+    found = [text for part in split_file(path) for text in try_texts(part)]
     return [t for t in found if isinstance(t, str)], [str(t) for t in found if isinstance(t, ValueError)]
 
 
-def test_corrupt_lines_are_told_and_passed_over(tmp_path: Path) -> None:
+def test_corrupt_lines_are_reported_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [
         b'{"text": "one"}',
@@ -32,7 +32,7 @@ def test_corrupt_lines_are_told_and_passed_over(tmp_path: Path) -> None:
         b'{"text": "\\ud800"}',
     ]
     path.write_bytes(b"\n".join([*lines, b"[" * 100_000, b"", b'{"text": "two"}']))
-    texts, faults = sorted_out(path)
+    texts, faults = texts_and_errors(path)
     assert texts == ["one", "two"]
     assert [fault.removeprefix(f"{path} line ")[:22] for fault in faults] == [
         "2 is not JSON: Expecti", "3 is not UTF-8 text (i", "4 has no field text; f", "5: the field text is n",
@@ -40,19 +40,19 @@ def test_corrupt_lines_are_told_and_passed_over(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_end_of_a_torn_gzip_is_one_loss(tmp_path: Path) -> None:
+def test_the_end_of_a_truncated_gzip_file_is_one_corrupt_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress("".join(json.dumps({"text": f"{n} {hash(n * 7919)}"}) + "\n" for n in range(3000)).encode())
     path.write_bytes(whole[: len(whole) // 2])
-    texts, faults = sorted_out(path)
+    texts, faults = texts_and_errors(path)
     assert len(texts) > 500 and texts[:2] == ["0 0", "1 7919"]
     assert len(faults) == 1 and "a.jsonl.gz is damaged" in faults[0]
     path.write_bytes(whole[:-6] + b"000000")  # a wrong checksum
-    texts, faults = sorted_out(path)
+    texts, faults = texts_and_errors(path)
     assert len(texts) == 3000 and len(faults) == 1
 
 
-def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+def test_a_damaged_row_group_loses_only_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [f"text {n} {n * 7919}" for n in range(40)]})
     parquet.write_table(table, path, row_group_size=10, write_page_checksum=True, use_dictionary=False)
@@ -61,7 +61,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
     at = chunk.data_page_offset + chunk.total_compressed_size * 2 // 3
     raw[at : at + 4] = b"XXXX"
     path.write_bytes(raw)
-    texts, faults = sorted_out(path)
+    texts, faults = texts_and_errors(path)
     assert texts == [f"text {n} {n * 7919}" for n in range(40) if n // 10 != 1]
     assert len(faults) == 10 and "a.parquet row 11 cannot be read" in faults[0]
 
@@ -73,12 +73,12 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
 def test_a_wrong_file_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.(jsonl line 1 has no field text; fields found: body|.* is damaged)"):
-        list(try_texts(Part(tmp_path / name)))
+        list(try_texts(FilePart(tmp_path / name)))
 
 
 def test_a_text_file_is_a_record(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    assert sorted_out(tmp_path / "a.txt") == (
+    assert texts_and_errors(tmp_path / "a.txt") == (
         [],
         [f"{tmp_path}/a.txt is not UTF-8 text (invalid start byte); convert it first"],
     )
@@ -86,14 +86,14 @@ def test_a_text_file_is_a_record(tmp_path: Path) -> None:
 
 @given(st.lists(st.text("ab\u20ac\n", max_size=8), max_size=30), st.integers(1, 60), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_parts_make_up_the_file(
+def test_parts_together_are_the_file(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, raw: bool
 ) -> None:
     path = tmp_path_factory.mktemp("parts") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=raw) + "\n" for text in texts), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PART", size)
-        parts = parts_of(path)
+        patch.setattr(files, "PART_BYTES", size)
+        parts = split_file(path)
         assert len(parts) == max(1, -(-path.stat().st_size // size))
         found = [text for part in parts for text in try_texts(part)]
     assert found == [text for text in texts if text.strip()]
@@ -102,9 +102,9 @@ def test_parts_make_up_the_file(
 def test_parts_of_a_table_are_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": [f"text {n}" for n in range(35)]}), path, row_group_size=10)
-    monkeypatch.setattr(files, "PART", path.stat().st_size // 3)
-    assert [part[1:] for part in parts_of(path)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert sorted_out(path) == ([f"text {n}" for n in range(35)], [])
+    monkeypatch.setattr(files, "PART_BYTES", path.stat().st_size // 3)
+    assert [part[1:] for part in split_file(path)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert texts_and_errors(path) == ([f"text {n}" for n in range(35)], [])
 
 
 def records(good: int, bad: int) -> dict[str, list]:
@@ -112,17 +112,17 @@ def records(good: int, bad: int) -> dict[str, list]:
 
 
 def test_the_limit_is_a_share() -> None:
-    tally = BadRecords()
-    assert tally.sift(records(990, 10), 0.01) == ["t"] * 990
-    tally.close(0.01)
-    assert str(tally) == "10 of 1,000 records cannot be read (line 0; line 1; line 2; ...)"
+    bad_records = BadRecords()
+    assert bad_records.filter_batch(records(990, 10), 0.01) == ["t"] * 990
+    bad_records.check(0.01)
+    assert str(bad_records) == "10 of 1,000 records cannot be read (line 0; line 1; line 2; ...)"
     with pytest.raises(ValueError, match="11 of 1,001 records cannot be read .*more than max_corrupt=0.01"):
-        tally.sift(records(0, 1), 0.01)
+        bad_records.filter_batch(records(0, 1), 0.01)
     few = BadRecords()
-    assert few.sift(records(3, 1), 0.01) == ["t"] * 3  # too few to tell yet
+    assert few.filter_batch(records(3, 1), 0.01) == ["t"] * 3  # too few records to judge by
     with pytest.raises(ValueError, match=r"1 of 4 records cannot be read \(line 0\)"):
-        few.close(0.01)
-    few.close(0.25)
+        few.check(0.01)
+    few.check(0.25)
     with pytest.raises(ValueError, match="max_corrupt=0 "):
-        BadRecords().sift(records(5, 1), 0.0)
-    assert str(tally + few).startswith("12 of 1,005")
+        BadRecords().filter_batch(records(5, 1), 0.0)
+    assert str(bad_records + few).startswith("12 of 1,005")

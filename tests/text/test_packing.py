@@ -1,4 +1,4 @@
-"""Every token of the documents, once, in order."""
+"""Packed rows have every token of the documents once, in order."""
 
 from itertools import chain
 
@@ -40,7 +40,7 @@ def test_every_token_once_in_order(
     packed = [token for row in rows for token, n in zip(row["tokens"], row["document"], strict=True) if n]
     whole = len(flat) // length * length
     assert packed == (flat if keep_tail or not whole else flat[:whole])
-    # Where documents start is all that `document` says, apart from the rows' edges.
+    # A document number changes only where a document or a row starts.
     starts = {sum(map(len, documents[:n])) for n in range(len(documents))} | set(range(0, len(flat), length))
     numbers = [[n for n in row["document"] if n] for row in rows]
     found = {r * length + i for r, ns in enumerate(numbers) for i in range(len(ns)) if i == 0 or ns[i] != ns[i - 1]}
@@ -51,7 +51,7 @@ def test_every_token_once_in_order(
         assert padding == [tokenizer.pad_token_id] * len(padding) and row["document"][len(ns) :] == [0] * len(padding)
 
 
-def test_a_lone_short_row_is_kept() -> None:
+def test_a_single_unfilled_row_is_kept() -> None:
     texts = Dataset.from_dict({"text": ["the dog"]})
     (row,) = rows_of(pack(texts, PIECES, 64))
     document = PIECES.document("the dog")
@@ -67,7 +67,7 @@ def test_collate_makes_a_batch() -> None:
     assert [rows[0]["tokens"], rows[1]["tokens"]] == canvas.tokens.tolist()
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match="length=1 must be at least 2"):
         pack(Dataset.from_dict({"text": ["a"]}), BYTES, 1)
     with pytest.raises(ValueError, match="no texts to pack"):
@@ -75,7 +75,6 @@ def test_refusals() -> None:
 
 
 def test_the_end_token_is_a_target_and_padding_never_is() -> None:
-    """Law 8."""
     tokenizer = byte_level()
     rows = pack(Dataset.from_dict({"text": ["ab", "cd"]}), tokenizer, 16, keep_tail=True)
     batch = collate([rows[0]])
@@ -129,7 +128,7 @@ def test_packed_examples_make_a_batch() -> None:
     assert set(collate([{"tokens": [1], "document": [1]}])) == {"tokens", "document"}
 
 
-def test_examples_refused() -> None:
+def test_example_errors() -> None:
     with pytest.raises(ValueError, match="an example of 9 tokens does not fit into length=8"):
         pack_examples(examples_of([3, 9, 2]), 8, pad_token_id=0)
     with pytest.raises(ValueError, match="no examples to pack"):

@@ -1,4 +1,4 @@
-"""Strings to canvases and back."""
+"""Strings become canvases, and canvases become strings again."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import Template
 from diffusify.text.prompts import (
     continuation_canvas,
+    count_length_candidates,
+    decode_canvas,
+    decode_spans,
     few_shot,
-    hole_choices,
     infill_canvas,
-    parse_holes,
-    read,
-    read_spans,
+    parse_masked_spans,
 )
 from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import WORDS, byte_level, sentence_bpe, unigram, word_piece
@@ -37,7 +37,7 @@ def fill(canvas: Canvas, *rows: list[int]) -> Canvas:
 
 
 @pytest.mark.parametrize(
-    ("text", "pieces"),
+    ("text", "segments"),
     [
         ("", []),
         ("plain [x] ]]", ["plain [x] ]]"]),
@@ -50,35 +50,36 @@ def fill(canvas: Canvas, *rows: list[int]) -> Canvas:
         ("a\n[[2]]\n", ["a\n", range(2, 3), "\n"]),
     ],
 )
-def test_parse_holes(text: str, pieces: list[str | range]) -> None:
-    assert parse_holes(text) == pieces
+def test_parse_masked_spans(text: str, segments: list[str | range]) -> None:
+    assert parse_masked_spans(text) == segments
 
 
 @given(st.lists(st.text("[]8\\ a") | st.integers(1, 999_999)))
-def test_parse_holes_gives_back_what_was_escaped(pieces: list[str | int]) -> None:
-    # A bracket or backslash right before a hole would be read with it.
-    texts = [p.replace("[[", r"\[[").rstrip("[\\") + "." if isinstance(p, str) else f"[[{p}]]" for p in pieces]
-    parsed = parse_holes("".join(texts))
-    assert [p[0] for p in parsed if isinstance(p, range)] == [p for p in pieces if isinstance(p, int)]
+def test_parsing_undoes_escaping(segments: list[str | int]) -> None:
+    # A bracket or backslash right before a span would be parsed as part of it.
+    texts = [p.replace("[[", r"\[[").rstrip("[\\") + "." if isinstance(p, str) else f"[[{p}]]" for p in segments]
+    parsed = parse_masked_spans("".join(texts))
+    assert [p[0] for p in parsed if isinstance(p, range)] == [p for p in segments if isinstance(p, int)]
     again = [p.replace("[[", r"\[[") if isinstance(p, str) else f"[[{p[0]}]]" for p in parsed]
     assert "".join(again) == "".join(texts)
 
 
 @pytest.mark.parametrize(
-    "hole", ["[[abc]]", "[[0]]", "[[-1]]", "[[]]", "[[1.5]]", "[[5-3]]", "[[3-]]", "[[1000000]]", "[[1", "[["]
+    "span", ["[[abc]]", "[[0]]", "[[-1]]", "[[]]", "[[1.5]]", "[[5-3]]", "[[3-]]", "[[1000000]]", "[[1", "[["]
 )
-def test_bad_holes(hole: str) -> None:
+def test_bad_spans(span: str) -> None:
     with pytest.raises(ValueError) as error:
-        parse_holes("[[2]] then " + hole)
-    assert hole in str(error.value) and "[[8]]" in str(error.value) and r"\[[" in str(error.value)
+        parse_masked_spans("[[2]] then " + span)
+    assert span in str(error.value) and "[[8]]" in str(error.value) and r"\[[" in str(error.value)
 
 
-def test_holes_of_open_size_are_tried_from_the_smallest_to_the_largest() -> None:
+def test_span_lengths_are_tried_from_the_shortest_to_the_longest() -> None:
     texts = ["a[[3-5]]b[[2]]", "c[[1-30]]"]
-    assert hole_choices(texts) == 8 and hole_choices(["a[[3-5]]"]) == 3 and hole_choices(["a[[3]]"]) == 1
-    canvas = infill_canvas(BYTES, texts, context=None, choices=8)
+    assert count_length_candidates(texts) == 8
+    assert count_length_candidates(["a[[3-5]]"]) == 3 and count_length_candidates(["a[[3]]"]) == 1
+    canvas = infill_canvas(BYTES, texts, context=None, candidates=8)
     assert canvas.open.sum(1).tolist() == [5, 5, 6, 6, 6, 6, 7, 7, 1, 5, 9, 13, 18, 22, 26, 30]
-    assert infill_canvas(BYTES, ["a[[3-5]]"], context=None, choices=3).open.sum(1).tolist() == [3, 4, 5]
+    assert infill_canvas(BYTES, ["a[[3-5]]"], context=None, candidates=3).open.sum(1).tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
@@ -88,21 +89,23 @@ def test_continuation(tokenizer: TextTokenizer) -> None:
     assert canvas.tokens[0, : len(prompt) + 1].tolist() == [tokenizer.start_token_id, *prompt]
     assert canvas.open.sum(1).tolist() == [3, 3] and canvas.open[1, 1:4].all()
     assert canvas.real.sum(1).tolist() == [len(prompt) + 4, 4]
-    assert read(tokenizer, canvas) == ["the dog___", "___"]
-    assert read(tokenizer, canvas, hole="") == ["the dog", ""]
+    assert decode_canvas(tokenizer, canvas) == ["the dog___", "___"]
+    assert decode_canvas(tokenizer, canvas, placeholder="") == ["the dog", ""]
     cat = tokenizer.encode("cat")[:2]
-    written = fill(canvas, [tokenizer.end_token_id, *cat], [*cat, tokenizer.end_token_id])
-    assert read(tokenizer, written)[0] == "the dog"
-    assert read(tokenizer, written, hole="")[1] == tokenizer.decode(cat)
-    assert read_spans(tokenizer, written)[0] == [""]
+    filled = fill(canvas, [tokenizer.end_token_id, *cat], [*cat, tokenizer.end_token_id])
+    assert decode_canvas(tokenizer, filled)[0] == "the dog"
+    assert decode_canvas(tokenizer, filled, placeholder="")[1] == tokenizer.decode(cat)
+    assert decode_spans(tokenizer, filled)[0] == [""]
 
 
-def test_continuation_room() -> None:
+def test_continuation_lengths() -> None:
     size = len(BYTES.encode("the dog")) + 1
     assert continuation_canvas(BYTES, ["the dog"], 4, context=size + 4).tokens.shape == (1, size + 4)
-    with pytest.raises(ValueError, match=f"{size} tokens and max_new_tokens=9 make {size + 9}.* at most 4 new"):
+    with pytest.raises(
+        ValueError, match=f"{size} tokens and max_new_tokens=9 make {size + 9} tokens.* at most 4 or shorten"
+    ):
         continuation_canvas(BYTES, ["the dog"], 9, context=size + 4)
-    with pytest.raises(ValueError, match="can see 2; shorten the prompt"):
+    with pytest.raises(ValueError, match="context is 2; shorten the prompt"):
         continuation_canvas(BYTES, ["the dog"], 1, context=2)
     with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
         continuation_canvas(BYTES, ["the dog"], 0, context=None)
@@ -110,7 +113,7 @@ def test_continuation_room() -> None:
         continuation_canvas(BYTES, [], 3, context=None)
 
 
-def test_prompts_of_token_ids_are_taken_as_they_are() -> None:
+def test_prompts_of_token_ids_are_used_unchanged() -> None:
     ids = ChatTemplate(byte_level()).prompt([{"role": "user", "content": "the dog"}])
     canvas = continuation_canvas(BYTES, [ids, [5]], 3, context=len(ids) + 3)
     assert canvas.tokens[0, : len(ids)].tolist() == ids and canvas.open.sum(1).tolist() == [3, 3]
@@ -118,7 +121,7 @@ def test_prompts_of_token_ids_are_taken_as_they_are() -> None:
     text = continuation_canvas(BYTES, ["the dog"], 3, context=None)
     same = continuation_canvas(BYTES, [[BYTES.start_token_id, *BYTES.encode("the dog")]], 3, context=None)
     assert torch.equal(text.tokens, same.tokens) and torch.equal(text.open, same.open)
-    with pytest.raises(ValueError, match="a prompt of token ids has none"):
+    with pytest.raises(ValueError, match="a prompt of token ids is empty"):
         continuation_canvas(BYTES, [ids, []], 3, context=None)
 
 
@@ -133,11 +136,11 @@ def test_few_shot() -> None:
         few_shot([{"q": "1 + 1"}], {"q": "2 + 2"}, template)
 
 
-def test_a_prompt_may_spell_the_mask_and_end_token() -> None:
+def test_a_prompt_may_contain_the_names_of_special_tokens() -> None:
     prompt = "<|mask|> and <|endoftext|> are text"
     canvas = continuation_canvas(BYTES, [prompt], 2, context=None)
     assert int(canvas.open.sum()) == 2
-    assert read(BYTES, canvas) == [prompt + "__"]
+    assert decode_canvas(BYTES, canvas) == [prompt + "__"]
 
 
 @given(
@@ -147,82 +150,84 @@ def test_a_prompt_may_spell_the_mask_and_end_token() -> None:
     st.sampled_from([BYTES, SENTENCE]),
 )
 @settings(deadline=None)
-def test_infill_keeps_the_text_around_it(around: list[str], inside: list[str], close: bool, by: TextTokenizer) -> None:
+def test_infilling_keeps_the_given_text(around: list[str], inside: list[str], end: bool, by: TextTokenizer) -> None:
     words = [by.encode(word, continues=True) for word in inside[: len(around) - 1]]
     escaped = [piece.replace("[[", r"\[[").replace("\\\\", "") + "." for piece in around]
-    given = [parse_holes(piece)[0] for piece in escaped]
-    holes = [f"[[{len(word)}]]" for word in words]
-    text = escaped[0] + "".join(hole + piece for hole, piece in zip(holes, escaped[1:], strict=True))
-    canvas = infill_canvas(by, [text], context=None, close=close)
-    assert read(by, canvas, hole="#") == [
+    given = [parse_masked_spans(piece)[0] for piece in escaped]
+    masked = [f"[[{len(word)}]]" for word in words]
+    text = escaped[0] + "".join(span + piece for span, piece in zip(masked, escaped[1:], strict=True))
+    canvas = infill_canvas(by, [text], context=None, add_end_token=end)
+    assert decode_canvas(by, canvas, placeholder="#") == [
         str(given[0]) + "".join("#" * len(w) + str(g) for w, g in zip(words, given[1:], strict=True))
     ]
     canvas = fill(canvas, sum(words, []))
-    spans = read_spans(by, canvas)[0]
+    spans = decode_spans(by, canvas)[0]
     assert spans == inside[: len(around) - 1]
-    assert read(by, canvas) == [str(given[0]) + "".join(s + str(g) for s, g in zip(spans, given[1:], strict=True))]
-    assert (int(canvas.tokens[0, -1]) == by.end_token_id) == close
+    assert decode_canvas(by, canvas) == [
+        str(given[0]) + "".join(s + str(g) for s, g in zip(spans, given[1:], strict=True))
+    ]
+    assert (int(canvas.tokens[0, -1]) == by.end_token_id) == end
     assert not canvas.editable[0, 0] and not canvas.editable[0, -1]
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
-def test_the_space_before_a_hole_belongs_to_it(tokenizer: TextTokenizer) -> None:
+def test_the_space_before_a_span_belongs_to_the_span(tokenizer: TextTokenizer) -> None:
     words = tokenizer.encode(" lazy", continues=True)
     canvas = infill_canvas(tokenizer, [f"the [[{len(words)}]] dog"], context=None)
-    assert read(tokenizer, canvas) == ["the" + "_" * len(words) + " dog"]
+    assert decode_canvas(tokenizer, canvas) == ["the" + "_" * len(words) + " dog"]
     canvas = fill(canvas, words)
-    assert read(tokenizer, canvas) == ["the lazy dog"]
-    assert read_spans(tokenizer, canvas) == [[" lazy"]]
+    assert decode_canvas(tokenizer, canvas) == ["the lazy dog"]
+    assert decode_spans(tokenizer, canvas) == [[" lazy"]]
 
 
 @given(st.text("a \n\t", max_size=6))
 @settings(deadline=None)
-def test_what_stands_before_a_hole_is_cut_as_before_a_word(before: str) -> None:
-    """Two line breaks are one token at the end of a text, and two before a word."""
+def test_text_before_a_span_is_tokenized_as_before_a_word(before: str) -> None:
+    """Two line breaks are one token at the end of a text and two tokens before a word."""
     assert len(BREAKS.encode("\n\n")) == 1 and len(BREAKS.encode("\n\nSo")) == 3
     word = BREAKS.encode(" So" if before.endswith(" ") else "So", continues=True)
-    canvas = infill_canvas(BREAKS, [f"{before}[[{len(word)}]]"], context=None, close=False)
+    canvas = infill_canvas(BREAKS, [f"{before}[[{len(word)}]]"], context=None, add_end_token=False)
     assert fill(canvas, word).tokens[0, 1:].tolist() == BREAKS.encode(before + "So")
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
-def test_a_hole_at_the_start(tokenizer: TextTokenizer) -> None:
+def test_a_span_at_the_start(tokenizer: TextTokenizer) -> None:
     words = tokenizer.encode("the lazy")
     canvas = infill_canvas(tokenizer, [f"[[{len(words)}]] dog"], context=None)
-    assert read(tokenizer, canvas, hole="") == [" dog"]
+    assert decode_canvas(tokenizer, canvas, placeholder="") == [" dog"]
     canvas = fill(canvas, words)
-    assert read(tokenizer, canvas) == ["the lazy dog"]
-    assert read_spans(tokenizer, canvas) == [["the lazy"]]
+    assert decode_canvas(tokenizer, canvas) == ["the lazy dog"]
+    assert decode_spans(tokenizer, canvas) == [["the lazy"]]
 
 
-def test_touching_holes_are_one_run_and_an_end_ends_all() -> None:
+def test_adjacent_spans_are_one_run_and_an_end_token_ends_the_text() -> None:
     canvas = infill_canvas(BYTES, ["a[[1]] [[2]]b[[2]]c", "[[1]]"], context=None)
     assert canvas.open.sum(1).tolist() == [5, 1]
-    assert read_spans(BYTES, canvas) == [["___", "__"], ["_"]]
+    assert decode_spans(BYTES, canvas) == [["___", "__"], ["_"]]
     x, end = BYTES.encode("x")[0], BYTES.end_token_id
-    written = fill(canvas, [x, end, x, x, x], [x])
-    assert read(BYTES, written) == ["ax", "x"]
-    assert read_spans(BYTES, written) == [["x", ""], ["x"]]
+    filled = fill(canvas, [x, end, x, x, x], [x])
+    assert decode_canvas(BYTES, filled) == ["ax", "x"]
+    assert decode_spans(BYTES, filled) == [["x", ""], ["x"]]
 
 
-def test_noise_is_never_read() -> None:
+def test_noise_is_never_decoded() -> None:
     canvas = infill_canvas(BYTES, ["a[[3]]b"], context=None)
     noisy = replace(canvas, tokens=torch.where(canvas.open, BYTES.end_token_id, canvas.tokens))
-    assert read(BYTES, noisy) == ["a___b"]
+    assert decode_canvas(BYTES, noisy) == ["a___b"]
 
 
-def test_finished_texts_are_read_whole() -> None:
+def test_finished_texts_are_decoded_whole() -> None:
     rows = torch.tensor([BYTES.document("a dog")])
-    assert read(BYTES, Canvas.clean(rows)) == ["a dog"]
+    assert decode_canvas(BYTES, Canvas.clean(rows)) == ["a dog"]
 
 
-def test_infill_refuses() -> None:
-    with pytest.raises(ValueError, match=r"'no hole' has no hole; write \[\[8\]\]"):
-        infill_canvas(BYTES, ["a[[2]]", "no hole"], context=None)
+def test_infill_errors() -> None:
+    with pytest.raises(ValueError, match=r"'no span' has no masked span; write \[\[8\]\]"):
+        infill_canvas(BYTES, ["a[[2]]", "no span"], context=None)
     assert infill_canvas(BYTES, ["a[[2]]"], context=5).tokens.shape == (1, 5)
-    with pytest.raises(ValueError, match="needs 5 tokens or more, but the model can see 4"):
+    with pytest.raises(ValueError, match="needs at least 5 tokens, but the model's context is 4"):
         infill_canvas(BYTES, ["a[[2]]"], context=4)
-    with pytest.raises(ValueError, match="needs 1000001 tokens or more"):
+    with pytest.raises(ValueError, match="needs at least 1000001 tokens"):
         infill_canvas(BYTES, ["a[[999999]]"], context=4)
     with pytest.raises(ValueError, match="at least one"):
         infill_canvas(BYTES, [], context=None)

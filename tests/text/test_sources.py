@@ -1,4 +1,4 @@
-"""Where texts come from."""
+"""Texts and records are loaded from files, folders, hubs and mixtures."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def stream_of(source: object, seed: int = 0) -> list[str]:
-    """The texts of a source that is read while it is used, and of which nothing is corrupt."""
+    """The texts of a streamed source without corrupt records."""
     records = [dict(record) for record in stream_texts(str(source), seed=seed)]
     assert not any(record.get("fault") for record in records)
     return [record["text"] for record in records]
@@ -67,7 +67,7 @@ def test_files(folder: Path, streaming: bool) -> None:
     assert stream_of(folder / "empty.md") == []
 
 
-def test_odd_names_are_found(folder: Path) -> None:
+def test_an_existing_path_is_a_path_whatever_its_name(folder: Path) -> None:
     for name in ("1*a.txt,2*b.txt", "builtin:pydoc.txt"):
         (folder / name).write_text(name)
         assert texts_of(load_texts(str(folder / name))) == [name]
@@ -82,12 +82,12 @@ def test_odd_names_are_found(folder: Path) -> None:
             "line 2 has no field text; fields found: body, title",
         ),
         ("x.jsonl", b'["a"]\n', "line 1 has no field text; fields found: none"),
-        ("x.jsonl", b'{"text": 3}\n', "line 1: the field text is no string but 3"),
+        ("x.jsonl", b'{"text": 3}\n', "line 1: the field text is not a string but 3"),
         ("x.jsonl", b"{\n", "line 1 is not JSON"),
         ("x.txt", b"\xff\xfe", "x.txt is not UTF-8 text"),
         ("x.txt.gz", b"plain", "x.txt.gz is damaged"),
         ("x.parquet", b"plain", "x.parquet is damaged"),
-        ("x.csv", b"text\na\n", "unknown kind; known: .txt, .md, .jsonl, .parquet"),
+        ("x.csv", b"text\na\n", "unknown file type; known: .txt, .md, .jsonl, .parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -102,8 +102,8 @@ def test_parquet_without_text(tmp_path: Path) -> None:
         load_texts(str(tmp_path / "y.parquet"))
 
 
-def test_missing(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"a.jsonlx does not exist; did you mean .*/a.jsonl\? else give a file"):
+def test_missing_sources(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.jsonlx does not exist; did you mean .*/a.jsonl\? Otherwise give a file"):
         load_texts(str(folder / "a.jsonlx"))
     with pytest.raises(ValueError, match="does not exist; give a file, a folder, hub:NAME or builtin:pydoc"):
         load_texts(str(folder / "nowhere" / "a.txt"))
@@ -112,7 +112,7 @@ def test_missing(folder: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load_texts("")
     (folder / "none").mkdir()
-    with pytest.raises(ValueError, match="none has no file of a known kind"):
+    with pytest.raises(ValueError, match="none has no file of a known type"):
         load_texts(str(folder / "none"))
 
 
@@ -125,7 +125,7 @@ def test_builtin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "asked"),
+    ("source", "arguments"),
     [
         ("hub:org/name", ("org/name", None, "train")),
         ("hub:name@test", ("name", None, "test")),
@@ -133,7 +133,7 @@ def test_builtin() -> None:
         ("hub:org/name:a-config@test#text", ("org/name", "a-config", "test")),
     ],
 )
-def test_hub(source: str, asked: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub(source: str, arguments: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> IterableDataset:
@@ -143,10 +143,10 @@ def test_hub(source: str, asked: tuple[str, str | None, str], monkeypatch: pytes
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts_of(load_texts(source)) == ["a", "b"]
-    assert calls == [(*asked, True)]
+    assert calls == [(*arguments, True)]
 
 
-def test_hub_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*args: Any, **kwargs: Any) -> IterableDataset:
         return Dataset.from_dict({"body": ["a"]}).to_iterable_dataset()
 
@@ -167,7 +167,7 @@ def test_mixture(tmp_path: Path, load: Callable[[str, int], list[str]]) -> None:
     (tmp_path / "b.txt").write_text("b")
     source = f"3*{tmp_path}/a,1.jsonl, 1.0*{tmp_path}/b.txt"
     texts = load(source, 1)
-    assert [text for text in texts if text != "b"][:200] == many  # all of them drawn, in order
+    assert [text for text in texts if text != "b"][:200] == many  # all of them, in order
     assert 0.15 < texts.count("b") / len(texts) < 0.35
     assert texts == load(source, 1) != load(source, 2)
 
@@ -182,7 +182,7 @@ def test_mixture_of_files_and_a_stream(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "lots"])
-def test_weights(tmp_path: Path, weight: str) -> None:
+def test_bad_weights(tmp_path: Path, weight: str) -> None:
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(ValueError, match=f"weight {weight} of .*b.txt must be a number above 0"):
         load_texts(f"1*{tmp_path}/b.txt,{weight}*{tmp_path}/b.txt")
@@ -196,9 +196,9 @@ def test_split_off(tokens: int) -> None:
     kept, out = texts_of(train), texts_of(held)
     assert sorted(kept + out) == sorted(texts) and kept == [text for text in texts if text not in out]
     assert 1 <= len(out) <= 10
-    worth = [len(BYTES.document(text)) for text in out]
-    assert len(out) == 10 or sum(worth) >= tokens
-    assert sum(worth[:-1]) < tokens
+    sizes = [len(BYTES.document(text)) for text in out]
+    assert len(out) == 10 or sum(sizes) >= tokens
+    assert sum(sizes[:-1]) < tokens
     assert texts_of(split_off(dataset, tokens, BYTES, seed=3)[1]) == out
     assert any(texts_of(split_off(dataset, tokens, BYTES, seed=seed)[1]) != out for seed in range(9))
 
@@ -229,13 +229,13 @@ def test_a_single_document_is_cut(text: str, held: str) -> None:
     assert end.endswith(held) and len(end) <= max(0.2 * len(text), len(held))
 
 
-def test_a_single_document_gives_no_more_than_asked() -> None:
+def test_no_more_of_a_single_document_is_held_out_than_requested() -> None:
     text = "\n\n".join(f"paragraph {n}" for n in range(300))
     _, held = split_off(Dataset.from_dict({"text": [text]}), 5, BYTES)
     assert texts_of(held) == ["paragraph 299"]
 
 
-def test_split_off_refusals() -> None:
+def test_split_off_errors() -> None:
     with pytest.raises(ValueError, match="tokens=0 must be at least 1"):
         split_off(Dataset.from_dict({"text": ["a b"]}), 0, BYTES)
     with pytest.raises(ValueError, match="no documents"):
@@ -293,7 +293,8 @@ JSON = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=4), min_size=1, max_size=4))
-def test_records_of_any_form_survive(given_records: list[dict[str, Any]]) -> None:
+@settings(max_examples=40, deadline=None)
+def test_records_of_any_structure_survive(given_records: list[dict[str, Any]]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "x.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in given_records))
@@ -320,22 +321,22 @@ def test_records_of_a_mixture(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in many))
     (tmp_path / "b.json").write_text(json.dumps([PAIR]))
     source = f"0.75*{tmp_path}/a.jsonl,0.25*{tmp_path}/b.json"
-    drawn = records_of(source, seed=1)
-    assert [record for record in drawn if record != PAIR][:200] == many
-    assert 0.15 < drawn.count(PAIR) / len(drawn) < 0.35
-    assert drawn == records_of(source, seed=1) != records_of(source, seed=2)
+    sampled = records_of(source, seed=1)
+    assert [record for record in sampled if record != PAIR][:200] == many
+    assert 0.15 < sampled.count(PAIR) / len(sampled) < 0.35
+    assert sampled == records_of(source, seed=1) != records_of(source, seed=2)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", "{}\n[1]\n", r'x.jsonl line 2 is no record but \[1\]; write {"name"'),
-        ("x.json", '[{}, "a"]', 'x.json record 2 is no record but "a"'),
+        ("x.jsonl", "{}\n[1]\n", r'x.jsonl line 2 is not a record but \[1\]; write {"name"'),
+        ("x.json", '[{}, "a"]', 'x.json record 2 is not a record but "a"'),
         ("x.json", "[{},", "x.json is not JSON"),
         ("x.json", '{"a":\n1}', "x.json line 1 is not JSON"),
         ("x.json", "[]", "x.json has no records"),
         ("x.jsonl", "\n", "x.jsonl has no records"),
-        ("x.txt", "text", "unknown kind; known: .jsonl, .json, .parquet"),
+        ("x.txt", "text", "unknown file type; known: .jsonl, .json, .parquet"),
     ],
 )
 def test_records_that_cannot_be_read(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -346,7 +347,7 @@ def test_records_that_cannot_be_read(tmp_path: Path, name: str, content: str, me
 
 def test_missing_records(records: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"does not exist; did you mean .*/a.jsonl\? else give a file, a folder or hub:"
+        ValueError, match=r"does not exist; did you mean .*/a.jsonl\? Otherwise give a file, a folder or hub:"
     ):
         load_records(str(records / "a.jsonlx"))
     with pytest.raises(ValueError, match="builtin:pydoc does not exist"):

@@ -1,4 +1,4 @@
-"""Only what is written as text is text."""
+"""Text is never encoded as special tokens."""
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +11,8 @@ from tests.text.makers import byte_level, sentence_bpe, unigram, with_mask, word
 
 BYTES, PIECES, UNIGRAM, SENTENCE = byte_level(), word_piece(), unigram(), sentence_bpe()
 ALL = [BYTES, PIECES, UNIGRAM, SENTENCE]
-SPELLED = ["<|endoftext|>", "<|im_end|>", "<|mask|>", "[MASK]", "[SEP]", "<s>", "</s>", "<mask>", "<pad>"]
-TEXTS = st.lists(st.sampled_from([*SPELLED, " ", "\n", "the", "x", "<", ">"]) | st.text(max_size=5)).map("".join)
+NAMES = ["<|endoftext|>", "<|im_end|>", "<|mask|>", "[MASK]", "[SEP]", "<s>", "</s>", "<mask>", "<pad>"]
+TEXTS = st.lists(st.sampled_from([*NAMES, " ", "\n", "the", "x", "<", ">"]) | st.text(max_size=5)).map("".join)
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
@@ -21,14 +21,14 @@ TEXTS = st.lists(st.sampled_from([*SPELLED, " ", "\n", "the", "x", "<", ">"]) | 
 def test_no_text_becomes_a_special_token(tokenizer: TextTokenizer, text: str, continues: bool) -> None:
     fast = tokenizer.tokenizer
     special = {*fast.all_special_ids, *fast.added_tokens_decoder, tokenizer.mask_token_id}
-    foreign = {i for i in special if i != fast.unk_token_id}
-    assert not foreign & set(tokenizer.encode(text, continues=continues))
+    forbidden = {i for i in special if i != fast.unk_token_id}
+    assert not forbidden & set(tokenizer.encode(text, continues=continues))
 
 
-def test_makers_would_parse_special_tokens_if_let() -> None:
+def test_the_plain_tokenizers_do_encode_special_tokens() -> None:
     assert BYTES.mask_token_id in BYTES.tokenizer("<|mask|>")["input_ids"]
-    unaware = UNIGRAM.tokenizer("<s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert UNIGRAM.start_token_id in unaware  # which is why TextTokenizer cuts
+    ids = UNIGRAM.tokenizer("<s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert UNIGRAM.start_token_id in ids  # which is why TextTokenizer splits such texts
 
 
 @given(TEXTS)
@@ -48,7 +48,7 @@ def test_sentencepiece_with_bytes_loses_nothing(text: str) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [UNIGRAM, SENTENCE])
-def test_a_piece_that_continues_has_no_space_of_its_own(tokenizer: TextTokenizer) -> None:
+def test_a_continuing_text_gets_no_extra_space(tokenizer: TextTokenizer) -> None:
     head, tail = tokenizer.encode("the qu"), tokenizer.encode("ick fox", continues=True)
     assert tokenizer.decode(head + tail) == "the quick fox"
     assert tokenizer.decode(head + tokenizer.encode("ick fox")) == "the qu ick fox"
@@ -56,14 +56,14 @@ def test_a_piece_that_continues_has_no_space_of_its_own(tokenizer: TextTokenizer
     assert tokenizer.decode(tokenizer.encode(" fox", continues=True)) == "fox"
 
 
-def test_spelled_special_tokens_survive_in_unigram() -> None:
+def test_names_of_special_tokens_survive_in_unigram() -> None:
     assert UNIGRAM.decode(UNIGRAM.encode("the <s> is </s>. <mask>")) == "the <s> is </s>. <mask>"
 
 
-def test_word_piece_reads_as_words() -> None:
+def test_word_piece_decodes_to_words() -> None:
     ids = PIECES.document("The quick, lazy dog.")
     assert (ids[0], ids[-1]) == (PIECES.tokenizer.cls_token_id, PIECES.tokenizer.sep_token_id)
-    # clean_up_tokenization_spaces of the tokenizer's own settings would join these.
+    # The tokenizer's own setting clean_up_tokenization_spaces would join these.
     assert PIECES.decode(PIECES.encode("do not")) == "do not"
     assert PIECES.decode(ids, continues=True) == " " + PIECES.decode(ids)
 
@@ -80,7 +80,7 @@ def test_documents(tokenizer: TextTokenizer) -> None:
     assert tokenizer.documents([]) == []
 
 
-def test_a_mask_token_that_is_not_marked_special_is_still_none_of_the_text() -> None:
+def test_a_mask_token_that_is_not_marked_special_is_never_encoded() -> None:
     base = byte_level().tokenizer
     assert isinstance(base, PreTrainedTokenizerFast)
     base.add_tokens(["<gap>"])
@@ -91,7 +91,7 @@ def test_a_mask_token_that_is_not_marked_special_is_still_none_of_the_text() -> 
     assert tokenizer.decode([*ids, tokenizer.mask_token_id]) == "a <gap> b"
 
 
-def test_roles() -> None:
+def test_start_end_and_pad_tokens() -> None:
     assert (PIECES.start_token_id, PIECES.end_token_id, PIECES.pad_token_id) == (2, 3, 0)
     assert BYTES.pad_token_id == BYTES.end_token_id == BYTES.start_token_id
     assert UNIGRAM.pad_token_id != UNIGRAM.end_token_id

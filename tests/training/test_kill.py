@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at any moment, also in the middle of a save, a run goes on to the same weights."""
+"""A run that is killed with SIGKILL at any moment, also during a save, resumes to the same weights."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import pytest
 
 from diffusify.models.saving import load_denoiser
 from diffusify.training.adapt import adapt
-from tests.training.worlds import adapt_until, start
+from tests.training.worlds import adapt_until_killed, start_process
 
 SCRIPT = """
 import os, signal, sys
@@ -22,13 +22,13 @@ from diffusify.training.adapt import adapt
 
 save, saves = PreTrainedTokenizerBase.save_pretrained, []
 
-def save_or_die(self, folder, *rest, **more):
+def save_or_kill(self, folder, *args, **kwargs):
     saves.append(folder)
-    if len(saves) == 2:  # the weights of the second checkpoint are written, the rest is not
+    if len(saves) == 2:  # the second checkpoint has its weights, but not its other files
         os.kill(os.getpid(), signal.SIGKILL)
-    return save(self, folder, *rest, **more)
+    return save(self, folder, *args, **kwargs)
 
-PreTrainedTokenizerBase.save_pretrained = save_or_die
+PreTrainedTokenizerBase.save_pretrained = save_or_kill
 adapt(sys.argv[1], sys.argv[2], sys.argv[3], steps=3, length=32, held_out=64, per_device_train_batch_size=2,
       bf16=False, save_strategy="steps", save_steps=1)
 """
@@ -37,12 +37,13 @@ OPTIONS: dict[str, Any] = {
     "save_strategy": "steps", "save_steps": 1,
 }  # fmt: skip
 KILLS = 50
+pytestmark = pytest.mark.slow
 
 
-def test_killed_in_the_middle_of_a_save(causal_base: str, corpus: str, tmp_path: Path) -> None:
+def test_kill_during_a_save(causal_base: str, corpus: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    died = subprocess.run([sys.executable, "-c", SCRIPT, causal_base, corpus, str(out)], env=os.environ, check=False)
-    assert died.returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", SCRIPT, causal_base, corpus, str(out)], env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     load_denoiser(out / "checkpoint-1")
     options = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
@@ -51,31 +52,30 @@ def test_killed_in_the_middle_of_a_save(causal_base: str, corpus: str, tmp_path:
     load_denoiser(out)
 
 
-@pytest.mark.slow
-def test_killed_fifty_times_at_random(causal_base: str, corpus: str, tmp_path: Path) -> None:
-    """Loading, training, saving, tidying up: wherever it dies, the same command goes on, bit by bit."""
-    luck, out, kills, finished = random.Random(0), tmp_path / "0", 0, 0
-    span = live(causal_base, corpus, tmp_path / "whole")
-    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert span is not None
+def test_fifty_kills_at_random_times(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    """During loading, training, saving or cleaning up: the same command resumes, and the weights are bitwise equal."""
+    rng, out, kills, finished = random.Random(0), tmp_path / "0", 0, 0
+    duration = run_for(causal_base, corpus, tmp_path / "undisturbed")
+    expected = (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+    assert duration is not None
     while kills < KILLS or not finished:
-        took = live(causal_base, corpus, out, luck.uniform(0, span) if kills < KILLS else None)
-        if took is None:
+        seconds = run_for(causal_base, corpus, out, rng.uniform(0, duration) if kills < KILLS else None)
+        if seconds is None:
             kills += 1
             continue
-        span = min(span, 2 * took)  # the machine may have been slower at first
-        assert (out / "model.safetensors").read_bytes() == whole
+        duration = min(duration, 2 * seconds)  # the machine may have been slower at first
+        assert (out / "model.safetensors").read_bytes() == expected
         assert not list(out.glob(".*")) and not list(out.glob("checkpoint-*"))
         finished += 1
-        out = tmp_path / str(finished)  # a new run: what is finished already has nothing to kill
+        out = tmp_path / str(finished)  # a finished run has nothing left to interrupt
 
 
-def live(base: str, corpus: str, out: Path, left: float | None = None) -> float | None:
-    """How many seconds a run takes to come to its end; None if it is killed, because no more were `left` to it."""
-    began = monotonic()
-    process = start(adapt_until, None, base, corpus, out, OPTIONS)
-    process.join(left)
+def run_for(base: str, corpus: str, out: Path, timeout: float | None = None) -> float | None:
+    """The seconds that a run takes; None if it was killed after `timeout` seconds."""
+    start = monotonic()
+    process = start_process(adapt_until_killed, None, base, corpus, out, OPTIONS)
+    process.join(timeout)
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
-    return monotonic() - began if process.exitcode == 0 else None
+    return monotonic() - start if process.exitcode == 0 else None

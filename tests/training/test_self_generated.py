@@ -1,4 +1,4 @@
-"""A base writes its own training text, once, and goes on where it was stopped."""
+"""Self-generated training text is sampled once, cached, and continued after an interruption."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from diffusify.text.examples import Template
 from diffusify.text.sources import load_texts
 from diffusify.training import self_generated
 from diffusify.training.adapt import adapt, make_denoiser
-from diffusify.training.self_generated import TextGenerator, with_own_texts
+from diffusify.training.self_generated import TextGenerator, with_generated_texts
 from diffusify.training.tune import tune
 from tests.families import tiny_network
 
@@ -26,69 +26,80 @@ TINY: dict[str, Any] = {"length": 32, "held_out": 64, "per_device_train_batch_si
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(self_generated, "TOGETHER", 4)
+    monkeypatch.setattr(self_generated, "BATCH_SIZE", 4)
     return tmp_path / "cache"
 
 
-def written(base: str, data: str, length: int = 32) -> str:
+@pytest.fixture(scope="module")
+def corpus(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of the first four texts of the corpus, which are 16 chunks of 32 tokens."""
+    path = tmp_path_factory.mktemp("few") / "texts.jsonl"
+    path.write_text("".join(Path(corpus).read_text().splitlines(keepends=True)[:4]))
+    return str(path)
+
+
+def generated(base: str, data: str, length: int = 32) -> str:
     source = load_base(base)
     tokenizer = make_denoiser(source, mlm() if source.masked else block())[1]
-    return with_own_texts(
+    return with_generated_texts(
         data, base, checksum(source.network), source.network, tokenizer, length, 0, Console(quiet=True)
     )
 
 
-def test_pieces_of_the_prompts_are_gone_on_with(causal_base: str, corpus: str, cache: Path) -> None:
-    made = written(causal_base, f"0.5*self:{corpus},0.5*{corpus}")
-    assert made.startswith("0.5*") and made.endswith(f",0.5*{corpus}") and "self:" not in made
+def test_texts_continue_the_openings_of_chunks(causal_base: str, corpus: str, cache: Path) -> None:
+    source = generated(causal_base, f"0.5*self:{corpus},0.5*{corpus}")
+    assert source.startswith("0.5*") and source.endswith(f",0.5*{corpus}") and "self:" not in source
     (path,) = cache.glob("self-*.jsonl")
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     tokenizer = make_denoiser(load_base(causal_base), block())[1]
     documents = [tokenizer.document(text) for text in load_texts(corpus)["text"]]
-    openings = [tokenizer.decode(d[at : at + 8]) for d in documents for at in range(0, max(1, len(d) - 16), 32)]
+    starts = [(d, start) for d in documents for start in range(0, max(1, len(d) - 16), 32)]
+    openings = [tokenizer.decode(d[start : start + 8]) for d, start in starts]
     assert len(texts) > 8 and len(texts) == len([o for o in openings if o])
     assert all(text.startswith(opening) for text, opening in zip(texts, openings, strict=True))
     assert any(len(text) > len(opening) for text, opening in zip(texts, openings, strict=True))
 
 
-def test_a_second_call_finds_the_texts_and_a_stopped_one_goes_on(causal_base: str, corpus: str, cache: Path) -> None:
-    whole = Path(written(causal_base, f"self:{corpus}"))
-    lines, stamp = whole.read_text(), whole.stat().st_mtime_ns
-    assert written(causal_base, f"self:{corpus}") == str(whole) and whole.stat().st_mtime_ns == stamp
+def test_texts_are_cached_and_partial_files_continued(causal_base: str, corpus: str, cache: Path) -> None:
+    path = Path(generated(causal_base, f"self:{corpus}"))
+    lines, modified = path.read_text(), path.stat().st_mtime_ns
+    assert generated(causal_base, f"self:{corpus}") == str(path) and path.stat().st_mtime_ns == modified
     head = "".join(lines.splitlines(keepends=True)[:6])
-    whole.with_suffix(".unfinished").write_text(head + '{"text": "cut of')
-    whole.unlink()
-    assert Path(written(causal_base, f"self:{corpus}")).read_text() == lines
+    path.with_suffix(".unfinished").write_text(head + '{"text": "cut of')
+    path.unlink()
+    assert Path(generated(causal_base, f"self:{corpus}")).read_text() == lines
 
 
-def test_a_model_is_adapted_on_its_own_text(causal_base: str, corpus: str, tmp_path: Path) -> None:
-    out = adapt(causal_base, f"self:{corpus}", tmp_path / "run", steps=1, **TINY)
-    assert json.loads((out / "run.json").read_text())["data"] == f"self:{corpus}"
-
-
-def test_new_adapters_write_nothing_anew(causal_base: str, corpus: str, cache: Path, tmp_path: Path) -> None:
+def test_new_adapters_use_the_cached_texts_of_their_base(
+    causal_base: str, corpus: str, cache: Path, tmp_path: Path
+) -> None:
     for n, lora in enumerate((None, Lora(2), Lora(4))):
         adapt(causal_base, f"self:{corpus}", tmp_path / str(n), lora=lora, seed=0, steps=1, **TINY)
     assert len(list(cache.glob("self-*.jsonl"))) == 1
+    assert json.loads((tmp_path / "0" / "run.json").read_text())["data"] == f"self:{corpus}"
     adapt(str(tmp_path / "2"), f"self:{corpus}", tmp_path / "more", steps=1, **TINY)
     assert len(list(cache.glob("self-*.jsonl"))) == 2
 
 
-def test_what_cannot_be_written_is_refused(causal_base: str, masked_base: str, corpus: str, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_generated_are_refused(
+    causal_base: str, masked_base: str, corpus: str, tmp_path: Path
+) -> None:
     infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
     for model in (masked_base, str(infiller)):
         recipe = mlm() if model == masked_base else None
-        with pytest.raises(ValueError, match=f"{model} does not write from left to right; leave self: out"):
+        with pytest.raises(
+            ValueError, match=f"{model} has no autoregressive model to generate it with; leave self: out"
+        ):
             adapt(model, f"self:{corpus}", tmp_path / "run", recipe=recipe, steps=1, **TINY)
     with pytest.raises(ValueError, match="nowhere.txt does not exist"):
         adapt(causal_base, "self:nowhere.txt", tmp_path / "run", steps=1, **TINY)
     with pytest.raises(ValueError, match="no text of 4000 tokens"):
-        written(causal_base, f"self:{corpus}", length=4000)
+        generated(causal_base, f"self:{corpus}", length=4000)
 
 
 @pytest.fixture
 def wide_base(causal_base: str, tmp_path: Path) -> str:
-    """The tiny Llama with room for a chat."""
+    """The tiny Llama with a context that is long enough for a chat."""
     folder = shutil.copytree(causal_base, tmp_path / "wide")
     network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=256)
     network.save_pretrained(folder)
@@ -96,8 +107,8 @@ def wide_base(causal_base: str, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> str:
-    """Six chats and twenty pairs without an answer."""
+def questions(tmp_path: Path) -> str:
+    """The path of six chats and twenty pairs without an answer."""
     path = tmp_path / "questions.jsonl"
     chats = [[{"role": "user", "content": word}, {"role": "assistant", "content": "no"}] for word in "abcdef"]
     pairs = [{"instruction": f"say {word}", "output": None} for word in "ghijklmnopqrstuvwxyz"]
@@ -106,53 +117,52 @@ def asked(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_model_answers_questions_and_is_tuned_on_that(
-    wide_base: str, asked: str, cache: Path, tmp_path: Path
+def test_a_model_is_tuned_on_its_own_answers(
+    wide_base: str, questions: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(self_generated, "BATCH_SIZE", 32)
     options: dict[str, Any] = TINY | {"length": 192}
-    out = tune(wide_base, f"self:{asked}", tmp_path / "run", recipe=block(4), steps=1, **options)
-    assert json.loads((out / "run.json").read_text())["data"] == f"self:{asked}"
+    out = tune(wide_base, f"self:{questions}", tmp_path / "run", recipe=block(4), steps=1, **options)
+    assert json.loads((out / "run.json").read_text())["data"] == f"self:{questions}"
     (path,) = cache.glob("self-*.jsonl")
     chats = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    assert 4 < len(chats) < 26  # those that came to an end
+    assert 4 < len(chats) < 26  # not all answers end within the length
     assert all([message["role"] for message in chat] == ["user", "assistant"] for chat in chats)
     contents = [chat[0]["content"] for chat in chats]
-    everything = [*"abcdef", *(f"say {word}" for word in "ghijklmnopqrstuvwxyz")]
-    assert len(set(contents)) == len(contents) and set(contents) < set(everything)
+    expected = [*"abcdef", *(f"say {word}" for word in "ghijklmnopqrstuvwxyz")]
+    assert len(set(contents)) == len(contents) and set(contents) < set(expected)
     assert all(chat[1]["content"].strip() not in ("", "no") for chat in chats)
 
 
-def test_what_is_written_does_not_depend_on_what_is_written_beside_it(
-    causal_base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_do_not_depend_on_their_batch(causal_base: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = load_base(causal_base)
     tokenizer = make_denoiser(source, block())[1]
-    writer = TextGenerator(source.network, tokenizer, [*range(0, 320, 9)], 48, 0, Console(quiet=True))
+    generator = TextGenerator(source.network, tokenizer, [*range(0, 320, 9)], 48, 0, Console(quiet=True))
     prompts = [tokenizer.encode("the cat sat on the mat"[:size]) for size in range(2, 20, 3)]
-    monkeypatch.setattr(self_generated, "TEMPERATURE", 1e-6)  # the likeliest token
+    monkeypatch.setattr(self_generated, "TEMPERATURE", 1e-6)  # greedy
     monkeypatch.setattr(self_generated, "fast_bfloat16", lambda: False)
-    found = []
-    for together in (1, 4):
-        monkeypatch.setattr(self_generated, "TOGETHER", together)
-        path = writer.file([together], prompts, lambda n, ids: {"n": n, "ids": ids})
-        found.append([json.loads(line) for line in path.read_text().splitlines()])
-    assert len(found[0]) == len(found[1]) == len(prompts)
-    for alone, beside in zip(*found, strict=True):
-        size = len(beside["ids"])  # padding takes room
-        assert size and alone["ids"][:size] == beside["ids"]
-        assert all(token_id % 9 for token_id in alone["ids"][:-1])  # nothing behind an end
+    results = []
+    for batch_size in (1, 4):
+        monkeypatch.setattr(self_generated, "BATCH_SIZE", batch_size)
+        path = generator.generate_file([batch_size], prompts, lambda n, ids: {"n": n, "ids": ids})
+        results.append([json.loads(line) for line in path.read_text().splitlines()])
+    assert len(results[0]) == len(results[1]) == len(prompts)
+    for alone, batched in zip(*results, strict=True):
+        size = len(batched["ids"])  # padding counts towards the length
+        assert size and alone["ids"][:size] == batched["ids"]
+        assert all(token_id % 9 for token_id in alone["ids"][:-1])  # nothing after an end token
 
 
-def test_a_model_without_a_left_to_right_half_cannot_answer(
-    causal_base: str, masked_base: str, corpus: str, asked: str, tmp_path: Path
+def test_a_model_without_an_ar_half_cannot_answer(
+    causal_base: str, masked_base: str, corpus: str, questions: str, tmp_path: Path
 ) -> None:
     infiller = adapt(causal_base, corpus, tmp_path / "infiller", recipe=ar(), steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
-        tune(str(infiller), f"self:{asked}", tmp_path / "no", steps=1, **TINY)
-    with pytest.raises(ValueError, match="does not write from left to right; leave self: out"):
-        tune(masked_base, f"self:{asked}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
+    with pytest.raises(ValueError, match="has no autoregressive model to generate it with; leave self: out"):
+        tune(str(infiller), f"self:{questions}", tmp_path / "no", steps=1, **TINY)
+    with pytest.raises(ValueError, match="has no autoregressive model to generate it with; leave self: out"):
+        tune(masked_base, f"self:{questions}", tmp_path / "no", recipe=mlm(), steps=1, **TINY)
     with pytest.raises(ValueError, match="need no template"):
         template = Template("{instruction}", "{output}")
-        tune(causal_base, f"self:{asked}", tmp_path / "no", recipe=block(), template=template, steps=1, **TINY)
+        tune(causal_base, f"self:{questions}", tmp_path / "no", recipe=block(), template=template, steps=1, **TINY)
     with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
         tune(causal_base, "self:nowhere.jsonl", tmp_path / "no", recipe=block(), steps=1, **TINY)

@@ -1,4 +1,4 @@
-"""A run on a stream, stopped and gone on with, trains on the very rows of one that was never stopped."""
+"""The stream loader: a resumed run on a stream trains on the same rows as an undisturbed one."""
 
 import json
 import os
@@ -35,16 +35,16 @@ TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": 
 
 
 def arguments(folder: Path, rank: int = 0, world: int = 1, **options: Any) -> TrainingArguments:
-    """What a process of several would be told."""
-    made = TrainingArguments(
+    """The training arguments of one rank."""
+    args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=3, use_cpu=True, dataloader_pin_memory=False, **options
     )
-    made.__class__ = type("Rank", (TrainingArguments,), {"process_index": rank, "world_size": world})
-    return made
+    args.__class__ = type("RankArguments", (TrainingArguments,), {"process_index": rank, "world_size": world})
+    return args
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK", 320)
     monkeypatch.setattr(stream, "BATCH", 4)
 
@@ -58,57 +58,65 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a file of longer texts."""
+    path = tmp_path_factory.mktemp("longer") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n} cats sat on the mat. " * 9}) + "\n" for n in range(60)))
+    return str(path)
+
+
 def rows_of(folder: str) -> RowStream:
     return RowStream(stream_texts(folder), byte_level(), 8, seed=4)
 
 
-def taken(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[list[list[int]]]:
+def take(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[list[list[int]]]:
     return [batch["tokens"].tolist() for batch in islice(batches, count)]
 
 
 @given(st.integers(0, 30), st.sampled_from([(0, 1), (0, 2), (1, 2)]), st.integers(1, 3))
 @settings(max_examples=12, deadline=None)
-def test_going_on_after_any_step(
+def test_resuming_after_any_step(
     folder: str, tmp_path_factory: pytest.TempPathFactory, step: int, ranks: tuple[int, int], accumulated: int
 ) -> None:
     out = tmp_path_factory.mktemp("out")
     args = arguments(out, *ranks, gradient_accumulation_steps=accumulated)
-    whole = StreamLoader(rows_of(folder), args)
-    rows = taken(iter(whole), step * accumulated + 6)
+    undisturbed = StreamLoader(rows_of(folder), args)
+    rows = take(iter(undisturbed), step * accumulated + 6)
     stopped = StreamLoader(rows_of(folder), args)
     batches = iter(stopped)
-    taken(batches, step * accumulated)
+    take(batches, step * accumulated)
     stopped.save(out, step)
-    taken(batches, accumulated)  # the next step's batches are there, but Ctrl-C came before it was taken
+    take(batches, accumulated)  # the next step's batches are fetched, but Ctrl-C comes before the step
     stopped.save(out, step)
-    again = StreamLoader(rows_of(folder), args)
-    again.load(out)
-    assert taken(iter(again), 6) == rows[step * accumulated :]
+    resumed = StreamLoader(rows_of(folder), args)
+    resumed.load(out)
+    assert take(iter(resumed), 6) == rows[step * accumulated :]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one core
-def test_workers_take_turns_and_go_on(folder: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on machines with one core
+def test_workers_take_turns_and_resume(folder: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, dataloader_num_workers=2)
-    rows = taken(iter(StreamLoader(rows_of(folder), args)), 12)
-    plain = [taken(_alone(folder, reader), 6) for reader in (0, 1)]
-    assert rows == [batch for pair in zip(*plain, strict=True) for batch in pair]
+    rows = take(iter(StreamLoader(rows_of(folder), args)), 12)
+    by_reader = [take(_batches_of_reader(folder, reader), 6) for reader in (0, 1)]
+    assert rows == [batch for pair in zip(*by_reader, strict=True) for batch in pair]
     stopped = StreamLoader(rows_of(folder), args)
-    taken(iter(stopped), 5)
+    take(iter(stopped), 5)
     stopped.save(tmp_path, 5)
-    again = StreamLoader(rows_of(folder), args)
-    again.load(tmp_path)
-    assert taken(iter(again), 7) == rows[5:]
-    assert again.tally.records > 0
+    resumed = StreamLoader(rows_of(folder), args)
+    resumed.load(tmp_path)
+    assert take(iter(resumed), 7) == rows[5:]
+    assert resumed.bad_records.records > 0
 
 
-def _alone(folder: str, reader: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batches_of_reader(folder: str, reader: int) -> Iterator[dict[str, torch.Tensor]]:
     rows = rows_of(folder).read(reader, 2)
     while True:
         yield collate([next(rows)[0] for _ in range(3)])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_wrong_with_the_texts_is_one_clear_error(tmp_path: Path, workers: int) -> None:
+def test_an_error_in_the_texts_is_reported_without_a_traceback(tmp_path: Path, workers: int) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x00000"}\n{\n{"text": "x00001"}\n')
     rows = replace(rows_of(str(tmp_path / "a.jsonl")), max_corrupt=0.1)
     with pytest.raises(ValueError, match="^1 of 3 records cannot be read .*a.jsonl line 2 is not JSON"):
@@ -118,73 +126,79 @@ def test_what_is_wrong_with_the_texts_is_one_clear_error(tmp_path: Path, workers
 def test_another_number_of_readers_is_refused(folder: str, tmp_path: Path) -> None:
     StreamLoader(rows_of(folder), arguments(tmp_path)).save(tmp_path, 0)
     other = StreamLoader(rows_of(folder), arguments(tmp_path, world=2))
-    with pytest.raises(ValueError, match="was made with 1 readers of the stream of texts, not 2"):
+    with pytest.raises(ValueError, match="was saved with 1 readers of the text stream, not 2"):
         other.load(tmp_path)
-    with pytest.raises(ValueError, match="was made with no readers"):
+    with pytest.raises(ValueError, match="was saved with no readers"):
         other.load(tmp_path / "nowhere")
 
 
-def spied(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """The rows that each optimizer step is taken on."""
-    seen: list[list[list[int]]] = []
+def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """A list that gets the rows of each optimizer step."""
+    steps: list[list[list[int]]] = []
     real = DiffusionTrainer.get_batch_samples
 
     def spy(self: DiffusionTrainer, iterator: Iterator, number: int, device: torch.device) -> Any:
         batches = list(islice(iterator, number))
-        seen.append([row for batch in batches for row in batch["tokens"].tolist()])
+        steps.append([row for batch in batches for row in batch["tokens"].tolist()])
         return real(self, iter(batches), number, device)
 
     monkeypatch.setattr(DiffusionTrainer, "get_batch_samples", spy)
-    return seen
+    return steps
 
 
-def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ctrl-C in the middle of a step, and not again."""
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGINT once, in the middle of a step."""
     real = DiffusionTrainer.training_step
 
-    def dies(self: DiffusionTrainer, *given: Any, **more: Any) -> Any:
+    def training_step(self: DiffusionTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
             monkeypatch.setattr(DiffusionTrainer, "training_step", real)
             signal.raise_signal(signal.SIGINT)
-        return real(self, *given, **more)
+        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(DiffusionTrainer, "training_step", dies)
+    monkeypatch.setattr(DiffusionTrainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize("data", ["{folder}", "0.5*{folder},0.5*builtin:pydoc"], ids=["folder", "mixture"])
-@pytest.mark.parametrize("way", ["memory", "disk", "stream"])
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-    causal_base: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, data: str
+@pytest.mark.parametrize("data", ["{folder}", "0.5*{folder},0.5*{texts}"], ids=["folder", "mixture"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "stream"])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    causal_base: str,
+    folder: str,
+    texts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+    data: str,
 ) -> None:
     monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus, "IN_MEMORY", 0 if way == "disk" else 1 << 20)
-    source = data.format(folder=folder)
-    options: dict[str, Any] = TINY | {"streaming": way == "stream", "gradient_accumulation_steps": 2}
-    seen = spied(monkeypatch)
-    whole = adapt(causal_base, source, tmp_path / "whole", steps=9, **options)
-    rows = seen[:]
-    seen.clear()
-    interrupted_at(5, monkeypatch)
+    monkeypatch.setattr(corpus, "IN_MEMORY", 0 if storage == "disk" else 1 << 20)
+    source = data.format(folder=folder, texts=texts)
+    options: dict[str, Any] = TINY | {"streaming": storage == "stream", "gradient_accumulation_steps": 2}
+    steps = record_rows(monkeypatch)
+    undisturbed = adapt(causal_base, source, tmp_path / "undisturbed", steps=9, **options)
+    expected = steps[:]
+    steps.clear()
+    interrupt_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        adapt(causal_base, source, tmp_path / "parts", steps=9, **options)
-    (kept,) = (tmp_path / "parts").glob("checkpoint-*")
-    assert (kept / "stream_0.json").is_file() == (way == "stream")
-    assert kept.name == "checkpoint-6" and len(seen) == 6  # the step was taken to its end
-    parts = adapt(causal_base, source, tmp_path / "parts", steps=9, **options)
-    assert seen == rows
-    first, second = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+        adapt(causal_base, source, tmp_path / "resumed", steps=9, **options)
+    (checkpoint,) = (tmp_path / "resumed").glob("checkpoint-*")
+    assert (checkpoint / "stream_0.json").is_file() == (storage == "stream")
+    assert checkpoint.name == "checkpoint-6" and len(steps) == 6  # the step is completed before the run ends
+    resumed = adapt(causal_base, source, tmp_path / "resumed", steps=9, **options)
+    assert steps == expected
+    first, second = load_file(undisturbed / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("streaming", [None, True])
-def test_what_is_left_out_is_told(causal_base: str, folder: str, tmp_path: Path, streaming: bool | None) -> None:
+def test_skipped_records_are_reported(causal_base: str, folder: str, tmp_path: Path, streaming: bool | None) -> None:
     path = tmp_path / "a.jsonl"
     good = (Path(folder) / "0.jsonl").read_text()
     path.write_text(good + "{\n" + good)
-    told = Console(record=True, width=400, file=StringIO())
-    options: dict[str, Any] = TINY | {"streaming": streaming, "max_corrupt": 0.05, "held_out": 8, "console": told}
+    console = Console(record=True, width=400, file=StringIO())
+    options: dict[str, Any] = TINY | {"streaming": streaming, "max_corrupt": 0.05, "held_out": 8, "console": console}
     adapt(causal_base, str(path), tmp_path / "out", steps=8, **options)
-    text = told.export_text()
+    text = console.export_text()
     assert f"{path} line 21 is not JSON" in text and "records cannot be read" in text
     options["max_corrupt"] = 0.01
     with pytest.raises(ValueError, match="1 of 41 records cannot be read .* more than max_corrupt=0.01"):
@@ -193,16 +207,16 @@ def test_what_is_left_out_is_told(causal_base: str, folder: str, tmp_path: Path,
 
 
 def test_rows_of_several_processes_are_each_read_once(folder: str, tmp_path: Path) -> None:
-    """What transformers and accelerate deal out of rows that have numbers: the last batch is filled up, no more."""
+    """transformers and accelerate give each process its rows of a dataset, and only fill up the last batch."""
     texts = Dataset.from_dict({"text": [dict(record)["text"] for record in stream_texts(folder)]})
     rows = pack(texts, byte_level(), 8)
     found: Counter[str] = Counter()
     for rank in range(2):
-        found.update(_dealt(rows, rank))
+        found.update(_rows_of_rank(rows, rank))
     assert set(found) == {str(dict(row)["tokens"]) for row in rows} and sum(found.values()) - len(rows) < 2 * 7
 
 
-def _dealt(rows: Dataset, rank: int) -> list[str]:
+def _rows_of_rank(rows: Dataset, rank: int) -> list[str]:
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader, RandomSampler
 
@@ -219,11 +233,11 @@ from diffusify.text import stream
 from diffusify.training.adapt import adapt
 from diffusify.training.trainer import DiffusionTrainer
 
-stream.BLOCK, stream.BATCH, seen, real = 320, 4, [], DiffusionTrainer.get_batch_samples
+stream.BLOCK, stream.BATCH, rows, real = 320, 4, [], DiffusionTrainer.get_batch_samples
 
 def spy(self, iterator, number, device):
     batches = list(islice(iterator, number))
-    seen.extend(row for batch in batches for row in batch["tokens"].tolist())
+    rows.extend(row for batch in batches for row in batch["tokens"].tolist())
     return real(self, iter(batches), number, device)
 
 DiffusionTrainer.get_batch_samples = spy
@@ -231,13 +245,14 @@ base, data, out = sys.argv[1:]
 adapt(base, data, out, steps=5, length=8, held_out=8, streaming=True, per_device_train_batch_size=8, bf16=False,
       ddp_backend="gloo", dataloader_num_workers=0)
 import os
-json.dump(seen, open(f"{out}-{os.environ['RANK']}.json", "w"))
+json.dump(rows, open(f"{out}-{os.environ['RANK']}.json", "w"))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(causal_base: str, folder: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RANKS, causal_base, folder, str(tmp_path / "out")]
-    shared = os.environ | {
+    environment = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29533",
@@ -245,12 +260,12 @@ def test_two_processes_share_a_stream(causal_base: str, folder: str, tmp_path: P
     }
     ranks = [
         subprocess.Popen(
-            command, env=shared | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True
+            command, env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True
         )
         for n in range(2)
     ]
-    ends = [rank.communicate()[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], ends
+    errors = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
     first, second = (json.loads((tmp_path / f"out-{n}.json").read_text()) for n in range(2))
     assert len(first) == len(second) == 40
     assert not {str(row) for row in first} & {str(row) for row in second}

@@ -1,4 +1,4 @@
-"""Law 8 in the trainer: one loss however a batch is cut; a run that is stopped goes on as if it had not been."""
+"""The trainer (law 8): how a batch is split does not change the loss, and a resumed run equals an undisturbed one."""
 
 import json
 from pathlib import Path
@@ -33,10 +33,14 @@ def trainer_for(
     rows = pack(texts, tokenizer, 32)
     settings = {
         "max_steps": 3, "learning_rate": 1e-3, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
-        "save_strategy": "no", "per_device_train_batch_size": 8, "seed": 1, "dataloader_pin_memory": False,
+        "save_strategy": "no", "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "seed": 1,
+        "dataloader_pin_memory": False,
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(out), **(settings | options))  # type: ignore[arg-type]
-    return DiffusionTrainer(denoiser, recipe, args, train_dataset=rows, eval_dataset=rows, tokenizer=source.tokenizer)
+    held_out = rows.select(range(32))
+    return DiffusionTrainer(
+        denoiser, recipe, args, train_dataset=rows, eval_dataset=held_out, tokenizer=source.tokenizer
+    )
 
 
 def weights(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
@@ -55,61 +59,62 @@ def weights(trainer: DiffusionTrainer) -> dict[str, torch.Tensor]:
     ids=["block", "half", "data", "complement", "ar"],
 )
 def test_accumulation_changes_nothing(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
-    # Adam and clipping would hide a wrong scale, and Adam makes small gradients' rounding errors as large as others.
+    # Adam and clipping would hide a wrong scale, and Adam amplifies the rounding errors of small gradients.
     plain = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
-    whole = trainer_for(causal_base, corpus, tmp_path, recipe, **plain)
-    apart: dict[str, Any] = plain | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    parts = trainer_for(causal_base, corpus, tmp_path, recipe, **apart)
-    whole.train()
-    parts.train()
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(tensor, weights(parts)[name], atol=2e-5, rtol=1e-4)
+    at_once = trainer_for(causal_base, corpus, tmp_path, recipe, **plain)
+    split: dict[str, Any] = plain | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    accumulated = trainer_for(causal_base, corpus, tmp_path, recipe, **split)
+    at_once.train()
+    accumulated.train()
+    for name, tensor in weights(at_once).items():
+        torch.testing.assert_close(tensor, weights(accumulated)[name], atol=2e-5, rtol=1e-4)
 
 
-def test_blocks_grow_by_the_curriculum(causal_base: str, corpus: str, tmp_path: Path) -> None:
+def test_block_sizes_follow_the_curriculum(causal_base: str, corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(causal_base, corpus, tmp_path, block(8, curriculum=(1, 2)), max_steps=10)
     sizes, real = [], trainer.compute_loss
 
-    def watched(model, inputs, *more, **named):
+    def compute_loss(model, inputs, *args, **kwargs):
         sizes.append(inputs["recipe"].attention.size)
-        return real(model, inputs, *more, **named)
+        return real(model, inputs, *args, **kwargs)
 
-    trainer.compute_loss = watched
+    trainer.compute_loss = compute_loss
     trainer.train()
     assert sizes == [1, 1, 2, 2] + [8] * 6
     assert trainer.denoiser.diffusion_config.block_size == 8
 
 
-def test_one_network_learns_blocks_and_holes_in_turns(causal_base: str, corpus: str, tmp_path: Path) -> None:
-    trainer = trainer_for(causal_base, corpus, tmp_path, block(4, infilling=0.5), max_steps=60, learning_rate=3e-3)
+def test_one_network_learns_blocks_and_infilling(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(causal_base, corpus, tmp_path, block(4, infilling=0.5), max_steps=25, learning_rate=1e-2)
     rows = trainer.eval_dataset
     assert isinstance(rows, Dataset)
-    before = [validate(model, rows)["bound"] for model in (trainer.denoiser, trainer.denoiser.infiller)]
+    models = (trainer.denoiser, trainer.denoiser.infiller)
+    before = [validate(model, rows, batch_size=32)["bound"] for model in models]
     trainer.train()
-    after = [validate(model, rows)["bound"] for model in (trainer.denoiser, trainer.denoiser.infiller)]
+    after = [validate(model, rows, batch_size=32)["bound"] for model in models]
     assert after[0] < 0.75 * before[0] and after[1] < 0.8 * before[1]
 
 
 @pytest.mark.parametrize("complement", [False, True])
 @pytest.mark.parametrize("lora", [None, Lora(4)])
-def test_the_base_teaches_what_it_was_when_the_run_began(
+def test_the_teacher_is_the_base_as_it_was_when_the_run_began(
     causal_base: str, corpus: str, tmp_path: Path, lora: Lora | None, complement: bool
 ) -> None:
-    """At the first step the network's own left-to-right half is the base still."""
+    """In the first step the network's own AR half still equals the base, so the two teachers agree."""
     recipes = [block(4, teacher=teacher, complement=complement) for teacher in ("own", "base")]
     own, base = (trainer_for(causal_base, corpus, tmp_path, recipe, lora=lora, max_steps=2) for recipe in recipes)
     assert own.teacher is None and base.teacher is not None
     losses: list[list[float]] = [[], []]
-    for trainer, seen in zip((own, base), losses, strict=True):
+    for trainer, recorded in zip((own, base), losses, strict=True):
         real = trainer.compute_loss
-        trainer.compute_loss = lambda *a, real=real, seen=seen, **k: seen.append(loss := real(*a, **k)) or loss
-    asked = Canvas.clean(torch.arange(5, 15)[None])
-    first = base.teacher.denoiser(asked).logits
+        trainer.compute_loss = lambda *a, real=real, to=recorded, **k: to.append(loss := real(*a, **k)) or loss
+    canvas = Canvas.clean(torch.arange(5, 15)[None])
+    first = base.teacher.denoiser(canvas).logits
     own.train()
     base.train()
     torch.testing.assert_close(losses[0][0], losses[1][0])
     assert losses[0][1] != losses[1][1]
-    assert torch.equal(base.teacher.denoiser(asked).logits, first)
+    assert torch.equal(base.teacher.denoiser(canvas).logits, first)
     weights = dict(base.denoiser.named_parameters())
     shared = [weights[name] is weight for name, weight in base.teacher.denoiser.named_parameters()]
     assert sum(shared) == (0 if lora is None else len([w for w in weights.values() if not w.requires_grad]))
@@ -117,12 +122,12 @@ def test_the_base_teaches_what_it_was_when_the_run_began(
 
 def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: str, tmp_path: Path) -> None:
     plain = trainer_for(causal_base, corpus, tmp_path, block(4))
-    frugal = trainer_for(causal_base, corpus, tmp_path, block(4), activation_checkpointing=True)
+    checkpointed = trainer_for(causal_base, corpus, tmp_path, block(4), activation_checkpointing=True)
     plain.train()
-    frugal.train()
-    assert frugal.denoiser.network.is_activation_checkpointing
+    checkpointed.train()
+    assert checkpointed.denoiser.network.is_activation_checkpointing
     for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, weights(frugal)[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(tensor, weights(checkpointed)[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -131,26 +136,26 @@ def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: 
     ids=["ar-loss", "no-ar-loss", "distilled", "ar"],
 )
 def test_training_lowers_the_bound(causal_base: str, corpus: str, tmp_path: Path, recipe: Recipe) -> None:
-    trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=60, learning_rate=3e-3)
+    trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=25, learning_rate=1e-2)
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
     assert after["eval_bound"] < 0.75 * before["eval_bound"]
     assert after["eval_bits"] == pytest.approx(after["eval_bound"] / 0.693147, rel=1e-4)
     assert trainer.evaluate()["eval_bound"] == after["eval_bound"]  # the same noise every time
 
 
-def test_masked_networks_train_too(masked_base: str, corpus: str, tmp_path: Path) -> None:
+def test_training_lowers_the_bound_of_masked_networks(masked_base: str, corpus: str, tmp_path: Path) -> None:
     for recipe in (mlm(), block(4, masked=True)):
-        trainer = trainer_for(masked_base, corpus, tmp_path, recipe, max_steps=60, learning_rate=3e-3)
+        trainer = trainer_for(masked_base, corpus, tmp_path, recipe, max_steps=25, learning_rate=1e-2)
         before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
         assert after["eval_bound"] < 0.75 * before["eval_bound"]
         assert "eval_ar_nll" not in after
 
 
-def test_the_reported_parts_make_up_the_bound(causal_base: str, corpus: str, tmp_path: Path) -> None:
+def test_the_bound_is_a_mean_over_positions_in_the_block(causal_base: str, corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(causal_base, corpus, tmp_path, block(4))
     report = trainer.evaluate()
     places = [report[f"eval_bound_at_{place}"] for place in range(4)]
-    # rows hold 32 tokens and a first one that has no answer, documents a few more such: position 0 weighs a little less
+    # Position 0 counts a little less, since the first position of a document has no prediction under shift.
     assert min(places) <= report["eval_bound"] <= max(places)
     assert {"eval_nll_at_0.4", "eval_nll_at_1.0", "eval_bound_se", "eval_ar_nll"} <= report.keys()
 
@@ -171,11 +176,11 @@ def test_the_bound_does_not_depend_on_how_rows_are_batched(causal_base: str, cor
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(causal_base: str, corpus: str, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
-    whole = trainer_for(causal_base, corpus, tmp_path / "a", block(4), **options)
-    whole.train()
+    undisturbed = trainer_for(causal_base, corpus, tmp_path / "a", block(4), **options)
+    undisturbed.train()
     resumed = trainer_for(causal_base, corpus, tmp_path / "b", block(4), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
-    for name, tensor in weights(whole).items():
+    for name, tensor in weights(undisturbed).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
@@ -185,15 +190,15 @@ def test_checkpoints_open_in_plain_transformers_and_as_denoisers(causal_base: st
     trainer.train()
     folder = tmp_path / "checkpoint-3"
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    again, tokenizer = load_denoiser(folder)
-    assert again.diffusion_config == trainer.denoiser.diffusion_config and tokenizer.mask_token == "<|mask|>"
+    loaded, tokenizer = load_denoiser(folder)
+    assert loaded.diffusion_config == trainer.denoiser.diffusion_config and tokenizer.mask_token == "<|mask|>"
     row = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(row).logits, trainer.denoiser.network.eval()(row).logits)
-        torch.testing.assert_close(again(Canvas.clean(row)).logits, trainer.denoiser(Canvas.clean(row)).logits)
+        torch.testing.assert_close(loaded(Canvas.clean(row)).logits, trainer.denoiser(Canvas.clean(row)).logits)
 
 
-def test_a_save_that_dies_leaves_the_checkpoint_before(
+def test_an_interrupted_save_leaves_the_previous_checkpoint(
     causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(
@@ -201,31 +206,32 @@ def test_a_save_that_dies_leaves_the_checkpoint_before(
     )
     real = trainer._save_optimizer_and_scheduler
 
-    def dies(folder: str) -> None:
+    def interrupted(folder: str) -> None:
         if trainer.state.global_step == 2:
             raise SystemExit("killed")
         real(folder)
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", dies)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", interrupted)
     with pytest.raises(SystemExit, match="killed"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     load_denoiser(tmp_path / "checkpoint-1")
-    again = trainer_for(
+    resumed = trainer_for(
         causal_base, corpus, tmp_path, block(4), save_strategy="steps", save_steps=1, save_total_limit=2
     )
-    again.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and load_file(tmp_path / "checkpoint-3" / "model.safetensors")
 
 
-def test_layers_are_compiled_by_us_when_it_is_asked_for(
+def test_torch_compile_compiles_layer_by_layer(
     causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr("diffusify.training.trainer.quicken", lambda network, compiled: asked.append(compiled))
-    for wanted in (False, True):
-        trainer = trainer_for(causal_base, corpus, tmp_path, block(4), torch_compile=wanted)
-        assert trainer.args.torch_compile is False  # the parent class would compile everything at once
-    assert asked == [False, True]
+    calls = []
+    name = "diffusify.training.trainer.optimize_for_training"
+    monkeypatch.setattr(name, lambda network, compiled: calls.append(compiled))
+    for torch_compile in (False, True):
+        trainer = trainer_for(causal_base, corpus, tmp_path, block(4), torch_compile=torch_compile)
+        assert trainer.args.torch_compile is False  # the parent class would compile the whole model
+    assert calls == [False, True]

@@ -1,29 +1,59 @@
-"""The command line: adapt a model, tune it, write with it, look at it."""
+"""The command line: one file for each command of `diffusify`.
+
+The files import torch and transformers inside the commands, so that `diffusify --help` is fast.
+"""
+
+import inspect
+import re
 
 import typer
 
-from diffusify.cli import evaluating, making, measuring, planning, serving, writing
+from diffusify.cli import (
+    adapt,
+    bench,
+    chat,
+    compare,
+    generate,
+    import_checkpoint,
+    infill,
+    merge,
+    plan,
+    serve,
+    show,
+    tune,
+)
+from diffusify.cli import eval as evaluate
 
 app = typer.Typer(
-    help="Turn a pretrained language model into a diffusion language model, and write with it.",
+    help="Turn a pretrained language model into a diffusion language model, and generate text with it.\n\n"
+    "Run `diffusify COMMAND --help` for the arguments and options of a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (
-    making.adapt,
-    making.tune,
-    planning.plan,
-    writing.generate,
-    writing.infill,
-    writing.chat,
-    serving.serve,
-    measuring.bench,
-    evaluating.compare,
-    writing.show,
-    making.merge,
-)
-for command in COMMANDS:
-    app.command()(command)
-app.command("import")(making.import_)
-app.command("eval")(evaluating.eval_)
+COMMANDS = {
+    "Make a model": {
+        "adapt": adapt.adapt,
+        "tune": tune.tune,
+        "merge": merge.merge,
+        "import": import_checkpoint.import_checkpoint,
+        "plan": plan.plan,
+    },
+    "Use a model": {
+        "generate": generate.generate,
+        "infill": infill.infill,
+        "chat": chat.chat,
+        "serve": serve.serve,
+        "show": show.show,
+    },
+    "Evaluate a model": {
+        "eval": evaluate.eval_,
+        "compare": compare.compare,
+        "bench": bench.bench,
+    },
+}
+for panel, commands in COMMANDS.items():
+    for name, function in commands.items():
+        # Typer keeps the line breaks of docstrings, so the lines of each paragraph are joined.
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+        app.command(name, help=text, rich_help_panel=panel)(function)

@@ -1,4 +1,4 @@
-"""What people see in the terminal: texts that fill in, chats, one clear line for a mistake."""
+"""Terminal output that commands share: errors, live text, chats and suggested commands."""
 
 import json
 import os
@@ -16,57 +16,60 @@ if TYPE_CHECKING:
     from diffusify.sampling.sampler import Frame
     from diffusify.sampling.sampling_config import SamplingConfig
 
-# Of several processes only the first one speaks.
-say = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+# Messages go to standard error, and under torchrun only from rank 0.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """What the user did wrong is one line and exit code 2; what went wrong meanwhile is one line and exit code 1."""
+def report_errors() -> Iterator[None]:
+    """Print an expected error as one line. The exit code is 2 for wrong input, 1 for failures, 130 for Ctrl-C."""
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        say.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    except (FloatingPointError, OSError) as error:  # the machine's doing, or the numbers'
-        say.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    except (FloatingPointError, OSError) as error:  # non-finite losses, and failures of disk or network
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
 def suggest(*commands: str) -> None:
-    """Commands to try next, never wrapped: they are there to be copied."""
-    say.print("next:")
+    """Print commands to try next, each on one unwrapped line so that it can be copied."""
+    console.print("try next:")
     for command in commands:
-        say.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def write(lm: "DiffusionLM", writing: "GenerationRun", *, watch: bool, as_json: bool) -> None:
-    """Take a writing to its end and print it."""
+def print_generation(lm: "DiffusionLM", run: "GenerationRun", *, watch: bool, as_json: bool) -> None:
+    """Finish a generation run of one text and print the text; its statistics go to standard error."""
     if watch:
-        look(lm, writing)
-    result = writing.results()[0]
+        show_live(lm, run)
+    result = run.results()[0]
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
         return
     print(result.text)
-    say.print(
-        f"{result.tokens} tokens, {result.forwards} forwards ({result.tokens_per_forward:.2f} tokens per forward), "
-        f"{result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s)",
+    console.print(
+        f"{result.tokens} tokens in {result.forwards} forward passes ({result.tokens_per_forward:.2f} tokens per "
+        f"forward pass), {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s)",
         style="dim",
     )
 
 
-def look(lm: "DiffusionLM", writing: "GenerationRun", *, prompt: bool = True) -> None:
-    """Show a writing live."""
-    with Live(console=say, refresh_per_second=12, transient=True) as live:
-        for frame in writing:
-            live.update(picture(lm, frame, prompt=prompt))
+def show_live(lm: "DiffusionLM", run: "GenerationRun", *, prompt: bool = True) -> None:
+    """Show the text of a generation run while it is denoised, with or without its prompt."""
+    with Live(console=console, refresh_per_second=12, transient=True) as live:
+        for frame in run:
+            live.update(render_frame(lm, frame, prompt=prompt))
 
 
-def picture(lm: "DiffusionLM", frame: "Frame", *, prompt: bool = True) -> Text:
-    """A canvas for the terminal: the prompt as it is, written tokens from red (guessed) to green (sure), holes dim."""
+def render_frame(lm: "DiffusionLM", frame: "Frame", *, prompt: bool = True) -> Text:
+    """The first row of a canvas as coloured text.
+
+    The prompt is uncoloured, generated tokens go from red (low probability) to green (high), masked positions are dim.
+    """
     canvas, text = frame.canvas, Text()
     cells = zip(canvas.tokens[0].tolist(), canvas.open[0].tolist(), canvas.editable[0].tolist(), strict=True)
     for (token, is_open, editable), score in zip(cells, frame.score[0].exp().tolist(), strict=True):
@@ -80,14 +83,14 @@ def picture(lm: "DiffusionLM", frame: "Frame", *, prompt: bool = True) -> Text:
     return text
 
 
-def converse(answer: "Callable[[list[Message]], str]", system: str | None) -> None:
-    """Questions from standard input, answers on standard output, until the input ends."""
+def chat_loop(answer: "Callable[[list[Message]], str]", system: str | None) -> None:
+    """Read user messages from standard input and answer them, until an empty line or the end of the input."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    say.print("an empty line or Ctrl-D ends the chat, /reset forgets it", style="dim")
+    console.print("An empty line or Ctrl-D ends the chat. /reset starts a new one.", style="dim")
     while True:
         try:
-            question = say.input("[bold]you[/] ").strip()
+            question = console.input("[bold]you[/] ").strip()
         except EOFError:
             return
         if not question:
@@ -99,12 +102,14 @@ def converse(answer: "Callable[[list[Message]], str]", system: str | None) -> No
         messages.append({"role": "assistant", "content": answer(messages)})
 
 
-def answer_live(lm: "DiffusionLM", messages: "list[Message]", room: int | None, settings: "SamplingConfig") -> str:
-    """The next answer of a chat, printed, and shown filling in before that."""
-    writing = lm.prepare_chat([messages], room, settings)
-    if say.is_terminal:
-        look(lm, writing, prompt=False)
-    answer = writing.results()[0]
+def print_answer(
+    lm: "DiffusionLM", messages: "list[Message]", max_new_tokens: int | None, settings: "SamplingConfig"
+) -> str:
+    """Generate the next answer of a chat and print it; in a terminal, also show it while it is denoised."""
+    run = lm.prepare_chat([messages], max_new_tokens, settings)
+    if console.is_terminal:
+        show_live(lm, run, prompt=False)
+    answer = run.results()[0]
     print(answer.text, flush=True)
-    say.print(f"{answer.tokens} tokens, {answer.forwards} forwards, {answer.seconds:.1f} s", style="dim")
+    console.print(f"{answer.tokens} tokens in {answer.forwards} forward passes, {answer.seconds:.1f} s", style="dim")
     return answer.text

@@ -1,4 +1,4 @@
-"""Logits that are made when they are looked at, some positions at a time.
+"""Lazy logits: hidden states that are projected to the vocabulary in chunks of positions, on demand.
 
 Axes: k positions (row by row), d hidden size, v vocabulary.
 """
@@ -10,122 +10,123 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TOGETHER = 128  # positions
-LEARNT = 512  # positions whose logits exist at once while they are learnt from
-EVEN = 64  # positions: one part has fewer, all others a multiple
+CHUNK_SIZE = 128  # positions whose logits exist at once in inference
+TRAINING_CHUNK_SIZE = 512  # positions whose logits exist at once in training
+CHUNK_MULTIPLE = 64  # every training chunk but the last has a multiple of this many positions
 
-Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (logits, numbers) -> (a sum, something for each position)
+ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (logits, index) -> (summed loss, values per position)
 
 
 class LazyLogits:
-    """Logits about k positions, as hidden states and the head that projects them to the vocabulary.
+    """The logits at k positions, as hidden states and the head that projects them to the vocabulary.
 
-    They are float32 at least. However many positions there are, logits of no more than `TOGETHER` exist at once, unless
-    `logits` is asked for. Those of so few are kept.
+    Logits are float32, or float64 if the head returns float64. At most `CHUNK_SIZE` positions' logits exist at once,
+    except in the property `logits`. If k is at most `CHUNK_SIZE`, the logits are computed once and kept.
     """
 
     def __init__(
         self, hidden: Float[Tensor, "k d"], head: Callable[[Tensor, Tensor], Tensor], weights: tuple[Tensor, ...] = ()
     ) -> None:
-        """`head` is given some of the hidden states, and the numbers (of k) of their positions; `weights` it learns."""
+        """`head(hidden, index)` projects the positions `index` (into k); `weights` are its trainable parameters."""
         self._hidden, self._head, self._weights = hidden, head, weights
-        self._made: Tensor | None = None
+        self._computed: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "k v"]) -> "LazyLogits":
-        """Logits that are there already."""
-        return cls(logits, lambda part, index: part)
+    def from_tensor(cls, logits: Float[Tensor, "k v"]) -> "LazyLogits":
+        """Logits that are already computed."""
+        return cls(logits, lambda chunk, index: chunk)
 
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def __getitem__(self, places: Tensor) -> "LazyLogits":
-        """Those of some of the positions, by a mask or by number."""
-        if self._made is not None:
-            return LazyLogits.of(self._made[places])
-        numbers, head = torch.arange(len(self), device=places.device)[places], self._head
-        return LazyLogits(self._hidden[places], lambda part, index: head(part, numbers[index]), self._weights)
+    def __getitem__(self, selection: Tensor) -> "LazyLogits":
+        """The logits at some of the positions, given by a boolean mask or by indices."""
+        if self._computed is not None:
+            return LazyLogits.from_tensor(self._computed[selection])
+        selected, head = torch.arange(len(self), device=selection.device)[selection], self._head
+        return LazyLogits(self._hidden[selection], lambda chunk, index: head(chunk, selected[index]), self._weights)
 
-    def then(self, change: Callable[[Tensor, Tensor], Tensor]) -> "LazyLogits":
-        """The same, changed: `change` is given some of the logits, and the numbers of their positions."""
+    def transform(self, change: Callable[[Tensor, Tensor], Tensor]) -> "LazyLogits":
+        """The logits after `change(logits, index)`, which gets some positions' logits and their indices into k."""
         head = self._head
-        return LazyLogits(self._hidden, lambda part, index: change(head(part, index), index))
+        return LazyLogits(self._hidden, lambda chunk, index: change(head(chunk, index), index))
 
-    def parts(self) -> Iterator[Float[Tensor, "part v"]]:
-        """All logits, in order, some at a time."""
-        if self._made is not None:
-            yield self._made
+    def chunks(self) -> Iterator[Float[Tensor, "chunk v"]]:
+        """All logits, in order, in chunks of at most `CHUNK_SIZE` positions."""
+        if self._computed is not None:
+            yield self._computed
             return
-        numbers = torch.arange(len(self), device=self._hidden.device)
-        for hidden, index in zip(self._hidden.split(TOGETHER), numbers.split(TOGETHER), strict=True):
-            part = self._head(hidden, index)
-            part = part.to(torch.promote_types(part.dtype, torch.float32))
-            if len(part) == len(self):
-                self._made = part
-            yield part
+        positions = torch.arange(len(self), device=self._hidden.device)
+        for hidden, index in zip(self._hidden.split(CHUNK_SIZE), positions.split(CHUNK_SIZE), strict=True):
+            chunk = self._head(hidden, index)
+            chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+            if len(chunk) == len(self):
+                self._computed = chunk
+            yield chunk
 
-    def map(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is measured of each position's logits: [part, v] -> [part, ...], joined."""
-        return torch.cat([measure(part) for part in self.parts()])
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of each position's logits, [chunk, v] -> [chunk, ...], applied in chunks and concatenated."""
+        return torch.cat([function(chunk) for chunk in self.chunks()])
 
     def log_prob(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
         """The log-probability of one token at each position."""
-        parts = zip(self.parts(), tokens.split(TOGETHER), strict=True)
-        return torch.cat([part.log_softmax(-1).gather(-1, these[:, None])[:, 0] for part, these in parts])
+        pairs = zip(self.chunks(), tokens.split(CHUNK_SIZE), strict=True)
+        return torch.cat([chunk.log_softmax(-1).gather(-1, token[:, None])[:, 0] for chunk, token in pairs])
 
     @torch.no_grad()
-    def raw(self, numbers: Int[Tensor, " part"]) -> Float[Tensor, "part v"]:
-        """Some of them in the head's own precision, not to learn from."""
-        return self._head(self._hidden[numbers], numbers)
+    def raw(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk v"]:
+        """The logits at some of the positions, in the head's own precision and without gradient."""
+        return self._head(self._hidden[index], index)
 
-    def total(self, measure: Measure) -> tuple[Float[Tensor, ""], Tensor]:
-        """The sum of a measure over all positions, to be learnt from, and what the measure tells of each besides.
+    def chunked_loss(self, loss: ChunkLoss) -> tuple[Float[Tensor, ""], Tensor]:
+        """The sum of a loss over all positions, with gradient, and the loss function's values per position, without.
 
-        Gradients are made on the way, so logits of no more than LEARNT positions exist, forwards or backwards, and none
-        is made twice (as in Liger's and other fused losses).
+        Gradients are computed in the forward pass, chunk by chunk, so at most `TRAINING_CHUNK_SIZE` positions' logits
+        exist at once and none is computed twice (as in Liger's fused linear cross-entropy).
         """
-        found: Any = _Total.apply(self._hidden, self._head, measure, *self._weights)
-        return found
+        result: Any = _ChunkedLoss.apply(self._hidden, self._head, loss, *self._weights)
+        return result
 
     @property
     def logits(self) -> Float[Tensor, "k v"]:
-        """All of them at once."""
-        return torch.cat(list(self.parts()))
+        """All logits at once."""
+        return torch.cat(list(self.chunks()))
 
 
-def _sizes(k: int) -> list[int]:
-    """How many positions each part has, in few sizes: a kernel is kept for each that was ever met, between tensors."""
-    rest = k % LEARNT
-    return [LEARNT] * (k // LEARNT) + [size for size in (rest - rest % EVEN, rest % EVEN) if size] or [0]
+def _chunk_sizes(k: int) -> list[int]:
+    """The sizes of the training chunks. They take few values, because a kernel is cached for each size ever seen."""
+    rest = k % TRAINING_CHUNK_SIZE
+    last_two = (rest - rest % CHUNK_MULTIPLE, rest % CHUNK_MULTIPLE)
+    return [TRAINING_CHUNK_SIZE] * (k // TRAINING_CHUNK_SIZE) + [size for size in last_two if size] or [0]
 
 
-class _Total(torch.autograd.Function):
-    """See `LazyLogits.total`."""
+class _ChunkedLoss(torch.autograd.Function):
+    """The autograd function of `LazyLogits.chunked_loss`."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Callable[[Tensor, Tensor], Tensor], measure: Measure, *weights: Tensor
+        ctx: Any, hidden: Tensor, head: Callable[[Tensor, Tensor], Tensor], loss: ChunkLoss, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        sums, told, of_hidden = [], [], []
-        of_weights: list[Tensor | None] = [None] * len(weights)
-        numbers = torch.arange(len(hidden), device=hidden.device)
-        sizes = _sizes(len(hidden))
-        for part, index in zip(hidden.split(sizes), numbers.split(sizes), strict=True):
+        sums, values, hidden_grads = [], [], []
+        weight_grads: list[Tensor | None] = [None] * len(weights)
+        positions = torch.arange(len(hidden), device=hidden.device)
+        sizes = _chunk_sizes(len(hidden))
+        for chunk, index in zip(hidden.split(sizes), positions.split(sizes), strict=True):
             with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                worth, values = measure(head(part, index), index)
+                chunk = chunk.detach().requires_grad_()
+                chunk_sum, chunk_values = loss(head(chunk, index), index)
             if any(ctx.needs_input_grad):
-                first, *others = torch.autograd.grad(worth, [part, *weights])
-                of_hidden.append(first)
-                of_weights = [b if a is None else a.add_(b) for a, b in zip(of_weights, others, strict=True)]
-            sums.append(worth.detach())
-            told.append(values)
-        ctx.found = (torch.cat(of_hidden), *of_weights) if of_hidden else ()
-        values = torch.cat(told)
-        ctx.mark_non_differentiable(values)
-        return torch.stack(sums).sum(), values
+                first, *others = torch.autograd.grad(chunk_sum, [chunk, *weights])
+                hidden_grads.append(first)
+                weight_grads = [b if a is None else a.add_(b) for a, b in zip(weight_grads, others, strict=True)]
+            sums.append(chunk_sum.detach())
+            values.append(chunk_values)
+        ctx.grads = (torch.cat(hidden_grads), *weight_grads) if hidden_grads else ()
+        all_values = torch.cat(values)
+        ctx.mark_non_differentiable(all_values)
+        return torch.stack(sums).sum(), all_values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, *weights = (found.mul_(grad) for found in ctx.found)
+        hidden, *weights = (each.mul_(grad) for each in ctx.grads)
         return (hidden, None, None, *weights)

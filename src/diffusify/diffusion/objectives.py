@@ -1,4 +1,4 @@
-"""What an error is worth.
+"""Training objectives: weighted cross-entropy at open positions, the AR co-loss and distillation.
 
 Axes: b texts, n positions, k open positions (row by row), j positions of the AR co-loss, v vocabulary.
 """
@@ -18,7 +18,7 @@ from diffusify.diffusion.schedules import NoiseSchedule
 
 @dataclass(frozen=True)
 class Elbo:
-    """-alpha'(t) / (1 - alpha(t)), which makes the loss a bound on the negative log-likelihood; 1/t when linear."""
+    """The weight -alpha'(t) / (1 - alpha(t)), which makes the loss the NELBO; 1/t for the linear schedule."""
 
     def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
         return schedule.rate(t)
@@ -26,7 +26,7 @@ class Elbo:
 
 @dataclass(frozen=True)
 class RdmWeight:
-    """T - (Tt - 1) for T = `steps` discrete times: more weight to little noise (RDM, Diffusion-LLM)."""
+    """The weight T - (Tt - 1) for T = `steps` discrete times, which is higher at low noise (RDM, Diffusion-LLM)."""
 
     former_name: ClassVar[str] = "Rdm"
     steps: int = 50
@@ -37,7 +37,7 @@ class RdmWeight:
 
 @dataclass(frozen=True)
 class Flat:
-    """1 at every time (MaskGIT, plain masked language modelling)."""
+    """The weight 1 at every time (MaskGIT, BERT)."""
 
     def __call__(self, t: Float[Tensor, "..."], schedule: NoiseSchedule) -> Float[Tensor, "..."]:
         return torch.ones_like(t)
@@ -47,68 +47,68 @@ Weight = Elbo | RdmWeight | Flat
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Float32 arithmetic in chunks of rows: a vocabulary-wide float32 copy of all logits never exists."""
+    """Cross-entropy in float32, in chunks of rows, so that a float32 copy of all logits never exists."""
 
     CHUNK = 128
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        parts = logits.split(_CrossEntropy.CHUNK)
-        norm = torch.cat([part.float().logsumexp(-1) for part in parts])
-        wanted = logits.gather(-1, targets[:, None])[:, 0].float()
+        chunks = logits.split(_CrossEntropy.CHUNK)
+        log_norm = torch.cat([chunk.float().logsumexp(-1) for chunk in chunks])
+        target_logit = logits.gather(-1, targets[:, None])[:, 0].float()
         if smoothing:
-            possible = torch.cat([part.isfinite().sum(-1) for part in parts])
-            total = torch.cat([part.float().masked_fill(part.isinf(), 0.0).sum(-1) for part in parts])
-            wanted = (1 - smoothing) * wanted + smoothing * total / possible
-        ctx.save_for_backward(logits, targets, norm)
+            possible = torch.cat([chunk.isfinite().sum(-1) for chunk in chunks])
+            total = torch.cat([chunk.float().masked_fill(chunk.isinf(), 0.0).sum(-1) for chunk in chunks])
+            target_logit = (1 - smoothing) * target_logit + smoothing * total / possible
+        ctx.save_for_backward(logits, targets, log_norm)
         ctx.smoothing = smoothing
-        return norm - wanted
+        return log_norm - target_logit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, norm = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        pieces = (x.split(_CrossEntropy.CHUNK) for x in (logits, targets, norm, grad, out))
-        for part, target, total, worth, into in zip(*pieces, strict=True):
-            chance = (part.float() - total[:, None]).exp_()
+        logits, targets, log_norm = ctx.saved_tensors
+        logits_grad = torch.empty_like(logits)
+        chunks = (x.split(_CrossEntropy.CHUNK) for x in (logits, targets, log_norm, grad, logits_grad))
+        for chunk, target, norm, upstream, out in zip(*chunks, strict=True):
+            probs = (chunk.float() - norm[:, None]).exp_()
             if ctx.smoothing:
-                possible = part.isfinite()
-                chance -= possible * (ctx.smoothing / possible.sum(-1, keepdim=True))
-            chance.scatter_add_(-1, target[:, None], chance.new_full((len(target), 1), ctx.smoothing - 1))
-            into.copy_(chance.mul_(worth[:, None]))
-        return out, None, None
+                possible = chunk.isfinite()
+                probs -= possible * (ctx.smoothing / possible.sum(-1, keepdim=True))
+            probs.scatter_add_(-1, target[:, None], probs.new_full((len(target), 1), ctx.smoothing - 1))
+            out.copy_(probs.mul_(upstream[:, None]))
+        return logits_grad, None, None
 
 
 class _Divergence(torch.autograd.Function):
-    """The cross-entropy with another network's distribution, in chunks; its gradient is that of the KL divergence."""
+    """Cross-entropy with a teacher's distribution, in chunks; its gradient is that of the KL divergence."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
         pairs = zip(logits.split(_CrossEntropy.CHUNK), teacher.split(_CrossEntropy.CHUNK), strict=True)
-        parts = [_told(part, told) for part, told in pairs]
+        losses = [_soft_cross_entropy(chunk, teacher_chunk) for chunk, teacher_chunk in pairs]
         ctx.save_for_backward(logits, teacher)
-        return torch.cat(parts)
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, teacher = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        pieces = (x.split(_CrossEntropy.CHUNK) for x in (logits, teacher, grad, out))
-        for part, told, worth, into in zip(*pieces, strict=True):
-            difference = part.float().softmax(-1) - told.float().softmax(-1)
-            into.copy_(difference.mul_(worth[:, None]))
-        return out, None
+        logits_grad = torch.empty_like(logits)
+        chunks = (x.split(_CrossEntropy.CHUNK) for x in (logits, teacher, grad, logits_grad))
+        for chunk, teacher_chunk, upstream, out in zip(*chunks, strict=True):
+            difference = chunk.float().softmax(-1) - teacher_chunk.float().softmax(-1)
+            out.copy_(difference.mul_(upstream[:, None]))
+        return logits_grad, None
 
 
-def _told(logits: Tensor, teacher: Tensor) -> Tensor:
+def _soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     z = logits.float()
     return z.logsumexp(-1) - (teacher.float().softmax(-1) * z.masked_fill(z.isinf(), 0.0)).sum(-1)
 
 
 def divergence(logits: Float[Tensor, "k v"], teacher: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
-    """The cross-entropy (nats, float32) of the teacher's distribution with ours; only ours gets a gradient.
+    """The cross-entropy (nats, float32) of the logits with a teacher's distribution; only `logits` gets a gradient.
 
-    It is KL(teacher | ours) but for the teacher's own entropy. Logits may be bfloat16 and hold -inf in the same places.
+    It is KL(teacher | logits) plus the entropy of the teacher. Logits may be bfloat16 and -inf in the same places.
     """
     return _Divergence.apply(logits, teacher)  # pyright: ignore[reportReturnType]
 
@@ -116,18 +116,18 @@ def divergence(logits: Float[Tensor, "k v"], teacher: Float[Tensor, "k v"]) -> F
 def cross_entropy(
     logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"], label_smoothing: float = 0.0
 ) -> Float[Tensor, " k"]:
-    """The negative log-probability (nats, float32) of each target; logits may be bfloat16 and hold -inf.
+    """The negative log-probability (nats, float32) of each target; logits may be bfloat16 and contain -inf.
 
-    `label_smoothing` gives that share of the target to all tokens alike, save those that cannot be (-inf).
+    `label_smoothing` spreads that share of the target evenly over all tokens whose logits are finite.
     """
     return _CrossEntropy.apply(logits, targets, label_smoothing)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum and the count it is to be divided by, once, over the whole global batch.
+    """The sum of a loss, and the count to divide it by once the whole global batch is summed.
 
-    `nll` (nats, per open position) and `ar_nll` are there to be reported.
+    `nll` (nats, per open position) and `ar_nll` are unweighted and without gradient, for metrics.
     """
 
     total: Float[Tensor, ""]
@@ -138,14 +138,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Objective:
-    """Weighted cross-entropy at the open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
+    """Weighted cross-entropy at open positions, per editable token, per open token (DiffuLLaMA) or per text (RDM).
 
-    `ar_weight` adds the next-token loss of the clean text beside the noisy one, estimated on `ar_share` of its tokens.
-    `distill` is the share of the loss at open positions that takes a left-to-right model's next-token distribution for
-    the truth, rather than the next token (forward KL): that of the network's `own` left-to-right half as it is by then,
-    or that of the `base` as it was when the run began.
-    `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is what the length head's loss counts
-    for beside it, where there is one.
+    `ar_weight` adds the next-token loss of the clean copy of the text, estimated on `ar_share` of its tokens.
+    `distill` is the share of the loss at open positions that uses an AR teacher's next-token distribution as the
+    target instead of the token itself (forward KL). The teacher is the network's `own` AR half as it is trained, or the
+    `base` model as it was before training. `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight`
+    is the weight of the length head's loss, for models that have one.
+
+    Raises ValueError if a share is out of its range or `ar_weight` is negative.
     """
 
     weight: Weight = Elbo()
@@ -159,17 +160,21 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1); 0.0 is none, 0.1 is usual")
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} must be in [0, 1); 0.0 disables it, and 0.1 is usual"
+            )
         if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill={self.distill} must be in [0, 1]; 0.0 is none, 1.0 is nothing else")
+            raise ValueError(
+                f"distill={self.distill} must be in [0, 1]; 0.0 disables distillation, and 1.0 uses only the teacher"
+            )
         if self.ar_weight < 0 or not 0 < self.ar_share <= 1:
             raise ValueError(
                 f"ar_weight={self.ar_weight} must be at least 0 and ar_share={self.ar_share} in (0, 1]; "
-                "ar_weight=0.0 turns the AR co-loss off"
+                "ar_weight=0.0 disables the AR co-loss"
             )
 
     def count(self, canvas: Canvas) -> Float[Tensor, ""]:
-        """What the loss of these canvases is divided by."""
+        """The number that the loss of these canvases is divided by, as chosen with `per`."""
         if self.per == "open":
             return canvas.open.sum().float()
         if self.per == "editable":
@@ -177,11 +182,11 @@ class Objective:
         return (canvas.sizes > 0).sum().float()
 
     def ar_targets(self, noised: Noised) -> Bool[Tensor, "b n"]:
-        """Where the clean text's next-token logits are wanted."""
-        return noised.ar_positions | noised.canvas.open if self.taught_by("own") else noised.ar_positions
+        """The positions whose next-token logits on the clean text are needed, for the co-loss or the teacher."""
+        return noised.ar_positions | noised.canvas.open if self.distills_from("own") else noised.ar_positions
 
-    def taught_by(self, teacher: Literal["own", "base"]) -> bool:
-        """Whether this teacher is asked about open positions."""
+    def distills_from(self, teacher: Literal["own", "base"]) -> bool:
+        """Whether the loss at open positions uses this teacher."""
         return self.distill > 0 and self.teacher == teacher
 
     def __call__(
@@ -190,37 +195,36 @@ class Objective:
         ar_logits: LazyLogits,
         noised: Noised,
         schedule: NoiseSchedule,
-        taught: LazyLogits | None = None,
+        teacher_logits: LazyLogits | None = None,
     ) -> Loss:
-        """The loss of logits at the open positions, and of the clean text's where `ar_targets` says.
+        """The loss, from the logits at open positions and the clean text's next-token logits at `ar_targets`.
 
-        `taught` are those of another teacher than the network itself, about the open positions.
+        `teacher_logits` are those of the `base` teacher at open positions; the `own` teacher is in `ar_logits`.
         """
         canvas, open = noised.canvas, noised.canvas.open
         share = torch.ones_like(noised.t)
         if self.per == "text":
             share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
-        targets, worth = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
-        asked = self.ar_targets(noised)
-        own = torch.where(open[asked])[0]  # which of the clean text's answers are about open positions
+        targets, weight = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
+        ar_targets = self.ar_targets(noised)
+        teacher_index = torch.where(open[ar_targets])[0]  # the entries of ar_logits at open positions
 
-        def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            error = cross_entropy(logits, targets[index], self.label_smoothing)
-            nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else error.detach()
+        def diffusion_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            loss = cross_entropy(logits, targets[index], self.label_smoothing)
+            nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else loss.detach()
             if self.distill:
-                told = ar_logits.raw(own[index]) if taught is None else taught.raw(index)
-                error = (1 - self.distill) * error + self.distill * divergence(logits, told)
-            return (error * worth[index]).sum(), nll
+                teacher = ar_logits.raw(teacher_index[index]) if teacher_logits is None else teacher_logits.raw(index)
+                loss = (1 - self.distill) * loss + self.distill * divergence(logits, teacher)
+            return (loss * weight[index]).sum(), nll
 
-        total, nll = logits.total(about)
-        next_tokens = noised.clean[noised.ar_positions]
-        next_worth = (
-            share[noised.ar_positions] * noised.views * self.ar_weight / self.ar_share
-        )  # one clean text for all views
+        total, nll = logits.chunked_loss(diffusion_loss)
+        ar_tokens = noised.clean[noised.ar_positions]
+        # times `views`, since the clean text counts once for all of them
+        ar_weight = share[noised.ar_positions] * noised.views * self.ar_weight / self.ar_share
 
-        def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            error = cross_entropy(logits, next_tokens[index])
-            return (error * next_worth[index]).sum(), error.detach()
+        def ar_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            loss = cross_entropy(logits, ar_tokens[index])
+            return (loss * ar_weight[index]).sum(), loss.detach()
 
-        ar_total, ar_nll = ar_logits[noised.ar_positions[asked]].total(further)
+        ar_total, ar_nll = ar_logits[noised.ar_positions[ar_targets]].chunked_loss(ar_loss)
         return Loss(total + ar_total, self.count(canvas), nll, ar_nll)

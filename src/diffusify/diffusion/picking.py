@@ -1,6 +1,6 @@
-"""Which token, and how sure.
+"""Token selection: the token at each position, and its log-probability.
 
-Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
+Axes: b texts, n positions, k selected positions (row by row), v vocabulary.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from diffusify.diffusion.rng import RowGenerators
 
 @dataclass(frozen=True)
 class Greedy:
-    """The likeliest token."""
+    """The most likely token."""
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], rng: RowGenerators
+        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-        likeliest, tokens = logits.max(-1)
-        return tokens, likeliest - logits.logsumexp(-1)
+        highest, tokens = logits.max(-1)
+        return tokens, highest - logits.logsumexp(-1)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A token drawn at a temperature, from the `top_k` likeliest, or the fewest that hold `top_p` of the probability.
+    """A sampled token, with temperature, top-k and top-p (nucleus) truncation.
 
-    The score is the drawn token's log-probability before temperature and truncation. The noise is float64: float32
-    cuts the tail of the distribution and acts as a lower temperature.
+    The score is the token's log-probability before temperature and truncation. The noise is float64, since float32
+    cuts the tail of the distribution and acts as a lower temperature. Raises ValueError for a setting out of range.
     """
 
     temperature: float = 1.0
@@ -37,25 +37,27 @@ class Draw:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0 to draw; 0 is Greedy()")
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0 to sample; use Greedy() for temperature 0"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1.0 keeps every token")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it unset to keep every token")
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], asked: Bool[Tensor, "b n"], rng: RowGenerators
+        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         probs = (logits.double() / self.temperature).softmax(-1)
         if self.top_k is not None:
-            least = probs.topk(min(self.top_k, probs.shape[-1])).values[..., -1:]
-            probs = probs.masked_fill(probs < least, 0.0)
+            kth = probs.topk(min(self.top_k, probs.shape[-1])).values[..., -1:]
+            probs = probs.masked_fill(probs < kth, 0.0)
         if self.top_p < 1:
             ordered, order = probs.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
-            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        race = rng.exponential(asked, probs.shape[-1])
-        tokens = (probs / race).argmax(-1)  # the first of exponential clocks, each at its token's rate
+            outside = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
+        # The Gumbel-max trick in its exponential form: argmax of probs / Exponential(1) is a sample from probs.
+        tokens = (probs / rng.exponential(positions, probs.shape[-1])).argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 

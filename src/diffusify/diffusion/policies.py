@@ -1,4 +1,4 @@
-"""What to write, and what to take back.
+"""Policies: which tokens to write in a decoding step, and which to remask.
 
 Axes: b texts, n positions.
 """
@@ -21,7 +21,7 @@ from diffusify.diffusion.step import StepState, kl_divergence, open_fraction
 
 @dataclass(frozen=True)
 class Unmask:
-    """Write the best-ranked guesses, as many as the quota says; never take one back."""
+    """Write the best-ranked guesses, as many as the quota says; never remask."""
 
     rank: Ranking = field(default_factory=Confidence)
     quota: Quota = field(default_factory=Evenly)
@@ -33,27 +33,31 @@ class Unmask:
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Write each guess with the reverse process's own chance at this step (MDLM, DiffuLLaMA); all at the last."""
+    """Ancestral sampling: write each guess with the reverse process's probability (MDLM, DiffuLLaMA).
+
+    The last step writes all guesses.
+    """
 
     schedule: NoiseSchedule = field(default_factory=Linear)
 
     def __call__(self, state: StepState, remasked: Float[Tensor, " b"] | float = 0.0) -> Move:
-        """`remasked` is the chance that a written token is taken back in this step; the others make up for it."""
-        before, after = _survival(self.schedule, state)
-        chance = (after - (1 - remasked) * before) / (1 - before)
+        """`remasked` is the probability that a written token is remasked in this step; more is written to offset it."""
+        before, after = _clean_shares(self.schedule, state)
+        prob = (after - (1 - remasked) * before) / (1 - before)
         write = state.positions & (
-            (state.rng.uniform(state.positions) < chance[:, None]) | (state.step + 1 >= state.steps)[:, None]
+            (state.rng.uniform(state.positions) < prob[:, None]) | (state.step + 1 >= state.steps)[:, None]
         )
         return Move(write, erase=torch.zeros_like(write))
 
 
 @dataclass(frozen=True)
 class Rdm:
-    """Judge every position anew at every step and keep the surest (RDM, Diffusion-LLM).
+    """Rescore every position at every step and keep the most confident (RDM, Diffusion-LLM).
 
-    A `curve` says how many positions stay noise; a written token that falls among the least sure is taken back. When
-    `conditional`, only if the network still gives that token, and is less sure of it than when it was written.
-    `noise` adds so much Gumbel noise to the scores at first, and less along the curve (stochastic routing).
+    `curve` sets how many positions stay noise; a written token among the least confident is remasked. If `conditional`,
+    this happens only if the network still predicts the token, with a lower probability than when it was written.
+    `noise` scales the Gumbel noise added to the scores, which decreases along the curve (stochastic routing).
+    Raises ValueError if `noise` is negative.
     """
 
     former_name: ClassVar[str] = "Reparam"
@@ -74,19 +78,19 @@ class Rdm:
             gumbel = -torch.log(-torch.log(state.rng.uniform(state.positions)))
             rank = rank + self.noise * share[:, None] * gumbel
         low = select_top(-rank, state.positions, (state.window_size * share + 1e-9).floor().long())
-        falls = low & ~open
+        erase = low & ~open
         if self.conditional:
-            falls = falls & (state.guess.tokens == state.canvas.tokens) & (state.guess.score < state.score)
-        return Move(write=state.positions & open & ~low, erase=falls)
+            erase = erase & (state.guess.tokens == state.canvas.tokens) & (state.guess.score < state.score)
+        return Move(write=state.positions & open & ~low, erase=erase)
 
 
 @dataclass(frozen=True)
 class ReMdm:
-    """Any policy that writes, and written tokens taken back with a chance that keeps the noise level (ReMDM).
+    """Remasking on top of a policy: written tokens are remasked at random, at an unchanged noise level (ReMDM).
 
-    `strategy`: the chance `eta` itself as far as it may be (cap), that share of the most it may be (rescale), or the most it
-    may be shared out among the tokens by their doubt when they were written (confidence). Worth it where there are many
-    more steps than tokens.
+    The remasking probability is `eta`, at most the largest possible one (strategy "cap"), `eta` times that
+    ("rescale"), or that spread over the tokens by their uncertainty when written ("confidence"). It helps where there
+    are many more steps than tokens. Raises ValueError if `eta` is not in [0, 1].
     """
 
     former_name: ClassVar[str] = "Remask"
@@ -102,30 +106,30 @@ class ReMdm:
             raise ValueError(f"eta={self.eta} must be in [0, 1]; 0.02 is usual")
 
     def __call__(self, state: StepState) -> Move:
-        before, after = _survival(self.schedule, state)
-        most = ((1 - after) / before.clamp_min(1e-9)).clamp_max(1.0)
+        before, after = _clean_shares(self.schedule, state)
+        largest = ((1 - after) / before.clamp_min(1e-9)).clamp_max(1.0)
         written = state.window & ~state.canvas.open
-        chance = (most.clamp_max(self.eta) if self.strategy == "cap" else self.eta * most)[:, None].expand(
-            written.shape
-        )
+        prob = largest.clamp_max(self.eta) if self.strategy == "cap" else self.eta * largest
+        prob = prob[:, None].expand(written.shape)
         if self.strategy == "confidence":
-            doubt = torch.where(written, -state.score.exp(), -torch.inf).softmax(1).nan_to_num()
-            chance = doubt * most[:, None]
-        erase = written & (state.rng.uniform(written) < chance)
+            uncertainty = torch.where(written, -state.score.exp(), -torch.inf).softmax(1).nan_to_num()
+            prob = uncertainty * largest[:, None]
+        erase = written & (state.rng.uniform(written) < prob)
         if not state.positions.any():
             return Move(torch.zeros_like(erase), erase)
         if isinstance(self.policy, Ancestral):
-            mean = (chance * written).sum(1) / written.sum(1).clamp_min(1)
+            mean = (prob * written).sum(1) / written.sum(1).clamp_min(1)
             return Move(self.policy(state, mean).write, erase)
         return Move(self.policy(state).write, erase)
 
 
 @dataclass(frozen=True)
 class Klass:
-    """Write what is likely and has settled; where nothing has, the surest guesses, evenly (KLASS).
+    """Write confident guesses with a stable distribution; where there is none, as `Evenly` does (KLASS).
 
-    A guess has settled when the distribution at its position has moved by less than `kl_threshold` nats (KL from the step
-    before) in each of the last `history_length` steps. With a probability above `threshold` it is then written.
+    A distribution is stable if its KL divergence from the previous step was below `kl_threshold` nats in each of the
+    last `history_length` steps. Guesses there are written if their probability is above `threshold`. Raises ValueError
+    for a setting out of range.
     """
 
     former_name: ClassVar[str] = "Stable"
@@ -147,24 +151,25 @@ class Klass:
             raise ValueError(f"history_length={self.history_length} must be at least 1; 2 is usual")
 
     def __call__(self, state: StepState) -> Move:
-        settled = state.positions & (state.guess.score > math.log(self.threshold))
-        chain = (state, *state.history)
-        for after, before in pairwise(chain):
-            settled = settled & (kl_divergence(after, before) < self.kl_threshold)
-        if len(chain) <= self.history_length:
-            settled = torch.zeros_like(settled)
-        usual = select_top(state.guess.score, state.positions, Evenly()(state))
-        write = torch.where(settled.any(1, keepdim=True), settled, usual)
+        stable = state.positions & (state.guess.score > math.log(self.threshold))
+        states = (state, *state.history)
+        for after, before in pairwise(states):
+            stable = stable & (kl_divergence(after, before) < self.kl_threshold)
+        if len(states) <= self.history_length:
+            stable = torch.zeros_like(stable)
+        fallback = select_top(state.guess.score, state.positions, Evenly()(state))
+        write = torch.where(stable.any(1, keepdim=True), stable, fallback)
         return Move(write, erase=torch.zeros_like(write))
 
 
 @dataclass(frozen=True)
 class Wino:
-    """Write boldly, read again what was written, and take back what no longer convinces (WINO).
+    """Write many tokens per step, verify those already written, and remask the unlikely ones (WINO).
 
-    Guesses with a probability above `threshold` are written, up to `share` of what is open. A token written earlier in the
-    window is taken back if, from all the rest of the text, it has a probability below `threshold_back`: the least likely first,
-    and always fewer than the last step wrote, so that the end is reached. Needs a model that sees both ways.
+    Guesses with a probability above `threshold` are written, up to `share` of the open positions or 5. A token written
+    earlier in the window is remasked if its probability given the rest of the text is below `threshold_back`: the least
+    likely first, and fewer than the last step wrote, so that decoding ends. It requires a bidirectional model. Raises
+    ValueError if a setting is not in (0, 1].
     """
 
     rescores: ClassVar[bool] = True
@@ -187,19 +192,19 @@ class Wino:
 
     def __call__(self, state: StepState) -> Move:
         open = state.positions & state.canvas.open
-        most = (self.share * open.sum(1)).long().clamp_min(5)
-        bold = (open & (state.guess.score > math.log(self.threshold))).sum(1)
-        write = select_top(state.guess.score, open, torch.minimum(bold, most).clamp_min(1))
+        limit = (self.share * open.sum(1)).long().clamp_min(5)
+        confident = (open & (state.guess.score > math.log(self.threshold))).sum(1)
+        write = select_top(state.guess.score, open, torch.minimum(confident, limit).clamp_min(1))
         written = state.positions & ~state.canvas.open
         before = state.history[0].canvas if state.history else state.canvas
-        fresh = (before.open & written).sum(1)  # written by the last step
-        chance = state.scatter(state.logits.log_prob(state.canvas.tokens[state.positions]))
-        doubted = written & (chance < math.log(self.threshold_back))
-        return Move(write, erase=select_top(-chance, doubted, (fresh - 1).clamp_min(0)))
+        just_written = (before.open & written).sum(1)
+        log_prob = state.scatter(state.logits.log_prob(state.canvas.tokens[state.positions]))
+        unlikely = written & (log_prob < math.log(self.threshold_back))
+        return Move(write, erase=select_top(-log_prob, unlikely, (just_written - 1).clamp_min(0)))
 
 
-def _survival(schedule: NoiseSchedule, state: StepState) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """The shares of text before and after this step."""
+def _clean_shares(schedule: NoiseSchedule, state: StepState) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """The shares of clean text that the schedule sets before and after this step."""
     steps = state.steps.clamp_min(1)
     return schedule.alpha(1 - state.step / steps), schedule.alpha(1 - (state.step + 1) / steps)
 

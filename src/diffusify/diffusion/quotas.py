@@ -1,4 +1,4 @@
-"""How many positions to write at a step.
+"""Quotas: how many positions to write in a decoding step.
 
 Axes: b texts, n positions.
 """
@@ -17,16 +17,19 @@ from diffusify.diffusion.step import StepState, open_fraction
 
 @dataclass(frozen=True)
 class Evenly:
-    """What is open, shared out over the steps that are left; at least one."""
+    """The open positions, spread evenly over the remaining steps; at least one."""
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
-        left = (state.steps - state.step).clamp_min(1)
-        return (state.positions.sum(1) + left - 1) // left
+        remaining = (state.steps - state.step).clamp_min(1)
+        return (state.positions.sum(1) + remaining - 1) // remaining
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every guess with a probability above `threshold`, and never fewer than evenly (Fast-dLLM)."""
+    """All guesses with a probability above `threshold`, and at least as many as `Evenly` (Fast-dLLM).
+
+    Raises ValueError if `threshold` is not in (0, 1].
+    """
 
     former_fields: ClassVar[dict[str, str]] = {"least": "threshold"}
     threshold: float = 0.9
@@ -34,54 +37,58 @@ class Threshold:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(
-                f"threshold={self.threshold} must be in (0, 1]; 0.9 is the usual choice, 1.0 is one at a time"
+                f"threshold={self.threshold} must be in (0, 1]; 0.9 is usual, and 1.0 writes one token at a time"
             )
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
-        sure = (state.positions & (state.guess.score > math.log(self.threshold))).sum(1)
-        return torch.maximum(sure, Evenly()(state))
+        confident = (state.positions & (state.guess.score > math.log(self.threshold))).sum(1)
+        return torch.maximum(confident, Evenly()(state))
 
 
 @dataclass(frozen=True)
 class Accelerating:
-    """Few at first, then more and more: a share cos(pi/2 p) stays open after a share p of the steps (MaskGIT)."""
+    """A cosine schedule: a share cos(pi/2 p) of the positions is open after a share p of the steps (MaskGIT)."""
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
-        left = (state.window_size * open_fraction("cosine", state) + 1e-9).floor().long()
-        return (state.positions.sum(1) - left).clamp_min(1)
+        still_open = (state.window_size * open_fraction("cosine", state) + 1e-9).floor().long()
+        return (state.positions.sum(1) - still_open).clamp_min(1)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The surest guesses, as long as the n-th has a doubt (1 - p) of at most factor / (n + 1); one at least.
+    """The most confident guesses, while the n-th has 1 - p of at most factor / (n + 1); at least one.
 
-    Fast-dLLM's bound for writing n tokens at once as if one by one, loosened by the factor.
+    With factor 1 this is Fast-dLLM's condition under which n tokens decoded in parallel are those that greedy decoding
+    one by one gives. Raises ValueError if `factor` is not above 0.
     """
 
     factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.factor <= 0:
-            raise ValueError(f"factor={self.factor} must be above 0; 1.0 is the bound itself, more writes more at once")
+            raise ValueError(
+                f"factor={self.factor} must be above 0; 1.0 is usual, and a larger factor writes more tokens"
+            )
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
-        doubt = (1 - state.guess.score.exp()).masked_fill(~state.positions, torch.inf).sort(dim=1).values
-        rank = torch.arange(1, doubt.shape[1] + 1, device=doubt.device)
-        return _leading(doubt * (rank + 1) <= self.factor, state)
+        uncertainty = (1 - state.guess.score.exp()).masked_fill(~state.positions, torch.inf).sort(dim=1).values
+        rank = torch.arange(1, uncertainty.shape[1] + 1, device=uncertainty.device)
+        return _leading(uncertainty * (rank + 1) <= self.factor, state)
 
 
 @dataclass(frozen=True)
 class EntropyBudget:
-    """The least uncertain positions, as long as their entropies, but for the largest, sum up to a budget at most.
+    """The positions of lowest entropy, while their entropies without the largest sum to at most `nats` (EB-Sampler).
 
-    Bounds how far tokens written together may depend on each other (EB-Sampler). Goes with the rank `Entropy`.
+    It bounds the mutual dependence of the tokens written together. Use it with the rank `Entropy`. Raises ValueError if
+    `nats` is negative.
     """
 
     nats: float = 0.1
 
     def __post_init__(self) -> None:
         if self.nats < 0:
-            raise ValueError(f"entropy budget {self.nats} must be at least 0; 0.1 nats is usual")
+            raise ValueError(f"nats={self.nats} must be at least 0; 0.1 is usual")
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
         entropy = (-Entropy()(state)).masked_fill(~state.positions, torch.inf).sort(dim=1).values
@@ -89,9 +96,10 @@ class EntropyBudget:
         return _leading(before <= self.nats, state)
 
 
-def _leading(fine: Bool[Tensor, "b n"], state: StepState) -> Int[Tensor, " b"]:
-    """How many come before the first that is not fine: at least one, at most the asked."""
-    return torch.minimum(fine.long().cumprod(1).sum(1).clamp_min(1), state.positions.sum(1))
+def _leading(accepted: Bool[Tensor, "b n"], state: StepState) -> Int[Tensor, " b"]:
+    """The number of accepted ranks before the first that is not: at least one, at most all positions with a guess."""
+    return torch.minimum(accepted.long().cumprod(1).sum(1).clamp_min(1), state.positions.sum(1))
 
 
-Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget  # (state) -> Int[b]: how many to write
+# (state) -> Int[b]: the number of positions to write
+Quota = Evenly | Threshold | Accelerating | Factor | EntropyBudget

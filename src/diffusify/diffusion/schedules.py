@@ -1,4 +1,4 @@
-"""How much of a text survives at time t."""
+"""Noise schedules: the probability alpha(t) that a token is still clean at time t."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """alpha(t) = 1 - cos(pi/2 (1 - t)): most of the time is spent with much noise (MaskGIT)."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): most of the time is spent at high noise (MaskGIT)."""
 
     def alpha(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return 1 - torch.cos(math.pi / 2 * (1 - t))
@@ -44,7 +44,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """alpha(t) = 1 - t^power: more clean text for a power above 1, more noise below (MD4)."""
+    """alpha(t) = 1 - t^power: less noise than linear for a power above 1, more for one below 1 (MD4).
+
+    Raises ValueError if `power` is not above 0.
+    """
 
     power: float = 2.0
 
@@ -65,6 +68,6 @@ class Polynomial:
         return (1 - alpha) ** (1 / self.power)
 
 
-# alpha(t) is the chance that a token survives to time t: 1 at t = 0 (text), 0 at t = 1 (noise);
-# slope(t) is its derivative, rate(t) = -slope / (1 - alpha) without the rounding, inverse(alpha) the time.
+# alpha(t) falls from 1 at t = 0 (clean text) to 0 at t = 1 (pure noise); slope(t) is its derivative,
+# rate(t) = -slope / (1 - alpha) in closed form, and inverse(alpha) the time.
 NoiseSchedule = Linear | Cosine | Polynomial

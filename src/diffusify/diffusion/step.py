@@ -1,6 +1,6 @@
-"""What the rules of decoding look at: the text as it stands at a step, and what the network says about it.
+"""The state of a decoding step that policies decide on: the canvas, and the model's logits and guesses for it.
 
-Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
+Axes: b texts, n positions, k selected positions (row by row), v vocabulary.
 """
 
 import math
@@ -20,67 +20,66 @@ from diffusify.diffusion.rng import RowGenerators
 
 @dataclass(frozen=True)
 class StepState:
-    """Everything a policy may look at. Steps count within the window, row by row."""
+    """The inputs of a policy. Steps are counted within the current window, row by row."""
 
     canvas: Canvas
-    score: Float[Tensor, "b n"]  # how sure each written token was when it was written
-    positions: Bool[
-        Tensor, "b n"
-    ]  # where there are guesses: the open positions of `window`, or all if a policy rereads
-    logits: LazyLogits  # at the asked positions, row by row
-    window: Bool[Tensor, "b n"]  # the positions that are worked on together, those already written included
+    score: Float[Tensor, "b n"]  # the log-probability of each written token when it was written
+    positions: Bool[Tensor, "b n"]  # with logits: the open ones of `window`, or all if the policy rescores tokens
+    logits: LazyLogits  # at `positions`, row by row
+    window: Bool[Tensor, "b n"]  # the positions that are decoded together, including those already written
     step: Int[Tensor, " b"]
     steps: Int[Tensor, " b"]
     pick: Callable[[Tensor, Tensor, RowGenerators], tuple[Tensor, Tensor]]
     rng: RowGenerators
-    history: tuple["StepState", ...] = ()  # moments before this one, the latest first, as many as the policy remembers
+    history: tuple["StepState", ...] = ()  # earlier steps, the latest first, up to the policy's `history_length`
 
     @cached_property
     def guess(self) -> Guess:
-        """What would be written, at all asked positions. A policy that does not look at it spares the work."""
+        """The proposed tokens at all `positions`, computed on first use, since some policies do not need them."""
         return self._pick(self.positions)
 
     def guess_at(self, write: Bool[Tensor, "b n"]) -> Guess:
-        """What is written, at these positions at least."""
+        """The proposed tokens at `write`, and at all `positions` if they have been computed already."""
         return self.guess if "guess" in self.__dict__ else self._pick(write)
 
-    def _pick(self, where: Bool[Tensor, "b n"]) -> Guess:
+    def _pick(self, positions: Bool[Tensor, "b n"]) -> Guess:
         tokens, score = self.canvas.tokens.clone(), torch.full_like(self.score, -torch.inf)
-        places = where.nonzero()
+        places = positions.nonzero()
         done = 0
-        for part in self.logits[where[self.positions]].parts():
-            row, position = places[done : done + len(part)].unbind(1)
-            these = torch.zeros_like(where)
-            these[row, position] = True
-            picked, sure = self.pick(part, these, self.rng)
-            tokens[row, position], score[row, position] = picked, sure.to(score.dtype)
-            done += len(part)
+        for chunk in self.logits[positions[self.positions]].chunks():
+            row, position = places[done : done + len(chunk)].unbind(1)
+            chunk_positions = torch.zeros_like(positions)
+            chunk_positions[row, position] = True
+            picked, log_prob = self.pick(chunk, chunk_positions, self.rng)
+            tokens[row, position], score[row, position] = picked, log_prob.to(score.dtype)
+            done += len(chunk)
         return Guess(tokens, score)
 
     @property
     def window_size(self) -> Int[Tensor, " b"]:
+        """The number of positions in each row's window."""
         return self.window.sum(1)
 
     def scatter(self, values: Float[Tensor, " k"]) -> Float[Tensor, "b n"]:
-        """Values of the asked positions, back in their places; -inf elsewhere."""
+        """Values at `positions` as a [b, n] tensor, with -inf elsewhere."""
         out = torch.full_like(self.score, -torch.inf)
         return out.masked_scatter(self.positions, values.to(out.dtype))
 
 
 def open_fraction(curve: Literal["linear", "cosine"], state: StepState) -> Float[Tensor, " b"]:
-    """The share of positions that a curve leaves open after this step: none after the last."""
-    done = (state.step + 1).double() / state.steps
-    return (1 - done if curve == "linear" else torch.cos(math.pi / 2 * done)).clamp_min(0)
+    """The share of positions that a curve leaves open after this step; 0 after the last step."""
+    progress = (state.step + 1).double() / state.steps
+    return (1 - progress if curve == "linear" else torch.cos(math.pi / 2 * progress)).clamp_min(0)
 
 
 def kl_divergence(state: StepState, before: StepState) -> Float[Tensor, "b n"]:
-    """How far the distribution at each position has come since another moment: KL in nats, inf if it had none."""
+    """KL(state | before) in nats at each position; inf where one of the two has no logits."""
     both = state.positions & before.positions
-    parts = (each.logits[both[each.positions]].parts() for each in (state, before))
+    chunks = (each.logits[both[each.positions]].chunks() for each in (state, before))
     kl = torch.full(both.shape, torch.inf, device=both.device)
-    return kl.masked_scatter(both, torch.cat([_kl(*pair) for pair in zip(*parts, strict=True)]))
+    return kl.masked_scatter(both, torch.cat([_kl(*pair) for pair in zip(*chunks, strict=True)]))
 
 
-def _kl(p_logits: Float[Tensor, "k v"], before: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
-    p, q = p_logits.log_softmax(-1), before.log_softmax(-1)
+def _kl(p_logits: Float[Tensor, "k v"], q_logits: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum(-1).float()

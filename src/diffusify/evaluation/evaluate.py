@@ -1,29 +1,28 @@
-"""Models on tasks, item by item, each kept as soon as it is done; and what two models' items say of each other."""
+"""Evaluation of a model on tasks, saved item by item and resumable, and paired comparison of two models."""
 
 import json
 import random
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from diffusify.config import to_plain
+from diffusify.config import DiffusionConfig, from_plain, to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
-from diffusify.evaluation.open_model import suited
-from diffusify.evaluation.scoring import Scored, score
-from diffusify.evaluation.tasks import Item
-from diffusify.models.saving import checksum
+from diffusify.evaluation.open_model import settings_for
+from diffusify.evaluation.scoring import ItemScore, score
+from diffusify.evaluation.tasks import Item, checksum
+from diffusify.models.saving import checksum as weights_checksum
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model's score on a task (its first score's mean, percent), with its standard error.
+class ScoreRow:
+    """A model's mean score on a task in percent, with its standard error over items.
 
-    `cut` of the items were too long for the model and lost what is farthest from the part in question.
+    `cut` is the number of items that were truncated to fit the model's context.
     """
 
     task: str
@@ -36,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a model is ahead of another on the same items (percent points), and the interval that holds 95%."""
+    """The difference between two models on the same items in percentage points, with its 95% confidence interval."""
 
     task: str
     metric: str
@@ -53,77 +52,93 @@ def evaluate(
     measure: Measure | None = None,
     sampling: SamplingConfig = SamplingConfig(),
     tries: int = 1,
-    told: Callable[[str, int], None] = lambda task, done: None,
-) -> dict[str, list[Scored]]:
-    """Every item's score; `folder` holds a file for each task, and items that stand there already are not repeated.
+    progress: Callable[[str, int], None] = lambda task, done: None,
+) -> dict[str, list[ItemScore]]:
+    """Score every item. Scores are saved in a file per task in `folder`, and saved ones are not computed again.
 
-    `told` is called after each item. ValueError if the folder holds another evaluation.
+    `progress` is called after each item with the task and the number of scored items. ValueError if the folder holds an
+    evaluation with other settings or items.
     """
-    measure, sampling = measure or best_measure(lm.denoiser), suited(sampling, lm)
+    measure, sampling = measure or best_measure(lm.denoiser), settings_for(lm, sampling)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
-    _claim(folder, {name: to_plain(value) for name, value in settings.items()} | {"weights": checksum(lm.denoiser)})
+    plain = {name: to_plain(value) for name, value in settings.items()}
+    _check_settings(folder, plain | {"weights": weights_checksum(lm.denoiser)})
     results = {}
     for name, items in tasks.items():
         file = folder / f"{name}.jsonl"
-        done, marks = _read(file)[: len(items)], [zlib.crc32(repr(item).encode()) for item in items]
-        if [one.item for one in done] != marks[: len(done)]:
+        done, checksums = _read_scores(file)[: len(items)], [checksum(item) for item in items]
+        if [one.item for one in done] != checksums[: len(done)]:
             raise ValueError(f"{file} holds the scores of other items; give another folder, or delete it")
-        told(name, len(done))
+        progress(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
             for scored in score(lm, items[len(done) :], measure, sampling, tries=tries):
-                line = json.dumps(asdict(replace(scored, item=marks[len(done)])))
-                done.append(Scored(**json.loads(line)))  # as it will be read again
+                line = json.dumps(asdict(replace(scored, item=checksums[len(done)])))
+                done.append(ItemScore(**json.loads(line)))  # as a resumed evaluation reads it
                 lines.write(line + "\n")
                 lines.flush()
-                told(name, len(done))
+                progress(name, len(done))
         results[name] = done
     return results
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this evaluation's. ValueError if it is another's."""
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Save the settings of an evaluation, or compare them with the saved ones. ValueError if they differ."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "evaluation.json"
     if not file.exists():
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    elif (known := json.loads(file.read_text(encoding="utf-8"))) != settings:
-        differs = ", ".join(key for key in settings if known.get(key) != settings[key])
-        raise ValueError(f"{folder} holds an evaluation with another {differs}; give another folder, or delete it")
+        return
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved |= {name: _current(saved.get(name), hint) for name, hint in _HINTS.items()}
+    if saved != settings:
+        differing = ", ".join(key for key in settings if saved.get(key) != settings[key])
+        raise ValueError(f"{folder} holds an evaluation with another {differing}; give another folder, or delete it")
 
 
-def _read(file: Path) -> list[Scored]:
-    """What is done; a last line that was cut off by a kill is taken away."""
+_HINTS = {"card": DiffusionConfig, "measure": Measure, "sampling": SamplingConfig}
+
+
+def _current(plain: Any, hint: Any) -> Any:
+    """Saved settings with the current names of classes and fields; unchanged if they cannot be read."""
+    try:
+        return to_plain(from_plain(plain, hint))
+    except ValueError:
+        return plain
+
+
+def _read_scores(file: Path) -> list[ItemScore]:
+    """Read the saved scores, and remove a last line that was cut off when the process was killed."""
     if not file.exists():
         return []
     whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     file.write_text("".join(whole), encoding="utf-8")
-    return [Scored(**json.loads(line)) for line in whole]
+    return [ItemScore(**json.loads(line)) for line in whole]
 
 
-def read_scores(folder: Path) -> dict[str, list[Scored]]:
-    """All items that an evaluation in this folder has done. ValueError if there is none."""
+def read_scores(folder: Path) -> dict[str, list[ItemScore]]:
+    """Read all scores of the evaluation in a folder, by task. ValueError if there is none."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise ValueError(f"{folder} holds no evaluation; `diffusify eval` makes one")
-    return {file.stem: _read(file) for file in files}
+    return {file.stem: _read_scores(file) for file in files}
 
 
-def row(task: str, scored: Sequence[Scored], metric: str | None = None) -> Row:
-    """A task's score, by its first metric or another."""
+def score_row(task: str, scored: Sequence[ItemScore], metric: str | None = None) -> ScoreRow:
+    """The mean of a task's scores, by default of its main metric."""
     metric = metric or next(iter(scored[0].scores))
     values = [100 * one.scores[metric] for one in scored]
     se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Row(task, metric, fmean(values), se, len(values), sum(one.said.get("cut", 0) > 0 for one in scored))
+    return ScoreRow(task, metric, fmean(values), se, len(values), sum(one.said.get("cut", 0) > 0 for one in scored))
 
 
 def difference(
-    task: str, ours: Sequence[Scored], theirs: Sequence[Scored], metric: str | None = None, *, draws: int = 2000
+    task: str, ours: Sequence[ItemScore], theirs: Sequence[ItemScore], metric: str | None = None, *, samples: int = 2000
 ) -> Difference:
-    """By the paired bootstrap: items are drawn again with both models' scores, from a fixed seed."""
+    """Compare two models by a paired bootstrap over items, with a fixed seed. ValueError if the items differ."""
     if [one.item for one in ours] != [one.item for one in theirs]:
         raise ValueError(f"{task}: {len(ours)} items cannot be paired with {len(theirs)}; evaluate both on the same")
     metric = metric or next(iter(ours[0].scores))
-    ahead = [100 * (a.scores[metric] - b.scores[metric]) for a, b in zip(ours, theirs, strict=True)]
-    luck = random.Random(0)
-    means = sorted(fmean(luck.choices(ahead, k=len(ahead))) for _ in range(draws))
-    return Difference(task, metric, fmean(ahead), means[int(0.025 * draws)], means[int(0.975 * draws) - 1])
+    differences = [100 * (a.scores[metric] - b.scores[metric]) for a, b in zip(ours, theirs, strict=True)]
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(differences, k=len(differences))) for _ in range(samples))
+    return Difference(task, metric, fmean(differences), means[int(0.025 * samples)], means[int(0.975 * samples) - 1])

@@ -1,8 +1,8 @@
-"""Diffusion models for lm-evaluation-harness: importing this registers `--model diffusify`.
+"""The lm-evaluation-harness model `diffusify`, registered when this module is imported.
 
     python -m diffusify.evaluation.harness --model diffusify --model_args pretrained=DIR --tasks hellaswag
 
-is `lm_eval` with the model known to it.
+runs `lm_eval` with the model registered.
 """
 
 from itertools import groupby
@@ -18,20 +18,20 @@ from tqdm import tqdm
 
 from diffusify.config import from_plain
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.likelihood import LeftToRight, Measure, MonteCarlo, Question
-from diffusify.evaluation.open_model import open_lm, suited
-from diffusify.evaluation.scoring import last
+from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, Measure, MonteCarlo
+from diffusify.evaluation.open_model import open_lm, settings_for
+from diffusify.evaluation.scoring import truncate_left
 from diffusify.sampling.sampling_config import SamplingConfig
 
-Scored = tuple[tuple[str, str], list[int], list[int]]  # as text, then context and continuation as token ids
+TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]  # text, context ids, continuation ids
 
 
 class DiffusifyLM(TemplateLM):
-    """A diffusion model, or any base as it is, as the harness sees it; text is encoded as its own `hf` model does.
+    """A diffusion model or an unmodified base model for the harness; text is encoded as by its `hf` model.
 
-    `pretrained` is what `open_lm` takes. Likelihoods are exact where the model reads from left to right (unless
-    `bound=True`), else the bound over `draws` stratified mask counts. `sampling` are fields of `SamplingConfig`; what a
-    task says of temperature, top-p and top-k stands above them.
+    `pretrained` is a source for `open_lm`. Likelihoods are exact if the model has an AR half (unless `bound=True`),
+    otherwise the NELBO, estimated with `draws` stratified mask counts. `sampling` are fields of `SamplingConfig`; a
+    task's temperature, top-p and top-k take precedence. ValueError for unknown or invalid fields.
     """
 
     def __init__(
@@ -54,10 +54,12 @@ class DiffusifyLM(TemplateLM):
             raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
         self.lm = open_lm(pretrained, dtype=getattr(torch, dtype), device=device or "cpu")
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
-        self._settings({})
+        self._sampling_config({})
         exact = self.lm.config.reads_as_ar_model and not bound
         rounds = max(2, draws // 8)
-        self.measure: Measure = LeftToRight() if exact else MonteCarlo(draws=8, least=rounds, most=rounds, seed=seed)
+        self.measure: Measure = (
+            Autoregressive() if exact else MonteCarlo(draws=8, min_rounds=rounds, max_rounds=rounds, seed=seed)
+        )
         self.pretrained, self.add_bos_token, self.max_gen_toks = pretrained, add_bos_token, max_gen_toks
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
         self.tokenizer: Any = self.lm.tokenizer.tokenizer
@@ -72,7 +74,7 @@ class DiffusifyLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.lm.denoiser.context or 2048
+        return self.lm.denoiser.context_length or 2048
 
     @property
     def device(self) -> torch.device:
@@ -90,9 +92,9 @@ class DiffusifyLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def _settings(self, task: dict[str, Any]) -> SamplingConfig:
-        """How to write, with what a task says about it. ValueError for what is not known or out of bounds."""
-        return suited(from_plain(self.sampling | task, SamplingConfig, "model_args"), self.lm)
+    def _sampling_config(self, task: dict[str, Any]) -> SamplingConfig:
+        """The sampling settings with a task's own. ValueError for unknown or invalid fields."""
+        return settings_for(self.lm, from_plain(self.sampling | task, SamplingConfig, "model_args"))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
@@ -103,30 +105,30 @@ class DiffusifyLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=special)
 
     def _loglikelihood_tokens(
-        self, requests: list[Scored], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: list[TokenizedRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
-        questions = [
-            Question(tuple(group[0][1]), tuple(tuple(continuation) for _, _, continuation in group)) for group in groups
+        likelihood_requests = [
+            LikelihoodRequest(tuple(group[0][1]), tuple(tuple(continuation) for _, _, continuation in group))
+            for group in groups
         ]
         results: list[tuple[float, bool]] = []
-        told = self.measure(self.lm.denoiser, questions)
-        for group, one in zip(groups, tqdm(told, total=len(groups), disable=disable_tqdm), strict=True):
-            greedy = one.greedy or ([self._writes(*group[0][1:])] if len(group) == 1 else [False] * len(group))
-            for (text, _, _), log_prob, same in zip(group, one.log_prob, greedy, strict=True):
-                results.append((log_prob, same))
+        measured = self.measure(self.lm.denoiser, likelihood_requests)
+        for group, one in zip(groups, tqdm(measured, total=len(groups), disable=disable_tqdm), strict=True):
+            greedy = one.greedy or ([self._is_greedy(*group[0][1:])] if len(group) == 1 else [False] * len(group))
+            for (text, _, _), log_prob, is_greedy in zip(group, one.log_prob, greedy, strict=True):
+                results.append((log_prob, is_greedy))
                 if text is not None:
                     self.cache_hook.add_partial("loglikelihood", text, results[-1])
         return results
 
-    def _writes(self, context: list[int], continuation: list[int]) -> bool:
-        """Whether the model writes this into room of its size, the surest token first."""
-        room = len(continuation)
-        writing = self.lm.prepare_generation(
-            [last(context, self.max_length, room)], room, SamplingConfig(policy=Unmask())
-        )
-        writing.results()
-        return writing.canvas.tokens[0, -room:].tolist() == continuation
+    def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
+        """Whether greedy decoding, the most confident token first, generates this continuation."""
+        length = len(continuation)
+        context = truncate_left(context, self.max_length, length)
+        run = self.lm.prepare_generation([context], length, SamplingConfig(policy=Unmask()))
+        run.results()
+        return run.canvas.tokens[0, -length:].tolist() == continuation
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         windows = [
@@ -141,43 +143,47 @@ class DiffusifyLM(TemplateLM):
             ]
             for request in requests
         ]
-        questions = [Question(tuple(context), (tuple(text),)) for document in windows for context, text in document]
-        told = self.measure(self.lm.denoiser, questions)
-        parts = iter(tqdm(told, total=len(questions), disable=disable_tqdm))
+        likelihood_requests = [
+            LikelihoodRequest(tuple(context), (tuple(text),)) for document in windows for context, text in document
+        ]
+        measured = self.measure(self.lm.denoiser, likelihood_requests)
+        likelihoods = iter(tqdm(measured, total=len(likelihood_requests), disable=disable_tqdm))
         results = []
         for request, document in zip(requests, windows, strict=True):
-            results.append(sum(next(parts).log_prob[0] for _ in document))
+            results.append(sum(next(likelihoods).log_prob[0] for _ in document))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         end = self.tokenizer.decode([self.eot_token_id])
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), len(requests[i].args[0])))
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm)
-        for _, alike in groupby(order, key=lambda i: repr(requests[i].args[1])):
-            batch = list(alike)
-            for start in range(0, len(batch), self.batch_size):
-                some = batch[start : start + self.batch_size]
-                told: Any = normalize_gen_kwargs(requests[some[0]].args[1], self.max_gen_toks)
-                stops = handle_stop_sequences(told["until"], eos=end)
-                texts = self._generate([requests[i].args[0] for i in some], told["max_gen_toks"], stops, told)
-                for i, text in zip(some, texts, strict=True):
-                    found[i] = text
+        for _, same_settings in groupby(order, key=lambda i: repr(requests[i].args[1])):
+            group = list(same_settings)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                settings: Any = normalize_gen_kwargs(requests[batch[0]].args[1], self.max_gen_toks)
+                stops = handle_stop_sequences(settings["until"], eos=end)
+                prompts = [requests[i].args[0] for i in batch]
+                generated = self._generate(prompts, settings["max_gen_toks"], stops, settings)
+                for i, text in zip(batch, generated, strict=True):
+                    texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                progress.update(len(some))
-        return [found[i] for i in range(len(requests))]
+                progress.update(len(batch))
+        return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, prompts: list[str], room: int, stops: list[str], told: dict[str, Any]) -> list[str]:
-        task = {name: told[name] for name in ("temperature", "top_p", "top_k") if name in told}
-        given = [last(self.tok_encode(prompt), self.max_length, room) for prompt in prompts]
-        writing = self.lm.prepare_generation(given, room, self._settings(task))
-        texts = [result.completion or "" for result in writing.results()]
-        return [_until(text, stops) for text in texts]
+    def _generate(
+        self, prompts: list[str], max_new_tokens: int, stops: list[str], settings: dict[str, Any]
+    ) -> list[str]:
+        task = {name: settings[name] for name in ("temperature", "top_p", "top_k") if name in settings}
+        contexts = [truncate_left(self.tok_encode(prompt), self.max_length, max_new_tokens) for prompt in prompts]
+        run = self.lm.prepare_generation(contexts, max_new_tokens, self._sampling_config(task))
+        return [_until_stop(result.completion or "", stops) for result in run.results()]
 
 
-def _until(text: str, stops: list[str]) -> str:
-    """The text before the first of the stops."""
+def _until_stop(text: str, stops: list[str]) -> str:
+    """The text before the first stop sequence."""
     return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
 
 

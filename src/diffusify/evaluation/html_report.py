@@ -1,4 +1,4 @@
-"""An evaluation as one page to be sent around: a table, pictures, texts coloured by when they were written."""
+"""The HTML page of an evaluation: a table of scores, figures, and samples coloured by decoding step."""
 
 import html
 import io
@@ -12,51 +12,51 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from diffusify.evaluation.evaluate import Difference, Row
-from diffusify.evaluation.scoring import Scored
-from diffusify.evaluation.tasks import Choice, Item
+from diffusify.evaluation.evaluate import Difference, ScoreRow
+from diffusify.evaluation.scoring import ItemScore
+from diffusify.evaluation.tasks import Item, MultipleChoice
 from diffusify.sampling.generation import GenerationRun
 from diffusify.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that an evaluation found; `pictures` are SVG by title, `texts` HTML by title."""
+    """The results of an evaluation; `figures` are SVG and `samples` HTML, by title."""
 
     model: str
     baseline: str | None
-    rows: list[Row]
-    baseline_rows: list[Row]
+    rows: list[ScoreRow]
+    baseline_rows: list[ScoreRow]
     differences: list[Difference]
     settings: dict[str, Any]
-    pictures: dict[str, str]
-    texts: dict[str, str]
+    figures: dict[str, str]
+    samples: dict[str, str]
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write results.json and index.html."""
+        """Write results.json and index.html, and return their paths."""
         plain = asdict(self)
-        del plain["pictures"], plain["texts"]
+        del plain["figures"], plain["samples"]
         results, page = folder / "results.json", folder / "index.html"
         results.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         page.write_text(self.page(), encoding="utf-8")
         return results, page
 
     def page(self) -> str:
-        """One HTML file that asks nothing of anybody."""
-        about = " beside ".join(html.escape(name) for name in (self.model, self.baseline) if name)
+        """The report as one HTML file, which loads nothing from elsewhere."""
+        models = " and ".join(html.escape(name) for name in (self.model, self.baseline) if name)
         parts = [
-            f"<h1>Evaluation</h1><p>{about}</p>",
+            f"<h1>Evaluation</h1><p>{models}</p>",
             f'<div class="first">{_table(*scores_table(self.rows, self.baseline_rows, self.differences))}</div>',
             f"<p>{NOTE}</p>",
         ]
-        for key, title in (("bits_per_byte", "Bits per byte"), ("from_nothing", "Texts from nothing")):
+        for key, title in (("bits_per_byte", "Bits per byte"), ("from_nothing", "Unconditional samples")):
             if key in self.settings:
-                told = self.settings[key]
-                names = list(next(iter(told.values())))
-                lines = [[who, *(str(values[name]) for name in names)] for who, values in told.items()]
+                by_model = self.settings[key]
+                names = list(next(iter(by_model.values())))
+                lines = [[who, *(str(values[name]) for name in names)] for who, values in by_model.items()]
                 parts += [f"<h2>{title}</h2>", _table(["", *(name.replace("_", " ") for name in names)], lines)]
-        parts += [f"<h2>{html.escape(name)}</h2><figure>{svg}</figure>" for name, svg in self.pictures.items()]
-        parts += [f"<h2>{html.escape(name)}</h2>{text}" for name, text in self.texts.items()]
+        parts += [f"<h2>{html.escape(name)}</h2><figure>{svg}</figure>" for name, svg in self.figures.items()]
+        parts += [f"<h2>{html.escape(name)}</h2>{text}" for name, text in self.samples.items()]
         parts.append(
             f"<details><summary>Settings</summary><pre>{html.escape(json.dumps(self.settings, indent=2))}</pre>"
         )
@@ -64,8 +64,8 @@ class Report:
 
 
 NOTE = (
-    "Percent, with standard errors over items; differences are paired by item, with bootstrap intervals. "
-    "Items that were too long for the model are cut far from the part in question."
+    "Scores in percent, with standard errors over items. Differences are paired by item, with bootstrap intervals. "
+    "Items longer than the model's context are truncated where they are farthest from the choices, answer or span."
 )
 
 PAGE = """<!doctype html>
@@ -95,14 +95,14 @@ pre {{ overflow-x: auto; }}
 
 
 def scores_table(
-    rows: Sequence[Row],
-    others: Sequence[Row] = (),
+    rows: Sequence[ScoreRow],
+    others: Sequence[ScoreRow] = (),
     differences: Sequence[Difference] = (),
     names: tuple[str, str] = ("model", "baseline"),
 ) -> tuple[list[str], list[list[str]]]:
-    """Scores as text: a table's heads and its lines. With `others` theirs stand beside them, and who is ahead."""
+    """A table of scores as text: its column heads and its lines. `others` and `differences` add two columns."""
 
-    def score(one: Row) -> str:
+    def score(one: ScoreRow) -> str:
         return f"{one.score:.1f} ± {one.se:.1f}"
 
     heads = ["task", "metric", "items", names[0]]
@@ -126,8 +126,8 @@ def _svg(figure: Figure) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
-def lines_picture(lines: dict[str, dict[float, float]], x: str, y: str) -> str:
-    """Curves by name, as SVG."""
+def line_plot(lines: dict[str, dict[float, float]], x: str, y: str) -> str:
+    """A plot of named curves, as SVG."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
@@ -138,36 +138,36 @@ def lines_picture(lines: dict[str, dict[float, float]], x: str, y: str) -> str:
     return _svg(figure)
 
 
-def calibration(items: Sequence[Item], scored: Sequence[Scored], bins: int = 5) -> dict[float, float]:
-    """How often a choice is right (percent), by how sure the model was of it (percent, the mean of each bin)."""
+def calibration_curve(items: Sequence[Item], scored: Sequence[ItemScore], bins: int = 5) -> dict[float, float]:
+    """The accuracy of choices in percent, by the model's mean confidence in percent, in bins of equal size."""
     pairs: list[tuple[float, float]] = []
     for item, one in zip(items, scored, strict=True):
-        if isinstance(item, Choice):
-            told = [a * b for a, b in zip(one.said["log_prob"], one.said["worth"], strict=True)]
-            top = max(told)
-            chance = [math.exp(value - top) for value in told]
-            pairs.append((100 / sum(chance), 100 * one.scores["accuracy"]))
+        if isinstance(item, MultipleChoice):
+            logits = [a * b for a, b in zip(one.said["log_prob"], one.said["worth"], strict=True)]
+            top = max(logits)
+            weights = [math.exp(value - top) for value in logits]
+            pairs.append((100 / sum(weights), 100 * one.scores["accuracy"]))
     pairs.sort()
-    cuts = [pairs[len(pairs) * i // bins : len(pairs) * (i + 1) // bins] for i in range(bins)]
-    return {fmean(sure for sure, _ in cut): fmean(right for _, right in cut) for cut in cuts if cut}
+    groups = [pairs[len(pairs) * i // bins : len(pairs) * (i + 1) // bins] for i in range(bins)]
+    return {fmean(p for p, _ in group): fmean(accuracy for _, accuracy in group) for group in groups if group}
 
 
-def coloured(tokenizer: TextTokenizer, writing: GenerationRun) -> str:
-    """The first text of a writing as HTML; the later a token was written, the redder it is."""
-    editable = writing.canvas.editable[0].tolist()
-    when = [0] * len(editable)
+def step_colored(tokenizer: TextTokenizer, run: GenerationRun) -> str:
+    """The first text of a generation run as HTML; tokens decoded later are redder."""
+    editable = run.canvas.editable[0].tolist()
+    decoded_at = [0] * len(editable)
     steps = 0
-    for frame in writing:
+    for frame in run:
         steps += 1
         for i, is_open in enumerate(frame.canvas.open[0].tolist()):
-            when[i] = steps + 1 if is_open else (when[i] or steps)
-    writing.results()
+            decoded_at[i] = steps + 1 if is_open else (decoded_at[i] or steps)
+    run.results()
     parts = []
-    for i, (token, mine) in enumerate(zip(writing.canvas.tokens[0].tolist(), editable, strict=True)):
+    for i, (token, is_editable) in enumerate(zip(run.canvas.tokens[0].tolist(), editable, strict=True)):
         text = html.escape(tokenizer.decode([token], continues=i > 0))
-        if not mine:
+        if not is_editable:
             parts.append(text)
-        elif not writing.canvas.open[0, i]:
-            hue = 220 - round(220 * (when[i] - 1) / max(1, steps - 1))
-            parts.append(f'<span style="background:hsl({hue} 80% 80%)" title="step {when[i]}">{text}</span>')
+        elif not run.canvas.open[0, i]:
+            hue = 220 - round(220 * (decoded_at[i] - 1) / max(1, steps - 1))
+            parts.append(f'<span style="background:hsl({hue} 80% 80%)" title="step {decoded_at[i]}">{text}</span>')
     return f'<p class="text">{"".join(parts)}</p>'

@@ -1,4 +1,4 @@
-"""Models to be evaluated: adapted ones, and the bases they came from."""
+"""Loading of models to evaluate: diffusion models, and unmodified base models."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ from diffusify.training.adapt import make_denoiser
 
 
 def open_lm(source: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiffusionLM:
-    """A diffusion model's folder, or any base that `load_base` takes, as it is.
+    """Load a diffusion model from its folder, or a base model from any source of `load_base`, without training.
 
-    ValueError where neither can be opened.
+    ValueError if neither can be loaded.
     """
     folder = local_path(source)
     if folder is not None and any(
@@ -27,8 +27,8 @@ def open_lm(source: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     return DiffusionLM(denoiser.to(device).eval(), tokenizer)
 
 
-def suited(settings: SamplingConfig, lm: DiffusionLM) -> SamplingConfig:
-    """Settings that are meant for a diffusion model, for this one: a base writes token by token."""
+def settings_for(lm: DiffusionLM, settings: SamplingConfig) -> SamplingConfig:
+    """Settings of a diffusion model, changed for an AR base model: it decodes one token per forward pass."""
     if not isinstance(lm.config.attention, Causal):
         return settings
     return replace(settings, steps=None, threshold=None, policy=None, window=None, tolerance=0.0)

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run where they can do little harm."""
+"""Execution of generated programs with limited rights."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ import tempfile
 SECONDS = 5.0
 MEMORY = 2**30  # bytes
 
-# Runs in the child before the program. An audit hook cannot be taken off again.
+# Runs in the child process before the program. An audit hook cannot be removed.
 _GUARD = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
@@ -19,10 +19,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 def refuse(event, arguments, sys=sys, banned=frozenset({banned})):
     name = str(arguments[0]) if event == "import" else event.split(".")[0]
-    asked = event if event.startswith("os.") else name
+    operation = event if event.startswith("os.") else name
     writes = event == "open" and bool((arguments[2] or 0) & {writing})
-    if asked in banned or writes:
-        raise PermissionError(asked)
+    if operation in banned or writes:
+        raise PermissionError(operation)
 sys.addaudithook(refuse)
 del refuse, resource
 exec(compile(sys.stdin.read(), "program", "exec"), {{"__name__": "program"}})
@@ -37,19 +37,19 @@ _BANNED = {
 }  # fmt: skip
 
 
-def runs(program: str, *, seconds: float = SECONDS) -> bool:
-    """Whether a program runs to its end without an error: in a process and a folder of its own, within a time.
+def runs_without_error(program: str, *, seconds: float = SECONDS) -> bool:
+    """Whether a program runs to its end without an error within `seconds`, in its own process and folder.
 
-    It may use a gigabyte of memory and no other process, no socket, no foreign code, and change no file. That keeps
-    accidents in; it is no wall against malice.
+    It may use a gigabyte of memory, and no other process, socket, foreign code or file for writing. This prevents
+    accidents; it does not stop malicious programs.
     """
-    word = secrets.token_hex(16)  # which a program that only exits early does not say
-    told, done = os.pipe()
+    word = secrets.token_hex(16)  # printed at the end, so an early exit does not count
+    read_end, write_end = os.pipe()
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     guard = _GUARD.format(
-        memory=MEMORY, cpu=int(seconds) + 1, banned=sorted(_BANNED), writing=writing, done=done, word=word
+        memory=MEMORY, cpu=int(seconds) + 1, banned=sorted(_BANNED), writing=writing, done=write_end, word=word
     )
-    with tempfile.TemporaryDirectory() as folder, os.fdopen(told, "rb") as answer:
+    with tempfile.TemporaryDirectory() as folder, os.fdopen(read_end, "rb") as output:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", guard],
             stdin=subprocess.PIPE,
@@ -57,10 +57,10 @@ def runs(program: str, *, seconds: float = SECONDS) -> bool:
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={},
-            pass_fds=(done,),
+            pass_fds=(write_end,),
             start_new_session=True,
         )
-        os.close(done)
+        os.close(write_end)
         try:
             child.communicate(program.encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -69,4 +69,4 @@ def runs(program: str, *, seconds: float = SECONDS) -> bool:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-        return answer.read(64) == word.encode()
+        return output.read(64) == word.encode()

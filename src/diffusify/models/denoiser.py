@@ -1,6 +1,7 @@
-"""A pretrained network behind the one contract: `Denoiser(canvas).logits[b, i]` is about position i, always.
+"""A pretrained network wrapped so that `Denoiser(canvas).logits[b, i]` always predicts the token at position i.
 
-Axes: b texts, n canvas positions, k asked positions, j positions of the AR co-loss, v vocabulary.
+Axes: b rows, n canvas positions, k requested positions, j positions of the AR co-loss, d hidden size, v vocabulary,
+t texts with editable positions, l possible lengths.
 """
 
 import inspect
@@ -21,29 +22,30 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionInputs, AttentionPattern, BlockCausal
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
-from diffusify.models.length_head import LengthHead, prompts
+from diffusify.models.length_head import LengthHead, prompt_canvas
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits about canvas positions: all of them, `[b, n, v]`, or the asked ones row by row, `[k, v]`.
+    """The output of `Denoiser.forward`.
 
-    The mask token is never an answer: its logit is -inf. `ar_logits` are the clean text's next-token predictions,
-    `lengths` the length head's logits for each text with editable positions, where it was asked. Where a `loss` was
-    asked for, it is all that is kept of the logits.
+    `logits` has shape `[b, n, v]` for all canvas positions, or `[k, v]` for the requested ones, row by row; the mask
+    token's is always -inf. `ar_logits` are the next-token logits of the clean text. `length_logits` are the length
+    head's, one row for each text with editable positions, if requested. With a `loss`, both other logits are empty.
     """
 
-    logits: Float[Tensor, "*asked v"]
+    logits: Float[Tensor, "*positions v"]
     ar_logits: Float[Tensor, "j v"]
-    lengths: Float[Tensor, "d l"] | None = None
+    length_logits: Float[Tensor, "t l"] | None = None
     loss: Loss | None = None
 
 
 class Denoiser(nn.Module):
-    """Any stock `transformers` language model, made to answer one question: what belongs at each position?
+    """A stock `transformers` language model that predicts the token at each canvas position.
 
-    The shift of left-to-right networks, the ban on the mask token, the attention pattern and the networks' own ways
-    of taking a mask live here and nowhere else. Only asked positions are projected to the vocabulary.
+    The shift of autoregressive networks, the ban on the mask token, the attention pattern and each family's mask format
+    are handled here and nowhere else. Only requested positions are projected to the vocabulary. ValueError if the
+    network's attention kernel ignores masks, or if the network takes no position_ids.
     """
 
     def __init__(self, network: PreTrainedModel, config: DiffusionConfig) -> None:
@@ -57,16 +59,17 @@ class Denoiser(nn.Module):
         accepts = inspect.signature(network.forward).parameters
         if "position_ids" not in accepts:
             raise ValueError(
-                f"{type(network).__name__} takes no position_ids, so documents and blocks could not be placed; "
-                "give a network of another family"
+                f"{type(network).__name__} takes no position_ids, which packed documents and blocks need; "
+                "use a network of another family"
             )
-        self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
-        self.supports_kv_cache = "past_key_values" in accepts  # whether keys and values can be kept between passes
-        self.vocabulary: int = network.config.get_text_config().vocab_size
-        self._offset = _position_offset(network)
-        self._windows = _windows(network)
-        self._says: Any = None  # the class of what the body says
-        self._head_learns: tuple[list[int], tuple[Tensor, ...]] = ([], ())
+        self._forward_kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
+        self.supports_kv_cache = "past_key_values" in accepts
+        self.vocab_size: int = network.config.get_text_config().vocab_size
+        self._position_offset = _position_offset(network)
+        self._sliding_windows = _sliding_windows(network)
+        self._output_class: Any = None  # of the body's output, set by its first forward pass
+        # The ids of all trainable weights when the head's were last looked up, and the head's.
+        self._head_parameters: tuple[list[int], tuple[Tensor, ...]] = ([], ())
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
@@ -77,24 +80,24 @@ class Denoiser(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The network's own configuration; `transformers.Trainer` asks for it."""
+        """The network's own configuration, which `transformers.Trainer` reads."""
         return self.network.config
 
     @property
-    def context(self) -> int | None:
-        """How many tokens fit, as far as the network says."""
+    def context_length(self) -> int | None:
+        """The largest number of tokens per row; None if the network's config gives no limit."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else limit - self._offset
+        return None if limit is None else limit - self._position_offset
 
     @property
     def infiller(self) -> "Denoiser":
-        """This network under the card by which it fills holes."""
+        """The same network under the diffusion config that it infills with; the weights are shared."""
         other = copy(self)
         other.diffusion_config = self.diffusion_config.infiller
         return other
 
     def predictable(self, clean: Canvas) -> Canvas:
-        """The canvas with only those positions editable that have an answer: under shift, not a document's first."""
+        """The canvas without those editable positions that have no prediction: under shift, each document's first."""
         return replace(clean, editable=clean.editable & (clean.position_ids >= self.diffusion_config.shift))
 
     def forward(
@@ -105,175 +108,186 @@ class Denoiser(nn.Module):
         positions: Bool[Tensor, "b n"] | None = None,
         ar_positions: Bool[Tensor, "b n"] | None = None,
         attention: AttentionPattern | None = None,
-        lengths: bool = False,
+        return_lengths: bool = False,
         loss: Callable[[LazyLogits, LazyLogits], Loss] | None = None,
     ) -> Prediction:
-        """Answers for all positions, or for those in `positions`, and for the clean text's in `ar_positions`.
+        """Predict the tokens at all positions, or at `positions` alone, and the clean text's at `ar_positions`.
 
-        `clean` is the finished text while training (once for several canvases of it, which stand below each other).
-        `attention` stands in for the card's pattern (annealing).
-        `lengths` asks the length head too, which sees nothing but the prompts. `loss` is given both kinds of answers
-        before they are projected to the vocabulary, and is kept in their place.
+        `clean` is the finished text, given in training only; several canvases of one text are consecutive rows that
+        share it. `attention` replaces the diffusion config's pattern (annealing). `return_lengths` also runs the
+        length head, which reads the prompts alone. `loss` receives the logits and the AR logits before they are
+        projected to the vocabulary, and its result is returned in their place.
         """
         pattern = self.diffusion_config.attention if attention is None else attention
         if positions is not None and clean is None and isinstance(pattern, BlockCausal):
-            canvas, positions = _crop(canvas, positions, pattern.size)
+            canvas, positions = _crop_to_blocks(canvas, positions, pattern.size)
         inputs = pattern(canvas, clean, shift=self.diffusion_config.shift)
         if positions is not None and clean is not None and isinstance(pattern, BlockCausal):
             views = len(positions) // len(clean)
-            inputs = inputs.keep_only(pattern.read(canvas, positions, views=views, shift=self.diffusion_config.shift))
+            needed = pattern.needed_inputs(canvas, positions, views=views, shift=self.diffusion_config.shift)
+            inputs = inputs.keep_only(needed)
         index = inputs.flat_index(inputs.output_index, torch.ones_like(canvas.open) if positions is None else positions)
         ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
-        hidden, parts = self.hidden_states(inputs, torch.cat([index, ar_index])), [len(index), len(ar_index)]
-        told = self.lengths(canvas) if lengths else None
+        hidden, sizes = self.hidden_states(inputs, torch.cat([index, ar_index])), [len(index), len(ar_index)]
+        length_logits = self.length_logits(canvas) if return_lengths else None
         if loss is not None:
-            nothing = hidden.new_empty(0, self.vocabulary)
-            learns = self.head_parameters(hidden)
-            return Prediction(nothing, nothing, told, loss(*(self.lazy_logits(h, learns) for h in hidden.split(parts))))
-        about, ar_logits = self._head(hidden).split(parts)
-        return Prediction(about.unflatten(0, canvas.tokens.shape) if positions is None else about, ar_logits, told)
+            empty = hidden.new_empty(0, self.vocab_size)
+            weights = self.head_parameters(hidden)
+            value = loss(*(self.lazy_logits(chunk, weights) for chunk in hidden.split(sizes)))
+            return Prediction(empty, empty, length_logits, value)
+        logits, ar_logits = self.project(hidden).split(sizes)
+        logits = logits.unflatten(0, canvas.tokens.shape) if positions is None else logits
+        return Prediction(logits, ar_logits, length_logits)
 
-    def lengths(self, canvas: Canvas) -> Float[Tensor, "d l"]:
-        """The length head's logits: index i is an answer of i + 1 tokens, its end token included."""
-        assert self.length_head is not None, "asked for lengths without a length head"
-        given = prompts(canvas)
-        inputs = self.diffusion_config.attention(given, shift=self.diffusion_config.shift)
-        return self.length_head(self._body(inputs).last_hidden_state, given)
+    def length_logits(self, canvas: Canvas) -> Float[Tensor, "t l"]:
+        """The length head's logits; index i stands for an answer of i + 1 tokens, its end token included."""
+        assert self.length_head is not None, "lengths were requested without a length head"
+        prompts = prompt_canvas(canvas)
+        inputs = self.diffusion_config.attention(prompts, shift=self.diffusion_config.shift)
+        return self.length_head(self._run_body(inputs).last_hidden_state, prompts)
 
-    def project(
+    def logits(
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k v"]:
-        """Run the network on a scene and give the logits of the wanted outputs (indices into b * m).
-
-        A part of a scene looks at keys and values in `past`, which takes in its own.
-        """
-        return self._head(self.hidden_states(inputs, index, past=past))
+        """Run the network and return the logits of its outputs at `index` (see `hidden_states`)."""
+        return self.project(self.hidden_states(inputs, index, past=past))
 
     def predict(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
-        """What calling gives, but projected to the vocabulary only when it is looked at; not for training."""
+        """The logits of `forward` at `positions`, projected to the vocabulary only when read; not for training."""
         if self.diffusion_config.block_size is not None:
-            canvas, positions = _crop(canvas, positions, self.diffusion_config.block_size)
+            canvas, positions = _crop_to_blocks(canvas, positions, self.diffusion_config.block_size)
         inputs = self.diffusion_config.attention(canvas, shift=self.diffusion_config.shift)
         return self.lazy_logits(self.hidden_states(inputs, inputs.flat_index(inputs.output_index, positions)))
 
     def hidden_states(
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k d"]:
-        """What the network's body makes of a scene, at the wanted outputs (see `project`)."""
-        said = self._body(inputs, past)
-        self._says = type(said)
-        return said.last_hidden_state.flatten(0, 1)[index]
+        """The body's hidden states at `index`, which counts through all outputs of the batch.
 
-    def lazy_logits(self, hidden: Float[Tensor, "k d"], learns: tuple[Tensor, ...] = ()) -> LazyLogits:
-        """Hidden states, to be projected by the network's head; its weights `learns` are taught with them."""
-        return LazyLogits(hidden, lambda part, index: self._head(part), learns)
+        With `past`, the inputs are a chunk that attends to the whole cache after its own keys and values are added.
+        """
+        output = self._run_body(inputs, past)
+        self._output_class = type(output)
+        return output.last_hidden_state.flatten(0, 1)[index]
+
+    def lazy_logits(self, hidden: Float[Tensor, "k d"], weights: tuple[Tensor, ...] = ()) -> LazyLogits:
+        """Logits that `project` computes from hidden states when they are read; `weights` get gradients, too."""
+        return LazyLogits(hidden, lambda chunk, index: self.project(chunk), weights)
 
     def head_parameters(self, hidden: Float[Tensor, "k d"]) -> tuple[Tensor, ...]:
-        """The weights that the head learns, found by experiment: tied ones may stand anywhere in the network."""
+        """The trainable weights that the head uses, empty if `hidden` needs no gradient.
+
+        They are found by a backward pass through the head, because tied weights may belong to any module.
+        """
         if not hidden.requires_grad:
             return ()
-        learning = [weight for weight in self.network.parameters() if weight.requires_grad]
-        numbers = [id(weight) for weight in learning]
-        if self._head_learns[0] != numbers:
-            one = self._head(hidden[:1].detach())
-            found = torch.autograd.grad(one.sum(), learning, allow_unused=True) if one.requires_grad else ()
-            used = tuple(weight for weight, grad in zip(learning, found, strict=False) if grad is not None)
-            self._head_learns = numbers, used
-        return self._head_learns[1]
+        trainable = [weight for weight in self.network.parameters() if weight.requires_grad]
+        ids = [id(weight) for weight in trainable]
+        if self._head_parameters[0] != ids:
+            logits = self.project(hidden[:1].detach())
+            grads = torch.autograd.grad(logits.sum(), trainable, allow_unused=True) if logits.requires_grad else ()
+            used = tuple(weight for weight, grad in zip(trainable, grads, strict=False) if grad is not None)
+            self._head_parameters = ids, used
+        return self._head_parameters[1]
 
-    def _head(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
-        """Logits of hidden states, by the network's own forward with its body standing aside."""
+    def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        """The logits of hidden states, by the network's own forward pass with its body replaced.
+
+        So soft caps, scales and heads of several layers are the network's own. The mask token's logit is -inf.
+        """
         prefix, body = self.network.base_model_prefix, self.network.base_model
-        setattr(self.network, prefix, _Said(self._says(last_hidden_state=hidden[None])))
+        setattr(self.network, prefix, _FixedBody(self._output_class(last_hidden_state=hidden[None])))
         try:
             logits = self.network(input_ids=torch.zeros_like(hidden[None, :, 0], dtype=torch.long)).logits[0]
         finally:
             setattr(self.network, prefix, body)
-        logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # what cannot be has no gradient either
+        logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # outside autograd, so its gradient is 0
         return logits
 
-    def _body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:
-        """What the network without its head makes of a scene."""
-        settings = self._settings if past is None else {"past_key_values": past, "use_cache": True}
-        reach = (inputs.position_ids if inputs.key_position_ids is None else inputs.key_position_ids).shape[1]
-        windows = {kind: w if w and w < reach else None for kind, w in self._windows.items()}
+    def _run_body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:
+        """The output of the network without its head."""
+        kwargs = self._forward_kwargs if past is None else {"past_key_values": past, "use_cache": True}
+        width = (inputs.position_ids if inputs.key_position_ids is None else inputs.key_position_ids).shape[1]
+        windows = {kind: w if w and w < width else None for kind, w in self._sliding_windows.items()}
         limited = any(windows.values())
-        with _unmasked(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as shown:
+        with _without_mask(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as masked:
             return self.network.base_model(
                 input_ids=inputs.tokens,
-                position_ids=inputs.position_ids + self._offset,
-                attention_mask=None if shown is None else self._mask(shown, windows if limited else {}),
-                **settings,
+                position_ids=inputs.position_ids + self._position_offset,
+                attention_mask=None if masked is None else self._mask(masked, windows if limited else {}),
+                **kwargs,
             )
 
     def _mask(self, inputs: AttentionInputs, windows: dict[str, int | None]) -> Any:
-        """A scene's mask as the attention kernel takes it, or one for each kind of layer where some see a window."""
+        """The mask in the attention kernel's format, or a dict of masks by layer type if some layers have a window."""
         flex = self.network.config._attn_implementation == "flex_attention"
         make = inputs.block_mask if flex else partial(inputs.bias, self.network.dtype)
         masks = {kind: make(window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values())) if masks else make()
 
-    def add_length_head(self, longest: int) -> None:
-        """From now on the model also learns to tell an answer's length, up to `longest` tokens."""
-        self.diffusion_config = replace(self.diffusion_config, longest_answer=longest)
-        self.length_head = LengthHead(self.config.get_text_config().hidden_size, longest).to(self.device)
+    def add_length_head(self, max_length: int) -> None:
+        """Add a length head that predicts answer lengths of up to `max_length` tokens."""
+        self.diffusion_config = replace(self.diffusion_config, longest_answer=max_length)
+        self.length_head = LengthHead(self.config.get_text_config().hidden_size, max_length).to(self.device)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)
 
 
-def _crop(canvas: Canvas, positions: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
-    """The canvas up to the end of the last asked block: what comes later is not seen."""
+def _crop_to_blocks(canvas: Canvas, positions: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
+    """The canvas and `positions` up to the end of the last requested block, which attends to nothing later."""
     at = torch.arange(positions.shape[1], device=positions.device)
     ends = torch.where(positions, at - canvas.position_ids % size + size, 0)
     end = min(int(ends.max()), positions.shape[1])
     return canvas[:, :end], positions[:, :end]
 
 
-class _Said(nn.Module):
-    """Stands in for a network's body, and says again what that has said."""
+class _FixedBody(nn.Module):
+    """A stand-in for a network's body that returns a given output."""
 
-    def __init__(self, said: Any) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
-        self.said = said
+        self.output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.said
+        return self.output
 
 
 @contextmanager
-def _unmasked(network: PreTrainedModel) -> Iterator[None]:
-    """Here the network sees everything without any mask, on the attention kernel's fast path."""
+def _without_mask(network: PreTrainedModel) -> Iterator[None]:
+    """Inside, the network attends in both directions without a mask, on the attention kernel's fast path."""
     config: Any = network.config
-    causal: list[Any] = [part for part in (config, *network.modules()) if getattr(part, "is_causal", None) is True]
-    silent = not hasattr(config, "is_causal")
-    for part in causal:
-        part.is_causal = False
-    if silent:
+    causal: list[Any] = [
+        module for module in (config, *network.modules()) if getattr(module, "is_causal", None) is True
+    ]
+    unset = not hasattr(config, "is_causal")
+    for module in causal:
+        module.is_causal = False
+    if unset:
         config.is_causal = False
     try:
         yield
     finally:
-        for part in causal:
-            part.is_causal = True
-        if silent:
+        for module in causal:
+            module.is_causal = True
+        if unset:
             del config.is_causal
 
 
 def _position_offset(network: PreTrainedModel) -> int:
-    """Where the network's own position ids start: RoBERTa's first is one past the padding id."""
+    """The network's first position id: RoBERTa's is one past the padding id, all others' is 0."""
     embeddings: Any = getattr(network.base_model, "embeddings", None)
     counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
     return embeddings.padding_idx + 1 if counts_from_padding else 0
 
 
-def _windows(network: PreTrainedModel) -> dict[str, int | None]:
-    """How far each kind of layer sees (None: no limit); empty when no layer is limited."""
+def _sliding_windows(network: PreTrainedModel) -> dict[str, int | None]:
+    """The attention window of each layer type (None: no limit); empty if no layer has one."""
     config = network.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
         return {}
-    reach = window + 1 if type(network).__name__.endswith("MaskedLM") else window  # masked networks count inclusively
+    width = window + 1 if type(network).__name__.endswith("MaskedLM") else window  # masked networks count inclusively
     if kinds is None:
-        return {"sliding_attention": reach}
-    return {kind: reach if kind == "sliding_attention" else None for kind in kinds}
+        return {"sliding_attention": width}
+    return {kind: width if kind == "sliding_attention" else None for kind in kinds}

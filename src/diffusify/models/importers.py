@@ -1,4 +1,4 @@
-"""Released diffusion models (DiffuGPT, DiffuLLaMA, Dream, LLaDA, SDAR, A2D), made folders that transformers opens."""
+"""Import of released diffusion models (DiffuGPT, DiffuLLaMA, Dream, LLaDA, SDAR, A2D) as transformers folders."""
 
 import json
 from dataclasses import dataclass
@@ -20,28 +20,32 @@ from transformers import (
 from diffusify.config import nearest
 from diffusify.models import loading
 from diffusify.models.attention_check import check_attention
-from diffusify.models.layouts import LAYOUTS, Layout, layout_name, plain, stock_config
+from diffusify.models.layouts import LAYOUTS, Layout, detect_layout, plain_model_error, stock_config
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.recipes import Recipe, ar, block
-from diffusify.models.saving import drafted, load_denoiser, refuse_occupied
+from diffusify.models.saving import load_denoiser, require_empty_folder, staging_folder
 
-CHECKED = 10**9  # up to so many parameters, the network is run to see that it obeys attention patterns
-SHARD = 4 << 30  # bytes in one file of weights, and so in memory
+MAX_CHECKED_PARAMETERS = 10**9  # larger networks are not run to check that they obey attention patterns
+MAX_SHARD_BYTES = 4 << 30  # per file of weights, and so in memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Kept as stored, but for float16: it overflows where bfloat16 and float32 do not, and float32 holds all its values.
-_KEPT = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
+# The default dtypes of saved weights. float16 overflows where the others do not, and float32 holds all its values.
+_SAVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor where it is stored."""
+class StoredTensor:
+    """A tensor in a safetensors file, not yet read."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
 
     def read(self) -> torch.Tensor:
         with safe_open(self.file, "pt") as opened:
@@ -57,141 +61,146 @@ def import_denoiser(
     block_size: int | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write the diffusion model that a released folder or hub repository holds into `out`, as `save_denoiser` would.
+    """Import a released folder or hub repository into `out`, in the format of `save_denoiser`. Returns `out`.
 
-    `layout` is needed where the files do not tell it; `mask_token_id` and `block_size` stand in for what they say.
-    `dtype` is what the weights are kept in: as stored, but float32 for float16, if unset. Weights go through memory a
-    file at a time, and no code that comes with them is run. ValueError for anything that does not fit, before weights
-    are read.
+    `layout` is needed if the files do not show it; `mask_token_id` and `block_size` override what the files say. The
+    weights are saved in `dtype`; by default as they are stored, but float16 becomes float32. Memory holds one file of
+    weights at a time, and no remote code is run. ValueError for anything that does not fit, before weights are read.
     """
     out = Path(out)
-    refuse_occupied(out)
+    require_empty_folder(out)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not known{nearest(dtype, DTYPES)}')
     path = loading.local_path(source)
     if path is not None and path.is_file():
         raise ValueError(f"{source} is a file; diffusion models are released as folders of config and safetensors")
-    folder = path or loading.snapshot(source, loading.CONFIG)
-    settings = loading.read_settings(folder, source)
-    name = layout_name(settings.get("model_type"), folder, source, layout)
+    folder = path or loading.download_snapshot(source, loading.CONFIG_FILES)
+    settings = loading.read_config_json(folder, source)
+    name = detect_layout(settings.get("model_type"), folder, source, layout)
     recipe = _recipe(name, settings, block_size)
     if path is None:
-        folder = loading.snapshot(source, loading.WHOLE)
-    tensors = _tensors(folder, source)
+        folder = loading.download_snapshot(source, loading.ALL_FILES)
+    tensors = _stored_tensors(folder, source)
     if layout is None and name == "diffugpt" and not any(key.startswith("denoise_model.") for key in tensors):
-        raise plain(source, "gpt2")
-    rows = _rows(name, tensors, settings)
+        raise plain_model_error(source, "gpt2")
+    rows = _num_embeddings(name, tensors, settings)
     config = stock_config(name, settings, rows, source)
     network, _ = loading.network_class(config, source)
-    plan = _plan(network, config, LAYOUTS[name], tensors, source)
+    state_dict = _match_tensors(network, config, LAYOUTS[name], tensors, source)
     tokenizer = _tokenizer(folder, config, source)
     mask = _set_mask_token(tokenizer, name, settings, rows, mask_token_id, source)
-    _check_ids(config, tokenizer, source)
-    kept = {key: DTYPES[dtype] if dtype else _KEPT[tensor.dtype] for key, tensor in plan.items()}
-    config.architectures, config.dtype = [network.__name__], max(kept.values(), key=list(kept.values()).count)
-    with drafted(out) as draft:
-        _write(plan, kept, draft)
+    _check_token_ids(config, tokenizer, source)
+    dtypes = {key: DTYPES[dtype] if dtype else _SAVED_DTYPES[tensor.dtype] for key, tensor in state_dict.items()}
+    config.architectures, config.dtype = [network.__name__], max(dtypes.values(), key=list(dtypes.values()).count)
+    with staging_folder(out) as draft:
+        _write_weights(state_dict, dtypes, draft)
         config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         recipe.diffusion_config(network.__name__, mask, source).save(draft)
-        if sum(torch.Size(tensor.shape).numel() for tensor in plan.values()) <= CHECKED:
+        if sum(tensor.num_elements for tensor in state_dict.values()) <= MAX_CHECKED_PARAMETERS:
             check_attention(load_denoiser(draft)[0])
     return out
 
 
 def _recipe(name: str, settings: dict[str, Any], block_size: int | None) -> Recipe:
-    """How the model goes on being trained, and is used."""
+    """The recipe that the imported model is used with, and trained further with."""
     layout = LAYOUTS[name]
-    if block_size is not None and not layout.blocks:
-        blocky = " and ".join(name for name, layout in LAYOUTS.items() if layout.blocks)
-        raise ValueError(f"block_size={block_size}: {name} models are not written in blocks; it is for {blocky}")
-    stated = settings.get("block_size") if layout.block_size else None
-    size = next((size for size in (block_size, stated, layout.block_size) if size is not None), None)
+    if block_size is not None and not layout.supports_blocks:
+        block_layouts = " and ".join(name for name, layout in LAYOUTS.items() if layout.supports_blocks)
+        raise ValueError(f"block_size={block_size}: {name} models do not decode in blocks; it is for {block_layouts}")
+    configured = settings.get("block_size") if layout.block_size else None
+    size = next((size for size in (block_size, configured, layout.block_size) if size is not None), None)
     return ar(0, shift=layout.shift) if size is None else block(size, masked=True)
 
 
-def _tensors(folder: Path, source: str) -> dict[str, Stored]:
-    """Every tensor in a folder's files, by its released name; only the files' headers are read."""
-    found: dict[str, Stored] = {}
+def _stored_tensors(folder: Path, source: str) -> dict[str, StoredTensor]:
+    """All tensors in a folder's files by their released names, from the files' headers alone."""
+    tensors: dict[str, StoredTensor] = {}
     for file in loading.weight_files(folder, source):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (no mapping)
-                part = opened.get_slice(name)
-                if name in found:
-                    raise ValueError(f"{source} stores {name} twice, in {found[name].file.name} and {file.name}")
-                found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
-    return {name: tensor for name, tensor in found.items() if not loading.HARMLESS.search(name)}
+                header = opened.get_slice(name)
+                if name in tensors:
+                    raise ValueError(f"{source} stores {name} twice, in {tensors[name].file.name} and {file.name}")
+                tensors[name] = StoredTensor(file, name, tuple(header.get_shape()), header.get_dtype())
+    return {name: tensor for name, tensor in tensors.items() if not loading.IGNORED_TENSORS.search(name)}
 
 
-def _rows(name: str, tensors: dict[str, Stored], settings: dict[str, Any]) -> int:
-    """Rows of embeddings. DiffuGPT's config may still count those of the GPT-2 it was made from."""
+def _num_embeddings(name: str, tensors: dict[str, StoredTensor], settings: dict[str, Any]) -> int:
+    """The number of embeddings; DiffuGPT's config may still have that of its GPT-2, so its tensor is looked up."""
     if name == "diffugpt" and "embed_tokens.weight" in tensors:
         return tensors["embed_tokens.weight"].shape[0]
     return settings.get("embedding_size") or settings.get("vocab_size") or 0
 
 
-def _plan(
+def _match_tensors(
     network_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     layout: Layout,
-    tensors: dict[str, Stored],
+    tensors: dict[str, StoredTensor],
     source: str,
-) -> dict[str, Stored]:
-    """Which stored tensor goes where in the stock network. ValueError unless they match to the last one, by name."""
+) -> dict[str, StoredTensor]:
+    """The stock network's state dict as stored tensors.
+
+    ValueError if any tensor is missing, unknown, quantized or of another shape, or if tied tensors differ.
+    """
     with torch.device("meta"), quiet_transformers():
         network: Any = network_class(config)
-    needs = {key: (layout.released(key), tuple(weight.shape)) for key, weight in network.state_dict().items()}
-    for key, origin in network.all_tied_weights_keys.items():
-        copy, original = tensors.get(needs[key][0]), tensors.get(needs[origin][0])
+    expected = {key: (layout.released_name(key), tuple(weight.shape)) for key, weight in network.state_dict().items()}
+    for key, original_key in network.all_tied_weights_keys.items():
+        copy, original = tensors.get(expected[key][0]), tensors.get(expected[original_key][0])
         if copy and original and not torch.equal(copy.read(), original.read()):
-            raise ValueError(f"{source} ties {copy.name} to {original.name}, but stores other numbers for it")
-        tensors = {name: tensor for name, tensor in tensors.items() if name != needs[key][0]}
-        del needs[key]
-    names = {name for name, _ in needs.values()}
+            raise ValueError(f"{source} ties {copy.name} to {original.name}, but stores different values for it")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != expected[key][0]}
+        del expected[key]
+    names = {name for name, _ in expected.values()}
     wrong = {
         "missing": names - set(tensors),
         "of another shape": [
             f"{name} {tensors[name].shape}, not {shape}"
-            for name, shape in needs.values()
+            for name, shape in expected.values()
             if name in tensors and tensors[name].shape != shape
         ],
         "unknown": set(tensors) - names,
-        "quantised": [f"{tensor.name} ({tensor.dtype})" for tensor in tensors.values() if tensor.dtype not in _KEPT],
+        "quantized": [
+            f"{tensor.name} ({tensor.dtype})" for tensor in tensors.values() if tensor.dtype not in _SAVED_DTYPES
+        ],
     }
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {loading.some(keys)}" for what, keys in wrong.items() if keys)
-        raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {told}")
-    return {key: tensors[name] for key, (name, _) in needs.items()}
+        details = "; ".join(f"{problem}: {loading.first_names(keys)}" for problem, keys in wrong.items() if keys)
+        raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {details}")
+    return {key: tensors[name] for key, (name, _) in expected.items()}
 
 
 def _tokenizer(folder: Path, config: PreTrainedConfig, source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder's files, without the code that may come with it."""
-    family: Any = PreTrainedTokenizerFast
+    """The tokenizer of a folder, without its remote code. ValueError if there is none or it cannot be loaded."""
+    tokenizer_class: Any = PreTrainedTokenizerFast
     if not (folder / "tokenizer.json").is_file():
-        family = TOKENIZER_MAPPING.get(type(config), None)
-        if family is None or not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
+        if tokenizer_class is None or not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
             raise ValueError(f"{source} has no tokenizer that can be read; put tokenizer.json beside its config.json")
     try:
         with quiet_transformers():
-            made = family.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the many formats fail in many ways
+            tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each format fails with exceptions of its own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the tokenizer of {source} cannot be loaded ({reason}); put tokenizer.json beside it"
         ) from error
-    made.init_kwargs.pop("auto_map", None)
-    return made
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 def _set_mask_token(
-    tokenizer: Any, name: str, settings: dict[str, Any], rows: int, given: int | None, source: str
+    tokenizer: Any, name: str, settings: dict[str, Any], rows: int, mask_token_id: int | None, source: str
 ) -> int:
-    """The id of the mask as the user, the config, the layout or the tokenizer tells it; the tokenizer's from now on."""
-    known = [given, settings.get("mask_token_id"), LAYOUTS[name].masks.get(rows), tokenizer.mask_token_id]
+    """Set the tokenizer's mask token and return its id, from the user, the config, the layout or the tokenizer."""
+    layout_id = LAYOUTS[name].mask_token_ids.get(rows)
+    known = [mask_token_id, settings.get("mask_token_id"), layout_id, tokenizer.mask_token_id]
     known += [tokenizer.get_vocab().get(text) for text in ("<|mask|>", "<|MASK|>")]
     mask = next((i for i in known if i is not None), None)
     if mask is None:
-        raise ValueError(f"{source} ({name}, {rows} rows of embeddings) does not tell its mask; give --mask-token-id")
+        raise ValueError(f"{source} ({name}, {rows} embeddings) does not name its mask token; give --mask-token-id")
     if not 0 <= mask < rows:
         raise ValueError(f"mask_token_id={mask} is beyond the {rows} embeddings of {source}; give --mask-token-id")
     text = tokenizer.convert_ids_to_tokens(mask)
@@ -207,8 +216,8 @@ def _set_mask_token(
     return mask
 
 
-def _check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """ValueError for a token beyond the embeddings."""
+def _check_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Check that all token ids have embeddings. ValueError if one has none."""
     rows = config.vocab_size
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, role, None)
@@ -220,22 +229,22 @@ def _check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sou
         raise ValueError(f"the tokenizer of {source} has ids up to {last}, beyond the {rows} embeddings")
 
 
-def _write(plan: dict[str, Stored], kept: dict[str, torch.dtype], folder: Path) -> None:
-    """The weights under their stock names, a file at a time."""
+def _write_weights(state_dict: dict[str, StoredTensor], dtypes: dict[str, torch.dtype], folder: Path) -> None:
+    """Write the weights under their stock names, one shard in memory at a time."""
     ends, size = {}, 0
-    for key, tensor in plan.items():
-        size += torch.Size(tensor.shape).numel() * kept[key].itemsize
+    for key, tensor in state_dict.items():
+        size += tensor.num_elements * dtypes[key].itemsize
         ends[key] = size
-    shards = [list(keys) for _, keys in groupby(plan, key=lambda key: (ends[key] - 1) // SHARD)]
-    where = {}
+    shards = [list(keys) for _, keys in groupby(state_dict, key=lambda key: (ends[key] - 1) // MAX_SHARD_BYTES)]
+    weight_map = {}
     for i, keys in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        weights = {key: plan[key].read().to(kept[key]) for key in keys}
+        weights = {key: state_dict[key].read().to(dtypes[key]) for key in keys}
         for key, weight in weights.items():
-            if kept[key] == torch.float16 and not weight.isfinite().all():
-                raise ValueError(f"{plan[key].name} does not fit into float16; take --dtype bfloat16 or float32")
+            if dtypes[key] == torch.float16 and not weight.isfinite().all():
+                raise ValueError(f"{state_dict[key].name} does not fit into float16; use --dtype bfloat16 or float32")
         save_file(weights, folder / name, metadata={"format": "pt"})
-        where |= dict.fromkeys(keys, name)
+        weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": where}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

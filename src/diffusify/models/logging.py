@@ -1,4 +1,4 @@
-"""Loading and saving without other libraries' bars and tables: what matters is in our own errors and progress."""
+"""Control of transformers' own progress bars and log messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers draws no bars and logs errors only."""
+    """Inside, transformers shows no progress bars and logs errors only."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

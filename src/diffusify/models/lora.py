@@ -1,4 +1,4 @@
-"""Low-rank adapters: little to train, little to save, the base left as it is."""
+"""LoRA: low-rank adapters inside a network, by PEFT's layers; the base weights stay unchanged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffusify.models.bundled import resolve_model
-from diffusify.models.loading import embedding_rows
+from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
 
 _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
@@ -22,9 +22,10 @@ _WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's o
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter of `rank` on every linear layer, scaled by alpha / rank (alpha: twice the rank if unset).
+    """The settings of LoRA adapters on every linear layer, scaled by alpha / rank (alpha: twice the rank if unset).
 
-    `embeddings` are trained too: the mask token's, which the base hardly knows, or `all` (DiffuLLaMA).
+    `embeddings` names the embeddings that are trained as well: the mask token's, which the base was hardly trained on,
+    or `all` (DiffuLLaMA). ValueError if the rank is below 1.
     """
 
     rank: int = 16
@@ -37,8 +38,8 @@ class Lora:
 
 
 def add_lora(network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str) -> None:
-    """Put fresh adapters into a network, which they do not change yet; all other weights are frozen."""
-    rows = embedding_rows(network)
+    """Add new adapters, which do not change the network's outputs yet, and freeze all other weights."""
+    rows = num_embeddings(network)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
@@ -51,69 +52,73 @@ def add_lora(network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str
 
 
 def save_lora(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write the adapters as PEFT does, with the name of their base; `weights` stand in for the network's own."""
+    """Write the adapters in PEFT's format, with the name of their base; `weights` replace the network's own."""
     adapters = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)
     save_file({_PREFIX + name: weight.contiguous() for name, weight in adapters.items()}, folder / _WEIGHTS)
     network.peft_config["default"].save_pretrained(str(folder))
 
 
 def has_lora(network: PreTrainedModel) -> bool:
+    """Whether a network contains adapters."""
     return any(isinstance(module, BaseTunerLayer) for module in network.modules())
 
 
-def base_of(folder: Path) -> str | None:
-    """The base that a LoRA folder stands on; None for a folder of whole weights."""
+def adapter_base(folder: Path) -> str | None:
+    """The name of the base model of an adapter folder; None for a folder of full weights."""
     if not (folder / "adapter_config.json").is_file():
         return None
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
 def check_lora(model: str, lora: Lora | None) -> None:
-    """ValueError for new adapters where there are some: these are trained on."""
-    if lora is not None and base_of(resolve_model(model)) is not None:
+    """Check that no new adapters are requested for a model that has some. ValueError if they are."""
+    if lora is not None and adapter_base(resolve_model(model)) is not None:
         raise ValueError(
-            f"{model} holds adapters, which are trained on; leave --lora out, or make whole weights of them first: "
-            f"diffusify merge {model} --out DIR"
+            f"{model} holds adapters, and training continues with these; omit --lora, or merge them into full weights "
+            f"first: diffusify merge {model} --out DIR"
         )
 
 
-def open_lora(network: PreTrainedModel, folder: Path) -> None:
-    """Put the adapters of a folder into their base, strictly."""
-    _attach(network, PeftConfig.from_pretrained(str(folder)))
-    load_lora(network, folder)
-
-
 def load_lora(network: PreTrainedModel, folder: Path) -> None:
-    """Set the adapters' weights to a folder's. ValueError for a missing or unexpected tensor."""
+    """Add the adapters of a folder to their base. ValueError for a missing or unexpected tensor."""
+    _attach(network, PeftConfig.from_pretrained(str(folder)))
+    load_lora_weights(network, folder)
+
+
+def load_lora_weights(network: PreTrainedModel, folder: Path) -> None:
+    """Set the weights of the network's adapters to a folder's. ValueError for a missing or unexpected tensor."""
     weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(folder / _WEIGHTS).items()}
     expected = get_peft_model_state_dict(network, save_embedding_layers=False)
     if set(weights) != set(expected):
-        odd = sorted(set(weights) ^ set(expected))
-        raise ValueError(f"the adapters in {folder} do not fit their base: {len(odd)} tensors differ, such as {odd[0]}")
+        wrong = sorted(set(weights) ^ set(expected))
+        raise ValueError(
+            f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
+        )
     result: Any = set_peft_model_state_dict(network, weights)
     assert not result.unexpected_keys
 
 
 def merge_lora(network: PreTrainedModel) -> None:
-    """Add the adapters to the weights, for speed; `unmerge_lora` takes them out again."""
-    for layer in _layers(network):
+    """Add the adapters to the base weights, for speed; `unmerge_lora` subtracts them again."""
+    for layer in _lora_layers(network):
         if not layer.merged:
             layer.merge()
 
 
 def unmerge_lora(network: PreTrainedModel) -> None:
-    for layer in _layers(network):
+    """Subtract merged adapters from the base weights, so that they can be trained."""
+    for layer in _lora_layers(network):
         if layer.merged:
             layer.unmerge()
 
 
-def bake_lora(network: PreTrainedModel) -> None:
-    """Make the adapters part of the weights for good: a plain network is left."""
+def merge_and_unload_lora(network: PreTrainedModel) -> None:
+    """Merge the adapters and remove PEFT's layers, which leaves a stock network; this cannot be undone."""
     merge_lora(network)
-    parts = [(name, part) for name, part in network.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]
-    plain = {name: part.unload_and_optionally_merge_module(False, False, None) for name, part in parts}
-    plain |= {name: layer.get_base_layer() for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-    for name, module in plain.items():
+    wrappers = [(name, m) for name, m in network.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    stock = {name: wrapper.unload_and_optionally_merge_module(False, False, None) for name, wrapper in wrappers}
+    stock |= {name: layer.get_base_layer() for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    for name, module in stock.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, module)
     network.tie_weights()
@@ -125,8 +130,8 @@ def _attach(network: PreTrainedModel, config: PeftConfig) -> None:
     base = config.base_model_name_or_path
     with quiet_transformers():
         network.add_adapter(config)
-    config.base_model_name_or_path = base  # else the network's own notion of its name
+    config.base_model_name_or_path = base  # `add_adapter` overwrites it with the network's own
 
 
-def _layers(network: PreTrainedModel) -> list[BaseTunerLayer]:
+def _lora_layers(network: PreTrainedModel) -> list[BaseTunerLayer]:
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

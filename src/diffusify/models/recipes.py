@@ -1,4 +1,4 @@
-"""Ways from a pretrained network to a denoiser: DiffuLLaMA's, Diffusion-LLM's, and block diffusion."""
+"""Recipes that adapt a pretrained network to diffusion: DiffuLLaMA's, Diffusion-LLM's, and block diffusion."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,19 +11,20 @@ from diffusify.diffusion.policies import Policy, Rdm, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranking import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.models.bundled import config_of
+from diffusify.models.bundled import find_diffusion_config
 
-GROWTH = 0.4  # the share of a run in which blocks grow
-INFILLING = 0.25  # the share of steps in which a model that fills holes beside its blocks goes on learning that
+CURRICULUM_SHARE = 0.4  # of a run, in which the block size grows
+INFILLING_SHARE = 0.25  # of the steps, when training continues on a block model that also infills
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides how a network is adapted, in one printable value.
+    """All settings by which a network is adapted to diffusion.
 
-    `attention` is the pattern the adapted model is used with; `annealing_steps` is over how many steps training
-    gets there from causal attention (0: at once). Before blocks have their own size, training passes through the sizes
-    of the `curriculum`. A share `infilling` of the steps sees everything, so that the model can fill holes as well.
+    `attention` is the pattern of the adapted model; over `annealing_steps` steps, training gets there from causal
+    attention (0: at once). `curriculum` lists the block sizes that training passes through first. A share `infilling`
+    of the steps uses bidirectional attention, so that a block model can infill as well. ValueError for settings that
+    exclude each other.
     """
 
     name: str
@@ -39,30 +40,34 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
-        if (ar_weight or self.objective.taught_by("own")) and not keeps_ar_model(self.attention, self.shift):
+        if (ar_weight or self.objective.distills_from("own")) and not keeps_ar_model(self.attention, self.shift):
             raise ValueError(
-                f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half to read AR "
-                "answers from; use block(size) on a left-to-right network, or leave both at 0.0"
+                f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half for the AR "
+                "logits; use block(size) on an autoregressive network, or leave both at 0.0"
             )
         if distill and self.shift != 1:
-            raise ValueError(f"distill={distill} is taught by a left-to-right network; a masked one is none (shift=0)")
+            raise ValueError(
+                f"distill={distill} needs an autoregressive teacher, and a masked LM is none (shift=0); use 0.0"
+            )
         if self.curriculum and not isinstance(self.time, PerBlock):
-            raise ValueError(f"curriculum={self.curriculum} is of block sizes; use block(size), or leave it out")
+            raise ValueError(f"curriculum={self.curriculum} lists block sizes; use block(size), or leave it empty")
         if not 0 <= self.infilling < 1 or (self.infilling and not isinstance(self.attention, BlockCausal)):
             raise ValueError(
                 f"infilling={self.infilling} is a share of block(size)'s steps, at least 0 and under 1; 0.25 is usual, "
-                "and ar() and mlm() fill holes without it"
+                "and ar() and mlm() infill without it"
             )
         if self.annealing_steps and not isinstance(self.attention, Bidirectional):
-            raise ValueError(f"annealing_steps={self.annealing_steps} lead to full attention, not to {self.attention}")
+            raise ValueError(
+                f"annealing_steps={self.annealing_steps} need attention=Bidirectional(), not {self.attention}"
+            )
         if isinstance(self.time, PerBlock) and self.time.complement and not isinstance(self.schedule, Linear):
-            raise ValueError(f"complement=True halves time evenly, which is for Linear(), not {self.schedule}")
+            raise ValueError(f"complement=True needs the schedule Linear(), not {self.schedule}")
 
     def at(self, step: int, progress: float) -> "Recipe":
         """The recipe of one step, when a share `progress` of the run is done.
 
-        Annealing allows a share (step + 1) / annealing_steps of the looks ahead. The curriculum's sizes take turns over
-        `GROWTH` of the run. Steps of infilling are spread evenly.
+        Annealing allows a share (step + 1) / annealing_steps of attention to later positions. The curriculum's sizes
+        get equal parts of the first `CURRICULUM_SHARE` of the run. Infilling steps are spread evenly.
         """
         if int((step + 1) * self.infilling) > int(step * self.infilling):
             objective = replace(self.objective, ar_weight=0.0, distill=0.0)
@@ -72,10 +77,10 @@ class Recipe:
         if step + 1 < self.annealing_steps:
             annealed = Annealed((step + 1) / self.annealing_steps, seed=step)
             return replace(self, attention=annealed, annealing_steps=0)
-        stage = int(progress / GROWTH * len(self.curriculum))
+        stage = int(progress / CURRICULUM_SHARE * len(self.curriculum))
         if stage >= len(self.curriculum):
             return self
-        assert isinstance(self.attention, BlockCausal) and isinstance(self.time, PerBlock), "checked when it was made"
+        assert isinstance(self.attention, BlockCausal) and isinstance(self.time, PerBlock), "checked in __post_init__"
         size = self.curriculum[stage]
         return replace(self, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
 
@@ -102,7 +107,7 @@ def ar(
     schedule: NoiseSchedule = Linear(),
     objective: Objective = Objective(),
 ) -> Recipe:
-    """A left-to-right network becomes fully bidirectional: shift and attention-mask annealing (DiffuGPT, DiffuLLaMA).
+    """The recipe for a bidirectional model from an AR one: shift and attention-mask annealing (DiffuGPT, DiffuLLaMA).
 
     The paper anneals over 10,000 steps; the default suits short runs. `Objective(per="open")` is the paper's own
     normalisation.
@@ -120,15 +125,15 @@ def mlm(
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
 ) -> Recipe:
-    """A masked network learns every masking rate: discrete time, coupled pair, RDM weights (Diffusion-LLM).
+    """The recipe for a masked LM: all mask ratios, discrete time, coupled pairs, RDM weights (Diffusion-LLM).
 
-    With `prefix` a prompt does not see what is written behind it. A `mask_ratio` keeps to that one rate instead, as
-    masked language models are trained: the paper's ablation. `label_smoothing` 0.1 suits training from scratch.
+    With `prefix`, prompts do not attend to the text after them. `mask_ratio` trains at that one ratio instead, as
+    masked LMs are pretrained (the paper's ablation). `label_smoothing=0.1` suits training from scratch.
     """
     time = PerText(grid=steps, draws=2) if mask_ratio is None else Fixed(mask_ratio)
-    usual = Objective(RdmWeight(steps), per="text", label_smoothing=label_smoothing)
-    plain = Objective(Flat(), per="open", label_smoothing=label_smoothing)
-    objective = objective or (usual if mask_ratio is None else plain)
+    rdm_objective = Objective(RdmWeight(steps), per="text", label_smoothing=label_smoothing)
+    mlm_objective = Objective(Flat(), per="open", label_smoothing=label_smoothing)
+    objective = objective or (rdm_objective if mask_ratio is None else mlm_objective)
     return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Rdm())
 
 
@@ -144,22 +149,22 @@ def block(
     curriculum: tuple[int, ...] = (),
     infilling: float = 0.0,
 ) -> Recipe:
-    """Blocks written left to right, the tokens of a block in parallel (BD3-LM), with an exact key-value cache.
+    """The recipe for block diffusion: blocks from left to right, the tokens of a block in parallel (BD3-LM).
 
-    On a left-to-right network clean text is seen causally, and `ar_weight` (0.5) keeps the AR model alive in the same
-    weights: a block's first position starts at the AR model's own quality. It is the other half's teacher, too:
-    `distill` is that share of the loss (1.0: what is open learns the AR model's distributions, not the one token that
-    happened to follow, and drafts better after as many steps; the default where the AR model is kept alive). With
-    `teacher="base"` the frozen base is asked instead, in a pass more a step. On a `masked` network there is none.
+    The KV cache of such a model is exact. On an AR network, clean text keeps causal attention, and `ar_weight` (0.5)
+    keeps training the AR half, so a block's first position starts at the AR model's quality. `distill` is the share of
+    the loss that learns a teacher's distributions instead of the data's tokens, after which the model drafts better; it
+    defaults to 1.0 if `ar_weight` is above 0, else to 0.0. The teacher is the model's own AR half, or with
+    `teacher="base"` the frozen base, which costs one more forward pass per step. A `masked` LM has neither.
 
-    `complement` and `tilt` are those of `PerBlock`. With a `curriculum`, as (1, 2), blocks grow through its sizes first
-    (LLaDA2's warm-up; a size as long as a row is full attention). A share `infilling` of the steps is of full
-    attention and of `ar`'s or `mlm`'s noise: one model then writes in parallel blocks and fills holes.
+    `complement` and `tilt` are those of `PerBlock`. With a `curriculum` such as (1, 2), training starts with blocks of
+    these sizes (LLaDA2's warm-up; a size of the row's length is full attention). A share `infilling` of the steps uses
+    bidirectional attention and per-text noise, so that the model both decodes in blocks and infills.
     """
     attention = BlockCausal(size, clean="block" if masked else "token")
     weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
-    taught = float(weight > 0) if distill is None else distill
-    objective = Objective(Elbo(), ar_weight=weight, distill=taught, teacher=teacher)
+    distill = float(weight > 0) if distill is None else distill
+    objective = Objective(Elbo(), ar_weight=weight, distill=distill, teacher=teacher)
     return Recipe(
         "block",
         0 if masked else 1,
@@ -173,19 +178,19 @@ def block(
 
 
 def as_is(*, masked: bool = False) -> Recipe:
-    """A network that is not adapted: a left-to-right one writes token by token, a `masked` one is asked as it is."""
+    """The recipe of a network that is not adapted: AR decoding, or for a `masked` LM its own predictions."""
     attention = Bidirectional() if masked else Causal()
     return Recipe("as_is", 0 if masked else 1, attention, PerText(), Objective(), policy=Unmask(Leftmost()))
 
 
-def of_model(model: str) -> Recipe | None:
-    """The recipe that goes on with a diffusion model as its card says; None for what is none yet."""
-    if (card := config_of(model)) is None:
+def saved_recipe(model: str) -> Recipe | None:
+    """The recipe that continues a diffusion model's training, from its diffusion config; None for other models."""
+    if (config := find_diffusion_config(model)) is None:
         return None
-    weight = card.objective.weight
-    rdm = PerText(grid=weight.steps, draws=2) if isinstance(weight, RdmWeight) else PerText()
-    time = rdm if card.block_size is None else PerBlock(card.block_size)
+    weight = config.objective.weight
+    per_text = PerText(grid=weight.steps, draws=2) if isinstance(weight, RdmWeight) else PerText()
+    time = per_text if config.block_size is None else PerBlock(config.block_size)
     return Recipe(
-        card.recipe, card.shift, card.attention, time, card.objective, card.schedule, card.policy,
-        infilling=0.0 if card.infilling is None else INFILLING,
+        config.recipe, config.shift, config.attention, time, config.objective, config.schedule, config.policy,
+        infilling=0.0 if config.infilling is None else INFILLING_SHARE,
     )  # fmt: skip

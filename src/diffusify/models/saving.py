@@ -1,4 +1,4 @@
-"""A diffusion model on disk: a standard `transformers` folder (or a PEFT one that names its base) plus the card."""
+"""Saved diffusion models: a `transformers` folder, or a PEFT folder that names its base, with a diffusion config."""
 
 import os
 import zlib
@@ -16,9 +16,17 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import resolve_model
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, embedding_rows, ensure_mask_token, load_base, load_tokenizer
+from diffusify.models.loading import Base, ensure_mask_token, load_base, load_tokenizer, num_embeddings
 from diffusify.models.logging import quiet_transformers
-from diffusify.models.lora import bake_lora, base_of, has_lora, load_lora, merge_lora, open_lora, save_lora
+from diffusify.models.lora import (
+    adapter_base,
+    has_lora,
+    load_lora,
+    load_lora_weights,
+    merge_and_unload_lora,
+    merge_lora,
+    save_lora,
+)
 
 _LENGTH_HEAD = "length_head.safetensors"
 
@@ -29,17 +37,17 @@ def save_denoiser(
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write network (or only its adapters), tokenizer and card into a folder.
+    """Write the network (or only its adapters), the tokenizer and the diffusion config into a folder.
 
-    Everything is written aside first and then moved, the card last: a folder with a card is a whole model. `weights`
-    are the denoiser's own where it has but a share of them.
+    All files are written to a temporary folder and then moved, the diffusion config last, so a folder that has one is a
+    complete model. `weights` replace the denoiser's own state dict, for a denoiser that holds only a shard of it.
     """
     weights = denoiser.state_dict() if weights is None else weights
     network, head = (
-        {name.removeprefix(part): w for name, w in weights.items() if name.startswith(part)}
-        for part in ("network.", "length_head.")
+        {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        for prefix in ("network.", "length_head.")
     )
-    with drafted(Path(folder)) as draft:
+    with staging_folder(Path(folder)) as draft:
         with quiet_transformers():
             if has_lora(denoiser.network):
                 save_lora(denoiser.network, draft, network)
@@ -52,29 +60,29 @@ def save_denoiser(
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
-    """A place to write a model's files; they move into `folder` when all are there, the card last."""
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved into `folder` on success, the diffusion config last."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        yield Path(aside)
-        sync(Path(aside))
-        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "diffusion_config.json"):
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        yield Path(staging)
+        fsync_path(Path(staging))
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == "diffusion_config.json"):
             os.replace(path, folder / path.name)
-        sync(folder, deep=False)
+        fsync_path(folder, recursive=False)
 
 
-def sync(folder: Path, *, deep: bool = True) -> None:
-    """Wait until a folder (or file), and all that is in it if `deep`, would outlast a power cut."""
-    for path in (*(folder.rglob("*") if deep else ()), folder):
-        handle = os.open(path, os.O_RDONLY)
+def fsync_path(path: Path, *, recursive: bool = True) -> None:
+    """Flush a folder or file to disk, and all that a folder contains if `recursive`."""
+    for each in (*(path.rglob("*") if recursive else ()), path):
+        descriptor = os.open(each, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(descriptor)
         finally:
-            os.close(handle)
+            os.close(descriptor)
 
 
-def refuse_occupied(out: Path) -> None:
-    """ValueError unless `out` is an empty folder or nothing yet."""
+def require_empty_folder(out: Path) -> None:
+    """Check that `out` is an empty folder or does not exist. ValueError if it is anything else."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is a file or holds other files; give an empty or new folder")
 
@@ -82,86 +90,90 @@ def refuse_occupied(out: Path) -> None:
 def load_denoiser(
     folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Denoiser, PreTrainedTokenizerBase]:
-    """A denoiser and its tokenizer from a folder that `save_denoiser` wrote, weights loaded strictly.
+    """Load a denoiser and its tokenizer from a folder that `save_denoiser` wrote.
 
-    A folder of adapters opens on the base it names, with the adapters merged. ValueError when there is no card, the
-    card tells of another architecture, or tensors are missing or left over.
+    An adapter folder is loaded on the base that it names, and its adapters are merged in memory. ValueError if there is
+    no diffusion config, if it names another architecture, or if tensors are missing or unexpected.
     """
     folder = resolve_model(folder)
-    card = DiffusionConfig.load(folder)
-    base = open_adapted(folder, dtype=dtype) if base_of(folder) else _whole(folder, card, dtype)
+    config = DiffusionConfig.load(folder)
+    base = open_base_with_adapters(folder, dtype=dtype) if adapter_base(folder) else _full_model(folder, config, dtype)
     merge_lora(base.network)
-    denoiser = Denoiser(base.network, card)
+    denoiser = Denoiser(base.network, config)
     _load_length_head(denoiser, folder)
     return denoiser.to(device).eval(), base.tokenizer
 
 
 def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
-    """What training begins with: any base that `load_base` takes, or one with the adapters that a folder holds."""
+    """The model that training starts from: a base that `load_base` takes, or an adapter folder's base and adapters."""
     folder = resolve_model(model)
-    return load_base(model, dtype=dtype) if base_of(folder) is None else open_adapted(folder, dtype=dtype)
+    has_adapters = adapter_base(folder) is not None
+    return open_base_with_adapters(folder, dtype=dtype) if has_adapters else load_base(model, dtype=dtype)
 
 
-def open_adapted(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
-    """The base that a folder of adapters stands on, with these in it; ValueError when the two do not fit."""
-    card, source = DiffusionConfig.load(folder), base_of(folder)
-    assert source is not None, "a folder of adapters"
+def open_base_with_adapters(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+    """The base that an adapter folder names, with the adapters attached. ValueError if the two do not fit."""
+    config, source = DiffusionConfig.load(folder), adapter_base(folder)
+    assert source is not None, "not an adapter folder"
     try:
         base = load_base(source, dtype=dtype)
     except ValueError as error:
-        raise ValueError(f"{folder} holds adapters for the base {source}, which does not open: {error}") from error
-    _check_architecture(folder, card, [type(base.network).__name__])
-    if ensure_mask_token(base) != card.mask_token_id:
+        raise ValueError(f"{folder} holds adapters for the base {source}, which cannot be loaded: {error}") from error
+    _check_architecture(folder, config, [type(base.network).__name__])
+    if ensure_mask_token(base) != config.mask_token_id:
         raise ValueError(
-            f"{folder} holds adapters for a base with mask_token_id={card.mask_token_id}; {source} differs"
+            f"{folder} holds adapters for a base with mask_token_id={config.mask_token_id}; {source} differs"
         )
-    open_lora(base.network, folder)
-    has_own = (folder / "tokenizer_config.json").is_file()  # else the base's will do
-    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_own else base
+    load_lora(base.network, folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_tokenizer else base
 
 
 def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
-    """Set a denoiser's weights to those of a folder that `save_denoiser` wrote of it."""
+    """Set a denoiser's weights to those that `save_denoiser` wrote of the same model into a folder."""
     folder = Path(folder)
     if has_lora(denoiser.network):
-        load_lora(denoiser.network, folder)
+        load_lora_weights(denoiser.network, folder)
         _load_length_head(denoiser, folder)
     else:
         denoiser.load_state_dict(load_denoiser(folder)[0].state_dict())
 
 
 def checksum(module: nn.Module) -> int:
-    """A checksum of the first numbers of every weight: another training, other weights."""
-    parts = (weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in module.parameters())
-    return zlib.crc32(b"".join(parts))
+    """A checksum of the first 64 numbers of every weight, which differs after any training."""
+    chunks = (weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in module.parameters())
+    return zlib.crc32(b"".join(chunks))
 
 
 def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
-    """Write base and adapters as one folder of whole weights. ValueError when `adapters` is no folder of adapters."""
+    """Merge a folder of adapters into its base and save the full weights. ValueError if it holds no adapters."""
     adapters, out = resolve_model(adapters), Path(out)
-    if not base_of(adapters):
-        raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` makes them")
-    refuse_occupied(out)
+    if not adapter_base(adapters):
+        raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` trains some")
+    require_empty_folder(out)
     denoiser, tokenizer = load_denoiser(adapters)
-    bake_lora(denoiser.network)
+    merge_and_unload_lora(denoiser.network)
     save_denoiser(out, denoiser, tokenizer)
     return out
 
 
-def _whole(folder: Path, card: DiffusionConfig, dtype: torch.dtype) -> Base:
-    _check_architecture(folder, card, AutoConfig.from_pretrained(folder).architectures or [])
+def _full_model(folder: Path, config: DiffusionConfig, dtype: torch.dtype) -> Base:
+    _check_architecture(folder, config, AutoConfig.from_pretrained(folder).architectures or [])
     base = load_base(str(folder), dtype=dtype)
-    rows = embedding_rows(base.network)
-    if not 0 <= card.mask_token_id < rows:
-        raise ValueError(f"the card in {folder} has mask_token_id={card.mask_token_id}, beyond the {rows} embeddings")
+    rows = num_embeddings(base.network)
+    if not 0 <= config.mask_token_id < rows:
+        raise ValueError(
+            f"the diffusion_config.json in {folder} has mask_token_id={config.mask_token_id}, beyond the {rows} "
+            "embeddings"
+        )
     return base
 
 
-def _check_architecture(folder: Path, card: DiffusionConfig, found: list[str]) -> None:
-    if card.architecture not in found:
+def _check_architecture(folder: Path, config: DiffusionConfig, architectures: list[str]) -> None:
+    if config.architecture not in architectures:
         raise ValueError(
-            f"the card in {folder} is for {card.architecture}, but config.json names {', '.join(found) or 'nothing'}; "
-            "the two files do not belong together"
+            f"the diffusion_config.json in {folder} is for {config.architecture}, but config.json names "
+            f"{', '.join(architectures) or 'nothing'}; the two files do not belong together"
         )
 
 
@@ -169,5 +181,5 @@ def _load_length_head(denoiser: Denoiser, folder: Path) -> None:
     if denoiser.length_head is None:
         return
     if not (folder / _LENGTH_HEAD).is_file():
-        raise ValueError(f"the card in {folder} speaks of a length head, but {_LENGTH_HEAD} is missing")
+        raise ValueError(f"the diffusion_config.json in {folder} names a length head, but {_LENGTH_HEAD} is missing")
     denoiser.length_head.load_state_dict(load_file(folder / _LENGTH_HEAD))

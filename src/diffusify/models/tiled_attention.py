@@ -1,6 +1,6 @@
-"""Attention for training on a CPU: tile by tile, and only the tiles that somebody looks at.
+"""Tiled attention for training on a CPU: scores are computed tile by tile, and fully masked tiles are skipped.
 
-Axes: b texts, h heads, g heads of keys and values, n positions, w positions that are looked at, d head size.
+Axes: b texts, h heads, g heads of keys and values, n query positions, w key positions, d head size, r rows of a mask.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "tiles"
-SIDE = 64  # positions; a tile's scores stay in the processor's cache
+TILE_SIZE = 64  # positions; a tile's scores fit into the processor's cache
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Some positions next to each other, the stretches that any of them looks at, and the bias there, if any."""
+class QueryTile:
+    """A range of query positions, the ranges of key positions that any of them attends to, and the mask's bias there.
 
-    rows: slice
-    stretches: tuple[slice, ...]
+    `bias` is None if nothing in these ranges is masked.
+    """
+
+    queries: slice
+    key_ranges: tuple[slice, ...]
     bias: Float[Tensor, "r 1 1 n w"] | None
 
-    def of(self, columns: Float[Tensor, "bg w d"]) -> Tensor:
-        parts = [columns[:, stretch] for stretch in self.stretches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def select(self, keys: Float[Tensor, "bg w d"]) -> Tensor:
+        """The keys (or values) that this tile attends to."""
+        chunks = [keys[:, key_range] for key_range in self.key_ranges]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
 
 
 def use_tiled_attention(network: PreTrainedModel) -> None:
-    """From now on the network's attention is computed in tiles where it is trained on a CPU, else as before.
+    """Make a network compute attention in tiles where it is trained on a CPU; elsewhere it still uses sdpa.
 
     A network that was loaded with another kernel than sdpa keeps it.
     """
@@ -40,7 +44,7 @@ def use_tiled_attention(network: PreTrainedModel) -> None:
         network.set_attn_implementation(NAME)
 
 
-@torch.compiler.disable  # it looks at masks, and its shapes change
+@torch.compiler.disable  # it depends on the mask's values, and its shapes change
 def tiled_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "b h n d"],
@@ -52,122 +56,123 @@ def tiled_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' `sdpa` gives, with a gradient; what cannot be done in tiles is left to it."""
+    """The same output as transformers' `sdpa`, which is called for all that tiles do not support.
+
+    Tiles need a CPU, a gradient, one mask for all heads, and no dropout or other extension of the scores.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    special = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    biased = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    if special or not biased or not learns or query.device.type != "cpu" or key.shape[-1] != value.shape[-1]:
+    extended = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    one_mask = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if extended or not one_mask or not needs_grad or query.device.type != "cpu" or key.shape[-1] != value.shape[-1]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )  # fmt: skip
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     n, w = query.shape[2], key.shape[2]
     if attention_mask is not None:
-        strips = _strips_of(attention_mask, dtype)
+        tiles = _cached_tiles(attention_mask, dtype)
     elif causal and n > 1:
-        hidden = torch.ones(n, w, dtype=torch.bool).triu(w - n + 1)
-        strips = _strips(torch.zeros(1, 1, n, w, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min))
+        masked = torch.ones(n, w, dtype=torch.bool).triu(w - n + 1)
+        tiles = _tiles(torch.zeros(1, 1, n, w, dtype=dtype).masked_fill(masked, torch.finfo(dtype).min))
     else:
-        strips = [Strip(slice(at, min(at + SIDE, n)), (slice(0, w),), None) for at in range(0, n, SIDE)]
+        starts = range(0, n, TILE_SIZE)
+        tiles = [QueryTile(slice(start, min(start + TILE_SIZE, n)), (slice(0, w),), None) for start in starts]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Any = _Tiled.apply(query.to(dtype), key.to(dtype), value.to(dtype), strips, scale)
+    out: Any = _TiledAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), tiles, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
-_known: Any = WeakTensorKeyDictionary()  # the layers of a pass have their mask in common
+_cache: Any = WeakTensorKeyDictionary()  # by mask, because all layers of a forward pass share one
 
 
-def _strips_of(mask: Tensor, dtype: torch.dtype) -> list[Strip]:
-    found = _known.get(mask)
-    if found is None or found[0] is not dtype:
+def _cached_tiles(mask: Tensor, dtype: torch.dtype) -> list[QueryTile]:
+    cached = _cache.get(mask)
+    if cached is None or cached[0] is not dtype:
         bias = mask.clamp_min(torch.finfo(dtype).min).to(dtype)
-        found = _known[mask] = (dtype, _strips(bias))
-    return found[1]
+        cached = _cache[mask] = (dtype, _tiles(bias))
+    return cached[1]
 
 
-def _strips(bias: Float[Tensor, "r 1 n w"]) -> list[Strip]:
-    """A mask cut into strips of SIDE rows; of their columns only tiles that some row of some text sees are kept."""
+def _tiles(bias: Float[Tensor, "r 1 n w"]) -> list[QueryTile]:
+    """A mask's tiles of TILE_SIZE queries; tiles of keys that are masked for all queries of all rows are left out."""
     n, w = bias.shape[2:]
-    low = torch.finfo(bias.dtype).min / 2
-    strips = []
-    for top in range(0, n, SIDE):
-        part = bias[:, 0, top : top + SIDE]
-        seen = (part > low).flatten(0, 1).any(0)
-        starts = range(0, w, SIDE)
-        wanted = [bool(some) for some in torch.stack([seen[at : at + SIDE].any() for at in starts])]
-        edges = [at for at, now, before in zip(starts, wanted, [False, *wanted], strict=False) if now != before]
-        edges += [w] if wanted[-1] else []
-        stretches = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)) or (slice(0, w),)
-        there = torch.cat([part[..., stretch] for stretch in stretches], -1)
-        strips.append(
-            Strip(
-                slice(top, top + part.shape[1]), stretches, there[:, None, None] if bool((there != 0).any()) else None
-            )
-        )
-    return strips
+    threshold = torch.finfo(bias.dtype).min / 2
+    tiles = []
+    for top in range(0, n, TILE_SIZE):
+        rows = bias[:, 0, top : top + TILE_SIZE]
+        visible = (rows > threshold).flatten(0, 1).any(0)
+        starts = range(0, w, TILE_SIZE)
+        kept = [bool(any_visible) for any_visible in torch.stack([visible[i : i + TILE_SIZE].any() for i in starts])]
+        edges = [i for i, now, before in zip(starts, kept, [False, *kept], strict=False) if now != before]
+        edges += [w] if kept[-1] else []
+        key_ranges = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)) or (slice(0, w),)
+        part = torch.cat([rows[..., key_range] for key_range in key_ranges], -1)
+        tile_bias = part[:, None, None] if bool((part != 0).any()) else None
+        tiles.append(QueryTile(slice(top, top + rows.shape[1]), key_ranges, tile_bias))
+    return tiles
 
 
-class _Tiled(torch.autograd.Function):
-    """Scores and probabilities exist for one strip at a time, and are made again for the gradient."""
+class _TiledAttention(torch.autograd.Function):
+    """Attention whose probabilities exist for one tile at a time and are recomputed in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, strips: list[Strip], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[QueryTile], scale: float) -> Tensor:
         b, h, n, d = query.shape
         g = key.shape[1]
         grouped = query.reshape(b, g, h // g, n, d)
         keys, values = key.reshape(b * g, -1, d), value.reshape(b * g, -1, d)
         out = torch.empty_like(grouped)
-        for strip in strips:
-            _, _, chance = _chances(grouped, keys, strip, scale)
-            out[:, :, :, strip.rows] = torch.bmm(chance, strip.of(values)).view(b, g, h // g, -1, d)
+        for tile in tiles:
+            _, _, probs = _attention_probs(grouped, keys, tile, scale)
+            out[:, :, :, tile.queries] = torch.bmm(probs, tile.select(values)).view(b, g, h // g, -1, d)
         ctx.save_for_backward(grouped, keys, values)
-        ctx.strips, ctx.scale = strips, scale
+        ctx.tiles, ctx.scale = tiles, scale
         return out.view(b, h, n, d)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grouped, keys, values = ctx.saved_tensors
-        b, g, times, n, d = grouped.shape
+        b, g, heads, n, d = grouped.shape
         grad = grad.reshape(grouped.shape)
-        of_query = torch.empty_like(grouped)
-        of_keys, of_values = torch.zeros(keys.shape), torch.zeros(values.shape)  # float32: sums over all strips
-        for strip in ctx.strips:
-            rows, there, chance = _chances(grouped, keys, strip, ctx.scale)
-            error = grad[:, :, :, strip.rows].reshape(b * g, -1, d)
-            about = torch.bmm(error, strip.of(values).transpose(1, 2))
-            score = torch._softmax_backward_data(about, chance, -1, chance.dtype)  # pyright: ignore
-            of_query[:, :, :, strip.rows] = _scaled(score, there, ctx.scale).view(b, g, times, -1, d)
-            to_keys = _scaled(score.transpose(1, 2), rows, ctx.scale)
-            to_values = torch.bmm(chance.transpose(1, 2), error)
-            at = 0
-            for stretch in strip.stretches:
-                size = stretch.stop - stretch.start
-                of_keys[:, stretch] += to_keys[:, at : at + size]
-                of_values[:, stretch] += to_values[:, at : at + size]
-                at += size
+        grad_query = torch.empty_like(grouped)
+        grad_keys, grad_values = torch.zeros(keys.shape), torch.zeros(values.shape)  # float32: sums over all tiles
+        for tile in ctx.tiles:
+            tile_queries, tile_keys, probs = _attention_probs(grouped, keys, tile, ctx.scale)
+            grad_out = grad[:, :, :, tile.queries].reshape(b * g, -1, d)
+            grad_probs = torch.bmm(grad_out, tile.select(values).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)  # pyright: ignore
+            grad_query[:, :, :, tile.queries] = _scaled_bmm(grad_scores, tile_keys, ctx.scale).view(b, g, heads, -1, d)
+            grad_tile_keys = _scaled_bmm(grad_scores.transpose(1, 2), tile_queries, ctx.scale)
+            grad_tile_values = torch.bmm(probs.transpose(1, 2), grad_out)
+            start = 0
+            for key_range in tile.key_ranges:
+                end = start + key_range.stop - key_range.start
+                grad_keys[:, key_range] += grad_tile_keys[:, start:end]
+                grad_values[:, key_range] += grad_tile_values[:, start:end]
+                start = end
         shape = (b, g, -1, d)
         return (
-            of_query.view(b, g * times, n, d),
-            of_keys.to(keys.dtype).view(shape),
-            of_values.to(values.dtype).view(shape),
+            grad_query.view(b, g * heads, n, d),
+            grad_keys.to(keys.dtype).view(shape),
+            grad_values.to(values.dtype).view(shape),
             None,
             None,
         )
 
 
-def _chances(grouped: Tensor, keys: Tensor, strip: Strip, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A strip's queries, the keys it looks at, and how much it looks at each."""
-    b, g, times, _, d = grouped.shape
-    rows, there = grouped[:, :, :, strip.rows].reshape(b * g, -1, d), strip.of(keys)
-    scores = _scaled(rows, there.transpose(1, 2), scale)
-    if strip.bias is not None:
-        scores.view(b, g, times, -1, scores.shape[-1]).add_(strip.bias)
-    return rows, there, scores.softmax(-1)
+def _attention_probs(grouped: Tensor, keys: Tensor, tile: QueryTile, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's queries, the keys that it attends to, and its attention probabilities."""
+    b, g, heads, _, d = grouped.shape
+    tile_queries, tile_keys = grouped[:, :, :, tile.queries].reshape(b * g, -1, d), tile.select(keys)
+    scores = _scaled_bmm(tile_queries, tile_keys.transpose(1, 2), scale)
+    if tile.bias is not None:
+        scores.view(b, g, heads, -1, scores.shape[-1]).add_(tile.bias)
+    return tile_queries, tile_keys, scores.softmax(-1)
 
 
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """A product of matrices, and a number, in one go."""
+def _scaled_bmm(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """A scaled batch matrix product in one kernel."""
     return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 

@@ -1,4 +1,4 @@
-"""What a run may be trained on: devices by name, so many of them, and the words that numbers are given in."""
+"""The devices a run can be planned for, and the parsing of device counts and token amounts."""
 
 import math
 import os
@@ -10,16 +10,16 @@ import torch
 
 from diffusify.config import nearest
 
-MOST_DEVICES = 100_000
+MAX_DEVICES = 100_000
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of an accelerator.
+    """An accelerator's specifications.
 
-    `half` and `single` are dense peaks in TFLOP/s, of bfloat16 (float16 where there is none) and of float32 without
-    TF32; `memory` is in GiB, as the driver tells it. `utilisation` is the share of the peak to reckon with.
+    `half` and `single` are dense peak rates in TFLOP/s: in bfloat16 (float16 if unsupported), and in float32 without
+    TF32. `memory` is in GiB, as the driver reports it. `utilisation` is the share of the peak a plan assumes.
     """
 
     name: str
@@ -27,20 +27,20 @@ class Device:
     single: float
     memory: float
     utilisation: float = 0.35
-    dtype: str = "bfloat16"  # what it is at its best in
+    dtype: str = "bfloat16"  # the default to compute in
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s. ValueError for a dtype that the device does not compute in."""
+        """The peak rate in FLOP/s. ValueError if the device does not support the dtype."""
         if dtype == "bfloat16" and self.dtype == "float16":
             raise ValueError(f"{self.name} has no bfloat16; give --dtype float16 or float32")
         return 1e12 * (self.single if dtype == "float32" else self.half)
 
 
-# Peaks are of NVIDIA's data sheets (SXM where there are several forms; half of what is told "with sparsity"), for the
-# RTX4090 of the Ada architecture's white paper, accumulating in float32. Utilisation: a Llama 2 7B under FSDP reaches
-# about 0.55 on A100 and 0.35 on H100 (3,700 and 7,500 tokens/s of 4,096-token rows: foundation-model-stack/fms-fsdp,
-# README), Llama 3 0.38 to 0.43 on H100 (arXiv 2407.21783, table 4). Their kernels are faster than ours; for the others
-# it is an assumption.
+# Peak rates are from NVIDIA's data sheets (the SXM variant if there are several; half of the rate "with sparsity"), for
+# the RTX4090 from the Ada white paper, accumulating in float32. Utilisation: a Llama 2 7B under FSDP reaches about 0.55
+# on A100 and 0.35 on H100 (3,700 and 7,500 tokens/s of 4,096-token rows: foundation-model-stack/fms-fsdp, README),
+# Llama 3 0.38 to 0.43 on H100 (arXiv 2407.21783, table 4). Their kernels are faster than ours; the values of the other
+# devices are assumptions.
 DEVICES = {
     device.name: device
     for device in (
@@ -58,57 +58,57 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """So many devices of one kind."""
+class DeviceGroup:
+    """A number of devices of one kind. ValueError if `count` is not between 1 and `MAX_DEVICES`."""
 
     device: Device
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= MOST_DEVICES:
-            raise ValueError(f"{self.count} x {self.device.name} must be 1 to {MOST_DEVICES:,} devices, as 8xH100")
+        if not 1 <= self.count <= MAX_DEVICES:
+            raise ValueError(f"{self.count} x {self.device.name} must be 1 to {MAX_DEVICES:,} devices, as 8xH100")
 
     def __str__(self) -> str:
         return f"{self.count}x{self.device.name}" if self.count > 1 else self.device.name
 
     @classmethod
-    def parse(cls, text: str) -> "Fleet":
-        """`H100`, `64xH100`, `cpu`. ValueError for a device that is not known, or a count that makes no sense."""
+    def parse(cls, text: str) -> "DeviceGroup":
+        """Parse text such as `H100`, `64xH100` or `cpu`. ValueError for an unknown device or an invalid count."""
         count, name = re.fullmatch(r"(?:(-?\d+)\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
         known = {device.lower(): device for device in (*DEVICES, "cpu")}
         if name.lower() not in known:
             raise ValueError(f'device "{name}" is not known{nearest(name, known.values())}; write it as 8xH100')
-        fleet = cls(DEVICES.get(known[name.lower()], Device("cpu", 0.0, 0.0, 0.0)), int(count or 1))
-        return cls(this_cpu(), fleet.count) if fleet.device.name == "cpu" else fleet
+        group = cls(DEVICES.get(known[name.lower()], Device("cpu", 0.0, 0.0, 0.0)), int(count or 1))
+        return cls(detect_cpu(), group.count) if group.device.name == "cpu" else group
 
 
-def this_cpu() -> Device:
-    """The machine at hand, its rates measured by a matrix product (about a second)."""
+def detect_cpu() -> Device:
+    """The current machine, with rates measured by a matrix product (about a second)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     half, single = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
     return Device("cpu", half, single, memory, utilisation=0.5, dtype="bfloat16" if half > single else "float32")
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 5) -> float:
-    """TFLOP/s of a square matrix product: the best of several, the first of which warms up."""
+    """The rate of a square matrix product in TFLOP/s: the best of `repeats`, after one to warm up."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    took = []
+    seconds = []
     for _ in range(repeats + 1):
-        begun = perf_counter()
+        start = perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
-        took.append(perf_counter() - begun)
-    return 2 * size**3 / min(took[1:]) / 1e12
+        seconds.append(perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:]) / 1e12
 
 
-def read_amount(text: str, what: str = "tokens") -> float:
-    """`65B`, `300M`, `1e9`, `2,000`: a number above 0. ValueError for anything else."""
-    found = re.fullmatch(r"([+-]?[\d.,_]*\d(?:\.)?(?:e[+-]?\d+)?)\s*([a-z]?)", text.strip(), re.IGNORECASE)
-    if not found or found[2].upper() not in _UNITS:
-        raise ValueError(f"{what}={text} is no number; write 65B, 300M or 1e9 (units: K, M, B, T)")
+def parse_amount(text: str, name: str = "tokens") -> float:
+    """Parse a number above 0 such as `65B`, `300M`, `1e9` or `2,000`. ValueError for anything else."""
+    match = re.fullmatch(r"([+-]?[\d.,_]*\d(?:\.)?(?:e[+-]?\d+)?)\s*([a-z]?)", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{name}={text} is not a number; write 65B, 300M or 1e9 (units: K, M, B, T)")
     try:
-        number = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].upper()]
+        number = float(match[1].replace(",", "").replace("_", "")) * _UNITS[match[2].upper()]
     except ValueError:
-        raise ValueError(f"{what}={text} is no number; write 65B, 300M or 1e9 (units: K, M, B, T)") from None
+        raise ValueError(f"{name}={text} is not a number; write 65B, 300M or 1e9 (units: K, M, B, T)") from None
     if not 0 < number < math.inf:
-        raise ValueError(f"{what}={text} must be above 0 and finite, as 65B")
+        raise ValueError(f"{name}={text} must be above 0 and finite, as 65B")
     return number

@@ -1,11 +1,12 @@
-"""One training step without weights and without arithmetic: what it computes, and what it keeps in memory.
+"""The FLOPs and the peak memory of a training step, counted without weights and without arithmetic.
 
-The stock network, the denoiser and the loss run for real, on tensors that have shapes but no contents. So the counts
-hold for every family that can be trained, and for whatever its layers save for their gradients.
+The stock network, the denoiser and the loss run on fake tensors, which have shapes but no contents. So the counts hold
+for every family that can be trained, and include everything that its layers save for the backward pass.
 """
 
 import weakref
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,15 +26,15 @@ from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import Lora, add_lora
 from diffusify.models.recipes import Recipe
-from diffusify.training.adapt import without_dropout
+from diffusify.training.adapt import disable_dropout
 
 aten = torch.ops.aten
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """What is trained, and how: all that decides a step but the number of rows."""
+class TrainingSetup:
+    """Everything that determines a training step except the number of rows; equal setups share cached counts."""
 
     network_class: type[PreTrainedModel]
     config: PreTrainedConfig
@@ -42,12 +43,24 @@ class Subject:
     dtype: str = "bfloat16"
     lora: Lora | None = None
 
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        config = repr(vars(self.config))  # configs are mutable, so they have no hash
+        return self.network_class, config, self.recipe, self.length, self.dtype, self.lora
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainingSetup) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
 
 @dataclass(frozen=True)
-class Sizes:
-    """A network's parameters: all, those of token embeddings and vocabulary projection, those that are trained.
+class ParameterCounts:
+    """The numbers of a network's parameters.
 
-    `root` are those outside of the layers, `layer` those of its largest one: what sharding gathers at a time.
+    `embeddings` are those of the token embeddings and the output projection, `trained` those that require gradients,
+    `root` those outside the layers and `layer` those of the largest layer, which sharding gathers separately.
     """
 
     total: int
@@ -58,14 +71,15 @@ class Sizes:
 
     @property
     def body(self) -> int:
+        """The parameters other than embeddings."""
         return self.total - self.embeddings
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A step's FLOPs, and the bytes it needs at its peak beside weights and gradients that stay.
+    """A step's FLOPs, and its peak memory in bytes beyond the permanent weights and gradients.
 
-    `copies` are weights in the type that is computed with; `logits` is what turning hidden states into a loss adds.
+    `copies` are weights converted to the compute dtype; `logits` is what the projection and the loss add.
     """
 
     flops: float
@@ -74,196 +88,215 @@ class Footprint:
     logits: float
 
 
-def sizes(subject: Subject) -> Sizes:
-    network = _denoiser(subject).network
-    heads = [part for part in (network.get_input_embeddings(), network.get_output_embeddings()) if part is not None]
-    layers = [part for stack in network.modules() if isinstance(stack, nn.ModuleList) for part in stack]
-    biggest = max((_count([layer]) for layer in layers), default=0)
+def count_parameters(setup: TrainingSetup) -> ParameterCounts:
+    """Count the parameters of a setup's network, adapters included."""
+    network = _denoiser(setup).network
+    ends = [
+        module for module in (network.get_input_embeddings(), network.get_output_embeddings()) if module is not None
+    ]
+    layers = [layer for stack in network.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    largest = max((_count([layer]) for layer in layers), default=0)
     total = _count([network])
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    return Sizes(total, _count(heads), trained, total - _count(layers), biggest)
+    return ParameterCounts(total, _count(ends), trained, total - _count(layers), largest)
 
 
-def draw(subject: Subject, rows: int) -> Noised:
-    """Noise for rows of two documents each, as packed text has several, drawn as the trainer draws it."""
-    recipe, objective = subject.recipe, subject.recipe.objective
-    at = torch.arange(subject.length).expand(rows, -1)
-    cuts = subject.length * (1 + torch.arange(rows)[:, None]) // (rows + 1)
-    text = Canvas.clean(torch.zeros_like(at), 1 + (at >= cuts).long())
+def sample_noise(setup: TrainingSetup, rows: int) -> Noised:
+    """Sample noise as the trainer does, for rows of two documents each, because packed rows have several."""
+    recipe, objective = setup.recipe, setup.recipe.objective
+    columns = torch.arange(setup.length).expand(rows, -1)
+    second_start = setup.length * (1 + torch.arange(rows)[:, None]) // (rows + 1)
+    text = Canvas.clean(torch.zeros_like(columns), 1 + (columns >= second_start).long())
     text = replace(text, editable=text.editable & (text.position_ids >= recipe.shift))
     share = objective.ar_share if objective.ar_weight else 0.0
     generator = torch.Generator().manual_seed(0)
     return noised(text, recipe.time, recipe.schedule, 0, ar_share=share, generator=generator)
 
 
-def footprint(subject: Subject, rows: int, *, checkpointing: bool = False, gathered: bool = False) -> Footprint:
-    """What a forward and a backward of `rows` texts take, gradients being there from the step's earlier passes.
+def footprint(setup: TrainingSetup, rows: int, *, checkpointing: bool = False, gathered: bool = False) -> Footprint:
+    """Count a forward and a backward pass over `rows` rows, with the gradients of earlier micro-batches allocated.
 
-    `gathered` weights arrive in the type that is computed with, as sharding brings them; else autocast makes copies of
-    float32 ones. Attention counts in full, masked or not, and its backward with what is computed again, as fused
-    kernels do it; the tiles that a CPU computes are fewer.
+    `gathered` weights arrive in the compute dtype, as from sharding; otherwise autocast makes copies of the float32
+    ones. Attention counts in full, masked or not, and its backward pass includes recomputation, as in fused kernels;
+    the tiled kernel on CPUs computes less.
     """
-    counted = _count_step(subject, rows, gathered, reentrant=False if checkpointing else None)
-    # Where tensors have no contents the usual way of recomputing does not let go of them; the reentrant one does, and
-    # holds as much on the way back.
-    back = _count_step(subject, rows, gathered, reentrant=True).back if checkpointing else counted.back
-    activations = max(counted.forth, back) - counted.logits - counted.copies
-    return Footprint(*map(float, (counted.flops, counted.copies, activations, counted.logits)))
+    counts = _count_step(setup, rows, gathered, reentrant=False if checkpointing else None)
+    # Non-reentrant checkpointing does not release fake tensors. The reentrant one does, and its backward pass holds
+    # the same memory.
+    backward = _count_step(setup, rows, gathered, reentrant=True).backward if checkpointing else counts.backward
+    activations = max(counts.forward, backward) - counts.logits - counts.copies
+    return Footprint(*map(float, (counts.flops, counts.copies, activations, counts.logits)))
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """A step's FLOPs and bytes: its peaks on the way forth and back, and what of the first are copies and logits."""
+class _StepCounts:
+    """A step's FLOPs, and its peaks in bytes in the forward and the backward pass.
+
+    `copies` and `logits` are parts of the forward peak.
+    """
 
     flops: int
     copies: int
     logits: int
-    forth: int
-    back: int
+    forward: int
+    backward: int
 
 
-def _count_step(subject: Subject, rows: int, gathered: bool, *, reentrant: bool | None = None) -> _Counted:
-    """A step, recomputing activations in either way, or keeping them."""
-    recipe, half, noise = subject.recipe, DTYPES[subject.dtype], draw(subject, rows)
-    drawn = recipe.attention(noise.canvas, noise.text, shift=recipe.shift)
+def _count_step(setup: TrainingSetup, rows: int, gathered: bool, *, reentrant: bool | None = None) -> _StepCounts:
+    """Count a step, with either kind of activation checkpointing, or without if `reentrant` is None."""
+    recipe, half, noise = setup.recipe, DTYPES[setup.dtype], sample_noise(setup, rows)
+    real_inputs = recipe.attention(noise.canvas, noise.text, shift=recipe.shift)
     if isinstance(recipe.attention, BlockCausal):
-        read = recipe.attention.read(noise.canvas, noise.canvas.open, views=noise.views, shift=recipe.shift)
-        drawn = drawn.keep_only(read)
-    asked, also, ar = (
-        int(part.sum()) for part in (noise.canvas.open, recipe.objective.ar_targets(noise), noise.ar_positions)
+        needed = recipe.attention.needed_inputs(noise.canvas, noise.canvas.open, views=noise.views, shift=recipe.shift)
+        real_inputs = real_inputs.keep_only(needed)
+    n_open, n_clean, n_ar = (
+        int(mask.sum()) for mask in (noise.canvas.open, recipe.objective.ar_targets(noise), noise.ar_positions)
     )
-    denoiser = _denoiser(subject).train()
+    denoiser = _denoiser(setup).train()
     if reentrant is not None:
-        # The random state would be read from the device; without dropout nothing is random.
+        # Without dropout nothing is random, and the random state would be read from a device that does not exist.
         settings = {"use_reentrant": reentrant, "preserve_rng_state": False}
         denoiser.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     with FakeTensorMode():
         _materialise(denoiser, half if gathered else torch.float32)
-        at = torch.zeros(drawn.tokens.shape, dtype=torch.long)
+        zeros = torch.zeros(real_inputs.tokens.shape, dtype=torch.long)
         mask_mod = lambda b, h, q, k: (q <= k) | (b < 0)  # noqa: E731  (any mask of the right shape)
-        inputs = AttentionInputs(at, at, at, at, mask_mod, per_row=drawn.per_row, unmasked=drawn.unmasked)
-        wanted = torch.zeros(asked + also, dtype=torch.long)
+        inputs = AttentionInputs(
+            zeros, zeros, zeros, zeros, mask_mod, per_row=real_inputs.per_row, unmasked=real_inputs.unmasked
+        )
+        index = torch.zeros(n_open + n_clean, dtype=torch.long)
 
         def forward() -> Tensor:
-            hidden = denoiser.hidden_states(inputs, wanted)
-            watch.mark()
-            learns = denoiser.head_parameters(hidden)
-            answers, clean = (denoiser.lazy_logits(part, learns) for part in hidden.split([asked, also]))
+            hidden = denoiser.hidden_states(inputs, index)
+            tracker.mark_body_end()
+            weights = denoiser.head_parameters(hidden)
+            answers, clean = (denoiser.lazy_logits(chunk, weights) for chunk in hidden.split([n_open, n_clean]))
 
-            def about(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            def masked_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
                 error = cross_entropy(logits, index)
                 if recipe.objective.distill:
                     error = error + divergence(logits, clean.raw(index))
                 return error.sum(), error.detach()
 
-            def further(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            def ar_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
                 error = cross_entropy(logits, index)
                 return error.sum(), error.detach()
 
-            return answers.total(about)[0] + clean[wanted[:ar]].total(further)[0]
+            return answers.chunked_loss(masked_loss)[0] + clean[index[:n_ar]].chunked_loss(ar_loss)[0]
 
-        # The counter comes last, so that it sees what the watch answers itself.
-        with _Watch(denoiser) as watch, counter() as flops:
+        # The FLOP counter is entered after the tracker, so that it also sees operations that the tracker replaces.
+        with _MemoryTracker(denoiser) as tracker, flop_counter() as flops, _DeviceLookup():
             with torch.autocast("cpu", half, enabled=half != torch.float32):
                 loss = forward()
-            forth, watch.peak = watch.peak, watch.now
+            forward_peak, tracker.peak = tracker.peak, tracker.current
             loss.backward()
-    return _Counted(flops.get_total_flops(), watch.copies, forth - watch.marked, forth, watch.peak)
+    logits = forward_peak - tracker.body_end
+    return _StepCounts(flops.get_total_flops(), tracker.copies, logits, forward_peak, tracker.peak)
 
 
-def counter() -> FlopCounterMode:
-    """torch's counter of FLOPs, which also knows attention on CPUs and grouped products of experts."""
-    ours = {
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's FLOP counter, extended by attention on CPUs and the grouped products of experts."""
+    additional = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
             *shapes[:4]
         ),
-        # A row meets one expert: rows x inner x outer products, forwards and backwards.
+        # Each row is multiplied by one expert's matrix, in the forward and the backward pass.
         aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
     }
-    return FlopCounterMode(display=False, custom_mapping=ours)
+    return FlopCounterMode(display=False, custom_mapping=additional)
 
 
-def _denoiser(subject: Subject) -> Denoiser:
-    """The network without memory, under the recipe's card; without dropout, as it is trained."""
-    made: Any = subject.network_class
+def _denoiser(setup: TrainingSetup) -> Denoiser:
+    """A denoiser on the meta device, prepared as for training: the recipe's diffusion config, no dropout."""
+    network_class: Any = setup.network_class
     with torch.device("meta"), quiet_transformers():
-        network: PreTrainedModel = made._from_config(subject.config, dtype=torch.float32)
-        without_dropout(network)
-        if subject.lora is not None:
-            add_lora(network, subject.lora, 0, "")
+        network: PreTrainedModel = network_class._from_config(setup.config, dtype=torch.float32)
+        disable_dropout(network)
+        if setup.lora is not None:
+            add_lora(network, setup.lora, 0, "")
         kernel: Any = network.config._attn_implementation
         optimize_for_training(network)
-        network.set_attn_implementation(kernel)  # tiles are for a CPU, and look at what masks say
-        return Denoiser(network, subject.recipe.diffusion_config(type(network).__name__, 0, ""))
+        network.set_attn_implementation(kernel)  # the tiled CPU kernel reads the mask's contents
+        return Denoiser(network, setup.recipe.diffusion_config(type(network).__name__, 0, ""))
 
 
 def _materialise(denoiser: Denoiser, dtype: torch.dtype) -> None:
-    """Give the network tensors of the fake mode that is on, with gradients: shapes that say they are on a CPU."""
-    made: dict[int, Any] = {}
+    """Replace the network's tensors by fake CPU tensors of the active fake mode, and allocate their gradients."""
+    replaced: dict[int, Any] = {}
     for module in denoiser.modules():
-        for table in (module._parameters, module._buffers):
-            for name, old in table.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
                 if old is None:
                     continue
-                if id(old) not in made:  # tied weights stay tied
-                    kind = dtype if isinstance(old, nn.Parameter) else old.dtype
-                    new = torch.empty(old.shape, dtype=kind, device="cpu")
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                table[name] = made[id(old)]
+                if id(old) not in replaced:  # tied weights stay tied
+                    new_dtype = dtype if isinstance(old, nn.Parameter) else old.dtype
+                    new = torch.empty(old.shape, dtype=new_dtype, device="cpu")
+                    replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = replaced[id(old)]
     for weight in denoiser.parameters():
         weight.grad = torch.empty_like(weight) if weight.requires_grad else None
 
 
-def _count(parts: list[nn.Module]) -> int:
-    """Parameters of some modules, those that are shared counted once."""
-    return sum(weight.numel() for weight in {id(w): w for part in parts for w in part.parameters()}.values())
+def _count(modules: list[nn.Module]) -> int:
+    """The number of parameters of some modules; shared ones count once."""
+    return sum(weight.numel() for weight in {id(w): w for module in modules for w in module.parameters()}.values())
 
 
-class _Watch(TorchDispatchMode):
-    """Follows every new tensor's memory from its making to its end."""
+class _DeviceLookup(TorchDispatchMode):
+    """Answers lookups of a fake tensor's device, which are twice as frequent as operations, before all other modes."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].device if function is torch.ops.prim.device.default else function(*args, **(kwargs or {}))
+
+
+class _MemoryTracker(TorchDispatchMode):
+    """Tracks the memory of all tensors that operations create, from allocation to release.
+
+    `current` and `peak` are bytes; tensors that existed before, such as weights and their gradients, do not count.
+    """
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = self.marked = self.copies = 0
+        self.current = self.peak = self.body_end = self.copies = 0
         self._sizes: dict[int, int] = {}
         self._weights = {weight.untyped_storage()._cdata for weight in denoiser.parameters()}
-        self._old = self._weights | {
+        self._preexisting = self._weights | {
             w.grad.untyped_storage()._cdata for w in denoiser.parameters() if w.grad is not None
         }
-        self._copied: set[int] = set()
+        self._weight_copies: set[int] = set()
 
-    def mark(self) -> None:
-        """The network's body has run: what it keeps is there, and nothing of the loss."""
-        self.marked = self.now
-        self.copies = sum(self._sizes.get(key, 0) for key in self._copied)
+    def mark_body_end(self) -> None:
+        """Record the memory in use after the network's body, before the projection to logits and the loss."""
+        self.body_end = self.current
+        self.copies = sum(self._sizes.get(key, 0) for key in self._weight_copies)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Shapes of grouped products are checked for bfloat16 alone.
-        answer = _grouped if function is aten._grouped_mm.default else function
-        out = answer(*args, **(kwargs or {}))
+        # PyTorch's fake grouped product accepts bfloat16 only.
+        operation = _fake_grouped_mm if function is aten._grouped_mm.default else function
+        out = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._meet(tensor)
+                self._add(tensor)
         if function is aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
-            self._copied.add(out.untyped_storage()._cdata)
+            self._weight_copies.add(out.untyped_storage()._cdata)
         return out
 
-    def _meet(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes or key in self._old:
+        if key in self._sizes or key in self._preexisting:
             return
         self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._part, key)
+        self.current += storage.nbytes()
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._remove, key)
 
-    def _part(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-        self._copied.discard(key)
+    def _remove(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)
+        self._weight_copies.discard(key)
 
 
-def _grouped(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    """What a grouped product gives: a row for each of `a`'s, or (the experts' gradients) a matrix for each group."""
+def _fake_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """The empty output of a grouped product: a row for each of `a`'s, or a matrix for each group (in gradients)."""
     return a.new_empty(*([len(offs)] if b.dim() == 2 else []), a.shape[0], b.shape[-1])

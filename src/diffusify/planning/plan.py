@@ -1,4 +1,4 @@
-"""What a training run will take, told before anything is spent: FLOPs, memory, sharding, hours, money."""
+"""Plans of training runs: FLOPs, memory, sharding, hours and cost, estimated before the run."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,26 +10,27 @@ from transformers import PreTrainedConfig
 from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe, block, of_model
-from diffusify.planning.devices import DEVICES, Fleet
-from diffusify.planning.footprint import DTYPES, Footprint, Sizes, Subject, footprint, sizes
+from diffusify.models.recipes import Recipe, block, saved_recipe
+from diffusify.planning.devices import DEVICES, DeviceGroup
+from diffusify.planning.footprint import DTYPES, Footprint, ParameterCounts, TrainingSetup, count_parameters, footprint
 from diffusify.training.adapt import check_fit
 
 GIB = 2**30
-FLOAT32, ADAMW = 4.0, 8.0  # bytes of a weight, and of both its moments
-REST, SCATTERED = 1.0 * GIB, 0.05  # the device's context and libraries, and memory that is lost between tensors
-ENOUGH_TOKENS = 4096  # on a device at a time; with fewer, recomputing activations is the better bargain
-MOST_ROWS = 64  # products are as large as they need to be long before
+FLOAT32, ADAMW = 4.0, 8.0  # bytes per weight: of the weight itself, and of AdamW's two moments
+OVERHEAD, FRAGMENTATION = 1.0 * GIB, 0.05  # the device's context and libraries; the share of activations lost in gaps
+MIN_TOKENS = 4096  # per device and pass; below this, activation checkpointing with more rows is faster
+MAX_ROWS = 64  # per device and pass; more rows do not make matrix products more efficient
 
 Sharding = Literal["single", "DDP", "ZeRO-2", "ZeRO-3"]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at a step's peak, by part.
+    """Bytes on one device at a step's peak, by use.
 
-    `weights` are float32: what the optimizer changes. `copies` are those in the type that is computed with (or gathered
-    ones, under sharding), `optimizer` AdamW's moments, `exchange` buffers of gradients on their way to other devices.
+    `weights` are the float32 weights that the optimizer updates. `copies` are weights in the compute dtype (gathered
+    ones under sharding), `optimizer` AdamW's moments, `exchange` communication buffers for gradients, `rest` the
+    allowance for libraries and fragmentation.
     """
 
     weights: float
@@ -43,12 +44,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part.name) for part in fields(self))
+        """The sum of all uses."""
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A way to lay a run over devices, and the most rows of text that one device then takes (0: it does not fit)."""
+class ShardingLayout:
+    """A sharding strategy, with or without checkpointing, and the most rows that fit on one device (0: none)."""
 
     sharding: Sharding
     checkpointing: bool
@@ -56,8 +58,8 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """What would make a run fit, and the option of `diffusify plan` that says it."""
+class Suggestion:
+    """A change that would make a run fit, and the option of `diffusify plan` for it."""
 
     what: str
     option: str
@@ -65,19 +67,20 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. `layout` is None where it does not fit, and then `remedies` tell what would.
+    """The estimated resources of a training run.
 
-    `memory` is for `rows` rows on each device, `memory_checkpointed` with activations computed again instead of kept.
-    FLOPs are those of text tokens: a token that is shown several times in a step counts once.
+    `layout` is None if the run does not fit; then `suggestions` lists changes that would make it fit. `memory` is for
+    `rows` rows on each device, `memory_checkpointed` with activation checkpointing. FLOPs are per token of text: a
+    token that a step shows several times counts once.
     """
 
     model: str
     tokens: float
-    fleet: Fleet
-    subject: Subject
-    sizes: Sizes
+    devices: DeviceGroup
+    setup: TrainingSetup
+    parameters: ParameterCounts
     sharding: Sharding
-    layout: Layout | None
+    layout: ShardingLayout | None
     rows: int
     memory: Memory
     memory_checkpointed: Memory
@@ -85,51 +88,58 @@ class Plan:
     recomputed_per_token: float
     utilisation: float
     price: float | None
-    remedies: tuple[Remedy, ...]
+    suggestions: tuple[Suggestion, ...]
 
     @property
     def checkpointing(self) -> bool:
+        """Whether activations are recomputed; also True if the run does not fit."""
         return self.layout is None or self.layout.checkpointing
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, if each is one pass of `rows` rows on every device."""
-        return max(1, round(self.tokens / (self.rows * self.subject.length * self.fleet.count)))
+        """The number of optimizer steps if each is one pass over `rows` rows on every device."""
+        return max(1, round(self.tokens / (self.rows * self.setup.length * self.devices.count)))
 
     @property
     def flops(self) -> float:
+        """The run's FLOPs, without recomputation."""
         return self.tokens * self.flops_per_token
 
     @property
     def tokens_per_second(self) -> float:
+        """The throughput of all devices, at `utilisation` of their peak, recomputation included."""
         executed = self.flops_per_token + self.checkpointing * self.recomputed_per_token
-        return self.fleet.count * self.fleet.device.peak(self.subject.dtype) * self.utilisation / executed
+        return self.devices.count * self.devices.device.peak(self.setup.dtype) * self.utilisation / executed
 
     @property
     def hours(self) -> float:
+        """The run's duration."""
         return self.tokens / self.tokens_per_second / 3600
 
     @property
     def device_hours(self) -> float:
-        return self.hours * self.fleet.count
+        """The run's duration times the number of devices."""
+        return self.hours * self.devices.count
 
     @property
     def cost(self) -> float | None:
+        """The run's cost in the currency of `price`; None without a price."""
         return None if self.price is None else self.device_hours * self.price
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types; bytes and FLOPs are plain numbers."""
-        subject, told = self.subject, ("steps", "flops", "tokens_per_second", "hours", "device_hours", "cost")
-        mine = {name: getattr(self, name) for name in ("model", "tokens", "rows", "sharding", "utilisation", "price")}
+        """The plan as JSON types; bytes and FLOPs are plain numbers."""
+        setup, layout = self.setup, None if self.layout is None else {"type": "Layout"} | asdict(self.layout)
+        given = {name: getattr(self, name) for name in ("model", "tokens", "rows", "sharding", "utilisation", "price")}
+        derived = ("steps", "flops", "tokens_per_second", "hours", "device_hours", "cost")
         return (
-            mine
+            given
             | {"fits": self.layout is not None, "checkpointing": self.checkpointing}
-            | {"device": asdict(self.fleet.device), "devices": self.fleet.count}
-            | {"recipe": to_plain(subject.recipe), "length": subject.length, "dtype": subject.dtype}
-            | {"lora": to_plain(subject.lora), "parameters": asdict(self.sizes) | {"body": self.sizes.body}}
+            | {"device": asdict(self.devices.device), "devices": self.devices.count}
+            | {"recipe": to_plain(setup.recipe), "length": setup.length, "dtype": setup.dtype}
+            | {"lora": to_plain(setup.lora), "parameters": asdict(self.parameters) | {"body": self.parameters.body}}
             | {"flops_per_token": self.flops_per_token, "recomputed_per_token": self.recomputed_per_token}
-            | {name: getattr(self, name) for name in told}
-            | {"layout": to_plain(self.layout), "remedies": [asdict(remedy) for remedy in self.remedies]}
+            | {name: getattr(self, name) for name in derived}
+            | {"layout": layout, "remedies": [asdict(suggestion) for suggestion in self.suggestions]}
             | {
                 name: asdict(memory) | {"total": memory.total}
                 for name, memory in (("memory", self.memory), ("memory_checkpointed", self.memory_checkpointed))
@@ -141,7 +151,7 @@ def plan(
     model: str | PreTrainedConfig,
     *,
     tokens: float,
-    gpus: str | Fleet = "cpu",
+    gpus: str | DeviceGroup = "cpu",
     recipe: Recipe | None = None,
     length: int = 256,
     batch: int | None = None,
@@ -150,141 +160,154 @@ def plan(
     utilisation: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """What `adapt` or `tune` would take: `model` as `load_base` takes it, a lone config.json, or a config; no weights.
+    """Estimate what a run of `adapt` or `tune` takes; no weights are read.
 
-    `gpus` as 64xH100; `batch` rows of `length` tokens on each (the most that fit, if unset); `utilisation` of their
-    peak (each device's own, if unset); `price` of an hour of one. ValueError for what cannot be.
+    `model` is a source for `load_base`, a path of a config.json, or a config. `gpus` is the devices, such as 64xH100;
+    `batch` the rows of `length` tokens on each at a time (by default the most that fit); `utilisation` the share of
+    their peak (by default the device's own); `price` that of one device for one hour. ValueError for invalid settings.
     """
-    fleet = Fleet.parse(gpus) if isinstance(gpus, str) else gpus
-    dtype = dtype or fleet.device.dtype
+    devices = DeviceGroup.parse(gpus) if isinstance(gpus, str) else gpus
+    dtype = dtype or devices.device.dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not known{nearest(dtype, DTYPES)}')
-    fleet.device.peak(dtype)
-    utilisation = fleet.device.utilisation if utilisation is None else utilisation
+    devices.device.peak(dtype)
+    utilisation = devices.device.utilisation if utilisation is None else utilisation
     _check(tokens=tokens, length=length, batch=batch, utilisation=utilisation, price=price)
     source = model if isinstance(model, str) else model.model_type
     config = load_config(model) if isinstance(model, str) else model
-    kind, masked = network_class(config, source)
-    recipe = recipe or of_model(source) or block()
+    network, masked = network_class(config, source)
+    recipe = recipe or saved_recipe(source) or block()
     check_fit(source, masked, recipe)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
-        raise ValueError(f"length={length} is more than the {context} tokens that {source} can see; use less")
-    subject = Subject(kind, config, recipe, length, dtype, lora)
-    counted = sizes(subject)
-    layouts = list(_until_it_fits(subject, counted, fleet, batch))
+        raise ValueError(f"length={length} is more than the {context} tokens of {source}'s context; use less")
+    setup = TrainingSetup(network, config, recipe, length, dtype, lora)
+    parameters = count_parameters(setup)
+    layouts = list(_candidate_layouts(setup, parameters, devices, batch))
     best = next((layout for layout in layouts[::-1] if layout.rows >= (batch or 1)), None)
     sharding = (best or layouts[-1]).sharding
-    rows = batch or (1 if best is None else min(MOST_ROWS, 1 << (best.rows.bit_length() - 1)))
-    kept, again = (_step(subject, sharding, checkpointing, rows) for checkpointing in (False, True))
+    rows = batch or (1 if best is None else min(MAX_ROWS, 1 << (best.rows.bit_length() - 1)))
+    step, checkpointed = (_step(setup, sharding, checkpointing, rows) for checkpointing in (False, True))
     return Plan(
-        source, tokens, fleet, subject, counted, sharding, best, rows,
-        memory=memory(subject, counted, sharding, fleet.count, kept),
-        memory_checkpointed=memory(subject, counted, sharding, fleet.count, again),
-        flops_per_token=kept.flops / (rows * length),
-        recomputed_per_token=(again.flops - kept.flops) / (rows * length),
+        source, tokens, devices, setup, parameters, sharding, best, rows,
+        memory=memory(setup, parameters, sharding, devices.count, step),
+        memory_checkpointed=memory(setup, parameters, sharding, devices.count, checkpointed),
+        flops_per_token=step.flops / (rows * length),
+        recomputed_per_token=(checkpointed.flops - step.flops) / (rows * length),
         utilisation=utilisation,
         price=price,
-        remedies=() if best else tuple(_remedies(subject, counted, fleet, batch)),
+        suggestions=() if best else tuple(_suggestions(setup, parameters, devices, batch)),
     )  # fmt: skip
 
 
-def memory(subject: Subject, counted: Sizes, sharding: Sharding, count: int, step: Footprint) -> Memory:
-    """What one of `count` devices holds at the peak of a step."""
-    sharded = sharding in ("ZeRO-2", "ZeRO-3")
-    parts, width = count if sharded else 1, DTYPES[subject.dtype].itemsize
-    gathered = {"ZeRO-2": counted.total, "ZeRO-3": counted.root + 2 * counted.layer}  # one in use, one on its way
-    passing = {"DDP": FLOAT32 * counted.trained, "single": 0.0}
+def memory(
+    setup: TrainingSetup, parameters: ParameterCounts, sharding: Sharding, device_count: int, step: Footprint
+) -> Memory:
+    """The memory of one of `device_count` devices at a step's peak."""
+    shards = device_count if sharding in ("ZeRO-2", "ZeRO-3") else 1
+    width = DTYPES[setup.dtype].itemsize
+    # ZeRO-3 gathers a layer while the one before it is in use.
+    gathered = {"ZeRO-2": parameters.total, "ZeRO-3": parameters.root + 2 * parameters.layer}
+    exchange = {"DDP": FLOAT32 * parameters.trained, "single": 0.0}
+    bucket = min(parameters.trained, max(parameters.root, parameters.layer))
     return Memory(
-        weights=FLOAT32 * counted.total / parts,
+        weights=FLOAT32 * parameters.total / shards,
         copies=step.copies + width * gathered.get(sharding, 0),
-        gradients=FLOAT32 * counted.trained / parts,
-        optimizer=ADAMW * counted.trained / parts,
+        gradients=FLOAT32 * parameters.trained / shards,
+        optimizer=ADAMW * parameters.trained / shards,
         activations=step.activations,
         logits=step.logits,
-        exchange=passing.get(sharding, 2.0 * width * min(counted.trained, max(counted.root, counted.layer))),
-        rest=REST + SCATTERED * (step.activations + step.logits),
+        exchange=exchange.get(sharding, 2.0 * width * bucket),
+        rest=OVERHEAD + FRAGMENTATION * (step.activations + step.logits),
     )
 
 
-def _until_it_fits(subject: Subject, counted: Sizes, fleet: Fleet, batch: int | None) -> Iterator[Layout]:
-    """Layouts from the fastest to the smallest, until one takes a full step; else, again, until one takes any."""
-    kinds: tuple[Sharding, ...] = ("single",) if fleet.count == 1 else ("DDP", "ZeRO-2", "ZeRO-3")
-    enough = batch or min(MOST_ROWS, -(-ENOUGH_TOKENS // subject.length))
-    small = []
+def _candidate_layouts(
+    setup: TrainingSetup, parameters: ParameterCounts, devices: DeviceGroup, batch: int | None
+) -> Iterator[ShardingLayout]:
+    """Layouts from the fastest to the most economical, up to the first that fits `batch` rows or `MIN_TOKENS` tokens.
+
+    If there is none and `batch` is unset, the last one is the fastest layout that fits any row.
+    """
+    strategies: tuple[Sharding, ...] = ("single",) if devices.count == 1 else ("DDP", "ZeRO-2", "ZeRO-3")
+    enough = batch or min(MAX_ROWS, -(-MIN_TOKENS // setup.length))
+    fitting = []
     for checkpointing in (False, True):
-        for sharding in kinds:
-            layout = Layout(sharding, checkpointing, _rows(subject, counted, sharding, checkpointing, fleet))
+        for sharding in strategies:
+            rows = _max_rows(setup, parameters, sharding, checkpointing, devices)
+            layout = ShardingLayout(sharding, checkpointing, rows)
             yield layout
             if layout.rows >= enough:
                 return
-            small += [layout] if layout.rows and not batch else []
-    yield from small[:1]
+            fitting += [layout] if layout.rows and not batch else []
+    yield from fitting[:1]
 
 
-def _rows(subject: Subject, counted: Sizes, sharding: Sharding, checkpointing: bool, fleet: Fleet) -> int:
+def _max_rows(
+    setup: TrainingSetup, parameters: ParameterCounts, sharding: Sharding, checkpointing: bool, devices: DeviceGroup
+) -> int:
     """The most rows that fit on a device."""
 
-    def left(step: Footprint) -> float:
-        return fleet.device.memory * GIB - memory(subject, counted, sharding, fleet.count, step).total
+    def free(step: Footprint) -> float:
+        return devices.device.memory * GIB - memory(setup, parameters, sharding, devices.count, step).total
 
-    if left(Footprint(0.0, 0.0, 0.0, 0.0)) < 0:  # no step needs to be counted
+    if free(Footprint(0.0, 0.0, 0.0, 0.0)) < 0:  # weights and optimizer alone do not fit, so no step is counted
         return 0
-    one, two = (left(_step(subject, sharding, checkpointing, rows)) for rows in (1, 2))
+    one, two = (free(_step(setup, sharding, checkpointing, rows)) for rows in (1, 2))
     return int(1 + one / (one - two)) if one >= 0 else 0
 
 
-_ENDS = (4, 16)
+_COUNTED_ROWS = (4, 16)
 
 
 @lru_cache(maxsize=64)
-def _ends(subject: Subject, gathered: bool, checkpointing: bool) -> tuple[Footprint, Footprint]:
-    first, last = (footprint(subject, rows, checkpointing=checkpointing, gathered=gathered) for rows in _ENDS)
+def _counted_steps(setup: TrainingSetup, gathered: bool, checkpointing: bool) -> tuple[Footprint, Footprint]:
+    first, last = (footprint(setup, rows, checkpointing=checkpointing, gathered=gathered) for rows in _COUNTED_ROWS)
     return first, last
 
 
-def _step(subject: Subject, sharding: Sharding, checkpointing: bool, rows: int) -> Footprint:
-    """A step of any number of rows, by a straight line through two that were counted."""
-    first, last = _ends(subject, sharding in ("ZeRO-2", "ZeRO-3"), checkpointing)
-    share = (rows - _ENDS[0]) / (_ENDS[1] - _ENDS[0])
-    at = {part.name: getattr(first, part.name) for part in fields(Footprint)}
-    return Footprint(**{name: value + share * (getattr(last, name) - value) for name, value in at.items()})
+def _step(setup: TrainingSetup, sharding: Sharding, checkpointing: bool, rows: int) -> Footprint:
+    """The footprint of a step with any number of rows, by linear interpolation between two counted ones."""
+    first, last = _counted_steps(setup, sharding in ("ZeRO-2", "ZeRO-3"), checkpointing)
+    share = (rows - _COUNTED_ROWS[0]) / (_COUNTED_ROWS[1] - _COUNTED_ROWS[0])
+    values = {field.name: getattr(first, field.name) for field in fields(Footprint)}
+    return Footprint(**{name: value + share * (getattr(last, name) - value) for name, value in values.items()})
 
 
-def _remedies(subject: Subject, counted: Sizes, fleet: Fleet, batch: int | None) -> Iterator[Remedy]:
-    """What would make it fit, each alone."""
+def _suggestions(
+    setup: TrainingSetup, parameters: ParameterCounts, devices: DeviceGroup, batch: int | None
+) -> Iterator[Suggestion]:
+    """Changes of one option each that would make a run fit."""
 
-    def fitting(subject: Subject, counted: Sizes, fleet: Fleet) -> Layout | None:
-        tried = _until_it_fits(subject, counted, fleet, batch)
-        return next((layout for layout in tried if layout.rows >= (batch or 1)), None)
+    def fitting(setup: TrainingSetup, parameters: ParameterCounts, devices: DeviceGroup) -> ShardingLayout | None:
+        layouts = _candidate_layouts(setup, parameters, devices, batch)
+        return next((layout for layout in layouts if layout.rows >= (batch or 1)), None)
 
-    def how(layout: Layout) -> str:
+    def described(layout: ShardingLayout) -> str:
         return layout.sharding + (" and activation checkpointing" if layout.checkpointing else "")
 
-    if batch and (layout := next(_most(subject, counted, fleet), None)):
-        yield Remedy(f"fewer rows at a time, with {how(layout)}", f"--batch {layout.rows}")
-    for count in (fleet.count * 2**k for k in range(1, 11)):
-        if layout := fitting(subject, counted, replace(fleet, count=count)):
-            yield Remedy(f"more devices, with {how(layout)}", f"--gpus {count}x{fleet.device.name}")
+    if batch:
+        layouts = [layout for layout in _candidate_layouts(setup, parameters, devices, MAX_ROWS) if layout.rows]
+        if layouts:
+            layout = max(layouts, key=lambda layout: layout.rows)
+            yield Suggestion(f"fewer rows at a time, with {described(layout)}", f"--batch {layout.rows}")
+    for count in (devices.count * 2**k for k in range(1, 11)):
+        if layout := fitting(setup, parameters, replace(devices, count=count)):
+            yield Suggestion(f"more devices, with {described(layout)}", f"--gpus {count}x{devices.device.name}")
             break
     for device in sorted(DEVICES.values(), key=lambda device: device.memory):
-        if device.memory > fleet.device.memory and (layout := fitting(subject, counted, replace(fleet, device=device))):
-            yield Remedy(f"larger devices, with {how(layout)}", f"--gpus {Fleet(device, fleet.count)}")
+        larger = replace(devices, device=device)
+        if device.memory > devices.device.memory and (layout := fitting(setup, parameters, larger)):
+            yield Suggestion(f"larger devices, with {described(layout)}", f"--gpus {larger}")
             break
-    for length in (subject.length >> k for k in (1, 2, 3) if subject.length >> k >= 32):
-        if layout := fitting(replace(subject, length=length), counted, fleet):
-            yield Remedy(f"shorter rows, with {how(layout)}", f"--length {length}")
+    for length in (setup.length >> k for k in (1, 2, 3) if setup.length >> k >= 32):
+        if layout := fitting(replace(setup, length=length), parameters, devices):
+            yield Suggestion(f"shorter rows, with {described(layout)}", f"--length {length}")
             break
-    if subject.lora is None:
-        small = replace(subject, lora=Lora())
-        if layout := fitting(small, sizes(small), fleet):
-            yield Remedy(f"adapters instead of all weights, with {how(layout)}", f"--lora {Lora().rank}")
-
-
-def _most(subject: Subject, counted: Sizes, fleet: Fleet) -> Iterator[Layout]:
-    """The layouts that take any row at all, those with most rows first."""
-    found = [layout for layout in _until_it_fits(subject, counted, fleet, MOST_ROWS) if layout.rows]
-    yield from sorted(found, key=lambda layout: -layout.rows)
+    if setup.lora is None:
+        adapters = replace(setup, lora=Lora())
+        if layout := fitting(adapters, count_parameters(adapters), devices):
+            yield Suggestion(f"adapters instead of all weights, with {described(layout)}", f"--lora {Lora().rank}")
 
 
 def _check(**given: Any) -> None:
@@ -296,6 +319,6 @@ def _check(**given: Any) -> None:
         "price": (lambda v: v is None or 0 <= v < float("inf"), "0 or more, for an hour of one device"),
     }
     for name, value in given.items():
-        holds, said = bounds[name]
-        if not holds(value):
-            raise ValueError(f"{name}={value} must be {said}")
+        valid, requirement = bounds[name]
+        if not valid(value):
+            raise ValueError(f"{name}={value} must be {requirement}")

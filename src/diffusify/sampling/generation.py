@@ -1,4 +1,4 @@
-"""Texts on their way, and what becomes of them."""
+"""Generation of a batch of texts, and its results."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,25 +23,28 @@ from diffusify.sampling.speculative import Speculative
 
 @dataclass(frozen=True)
 class Generation:
-    """A written text and what it took: tokens written, network forwards, seconds (of the whole batch)."""
+    """A generated text. `forwards` (network forward passes) and `seconds` are those of its whole batch."""
 
     text: str
     tokens: int
     forwards: int
     seconds: float
     seed: int
-    completion: str | None = None  # without the prompt
-    spans: tuple[str, ...] | None = None  # what was written into each hole, when there were holes
+    completion: str | None = None  # the generated text without the prompt
+    spans: tuple[str, ...] | None = None  # the text generated for each masked span, when infilling
 
     @property
     def tokens_per_forward(self) -> float:
+        """Generated tokens per forward pass of the batch."""
         return self.tokens / max(1, self.forwards)
 
     @property
     def tokens_per_second(self) -> float:
+        """Generated tokens per second of the batch's run time."""
         return self.tokens / max(1e-9, self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields and rates as JSON-serializable values, without fields that are None."""
         plain = asdict(self) | {
             "tokens_per_forward": round(self.tokens_per_forward, 3),
             "seconds": round(self.seconds, 3),
@@ -51,9 +54,10 @@ class Generation:
 
 
 class GenerationRun:
-    """Texts on their way: iterate to see every step of the batch, then ask for the results.
+    """A running generation: an iterator over the frames of a batch, with `results()` at its end.
 
-    Of every `beam` neighbouring rows, candidates for one text, the surest is a result.
+    Every `num_candidates` consecutive rows of the canvas are candidates for one text. The result is the candidate with
+    the highest mean log-probability per token.
     """
 
     def __init__(
@@ -61,20 +65,25 @@ class GenerationRun:
         denoiser: Denoiser,
         canvas: Canvas,
         settings: list[SamplingConfig],
-        tell: Callable[[Canvas], dict[str, Any]],
+        decode: Callable[[Canvas], dict[str, Any]],
         *,
-        end: int | None = None,
+        end_token_id: int | None = None,
         banned: tuple[int, ...] = (),
-        beam: int = 1,
-        forms: Mapping[str, Automaton] | None = None,
+        num_candidates: int = 1,
+        automata: Mapping[str, Automaton] | None = None,
     ) -> None:
-        """`forms` are the automata of the settings' regular expressions. ValueError where there is no room for one."""
+        """`settings` has one entry per text; `decode` turns a canvas of one row into the text fields of a `Generation`.
+
+        `automata` maps the regular expressions of the settings to their compiled form. Raises ValueError if a masked
+        span is too short for every text that its regular expression matches.
+        """
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
-        self.settings = [each for each in settings for _ in range(beam)]
-        self._end, self._banned, self._tell, self.beam = end, banned, tell, beam
+        self.settings = [each for each in settings for _ in range(num_candidates)]
+        self._end_token_id, self._banned, self._decode = end_token_id, banned, decode
+        self.num_candidates = num_candidates
         self._frames = self._run(denoiser)
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
-        constraints = {regex: Constraint(form, end) for regex, form in (forms or {}).items()}
+        constraints = {regex: Constraint(automaton, end_token_id) for regex, automaton in (automata or {}).items()}
         self._constraints = [constraints.get(each.regex or "") for each in self.settings]
         for row, constraint in enumerate(self._constraints):
             if constraint is not None:
@@ -84,64 +93,69 @@ class GenerationRun:
         return self._frames
 
     def _run(self, denoiser: Denoiser) -> Iterator[Frame]:
-        begun = perf_counter()
+        start_time = perf_counter()
         for frame in self._steps(denoiser):
             self.canvas, self.forwards, self.score = frame.canvas, frame.forwards, frame.score
-            self.seconds = perf_counter() - begun
+            self.seconds = perf_counter() - start_time
             yield frame
 
     def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
-        card, settings = denoiser.diffusion_config, self.settings[0]  # what is used of it, all rows share
-        noise, size = card.mask_token_id, card.block_size
-        rng = RowGenerators.seeded([each.seed for each in self.settings], denoiser.device)
+        config, settings = (
+            denoiser.diffusion_config,
+            self.settings[0],
+        )  # only fields that are equal in all rows are used
+        noise, block_size = config.mask_token_id, config.block_size
+        rng = RowGenerators.from_seeds([each.seed for each in self.settings], denoiser.device)
         samplers = [
-            each.sampler(card.policy, banned=self._banned, end=self._end, constraint=constraint)
+            each.sampler(config.policy, banned=self._banned, end_token_id=self._end_token_id, constraint=constraint)
             for each, constraint in zip(self.settings, self._constraints, strict=True)
         ]
         if settings.tolerance is not None:
             speculative = Speculative(
-                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end
+                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end_token_id
             )
             return speculative(self.canvas, noise=noise, rng=rng)
 
-        def model() -> DenoiseFn:
+        def denoise_fn() -> DenoiseFn:
             if getattr(samplers[0].policy, "needs_shadow", False):
                 return ShadowDenoiser(denoiser)
             if settings.cache in ("prefix", "dual"):
                 return WindowCache(denoiser, settings.cache)
-            exact = settings.cache == "exact" and size is not None and denoiser.supports_kv_cache
+            exact = settings.cache == "exact" and block_size is not None and denoiser.supports_kv_cache
             return BlockCache(denoiser) if exact else denoiser.predict
 
-        chosen = GuidedDenoiser(model(), model(), settings.guidance, noise) if settings.guidance else model()
+        model = denoise_fn()
+        if settings.guidance:  # each of the two has a KV cache of its own
+            model = GuidedDenoiser(model, denoise_fn(), settings.guidance, noise)
         n = self.canvas.tokens.shape[1]
-        widths = torch.tensor([[size or each.window or n] for each in self.settings], device=denoiser.device)
-        return denoise(chosen, self.canvas, samplers, self.canvas.position_ids // widths, noise=noise, rng=rng)
+        widths = torch.tensor([[block_size or each.window or n] for each in self.settings], device=denoiser.device)
+        return denoise(model, self.canvas, samplers, self.canvas.position_ids // widths, noise=noise, rng=rng)
 
     def results(self) -> list[Generation]:
-        """The finished texts; steps that nobody looked at yet are taken first."""
+        """Run all remaining steps and return the finished texts."""
         for _ in self._frames:
             pass
-        tokens = self._counted().sum(1).tolist()
-        took = {"forwards": self.forwards, "seconds": self.seconds}
+        tokens = self._generated().sum(1).tolist()
+        cost = {"forwards": self.forwards, "seconds": self.seconds}
         return [
             Generation(
-                tokens=tokens[row], seed=self.settings[row].seed, **took, **self._tell(self.canvas[row : row + 1])
+                tokens=tokens[row], seed=self.settings[row].seed, **cost, **self._decode(self.canvas[row : row + 1])
             )
-            for row in self.best
+            for row in self.best_rows
         ]
 
     @property
-    def best(self) -> list[int]:
-        """The rows that are results."""
-        counted = self._counted()
-        sure = (self.score * counted).sum(1) / counted.sum(1).clamp_min(1)
-        best = sure.view(-1, self.beam).argmax(1) + torch.arange(0, len(sure), self.beam, device=sure.device)
+    def best_rows(self) -> list[int]:
+        """The row of the best candidate for each text."""
+        generated, size = self._generated(), self.num_candidates
+        mean = (self.score * generated).sum(1) / generated.sum(1).clamp_min(1)
+        best = mean.view(-1, size).argmax(1) + torch.arange(0, len(mean), size, device=mean.device)
         return best.tolist()
 
-    def _counted(self) -> Bool[Tensor, "b n"]:
-        """What was written, up to the end token."""
+    def _generated(self) -> Bool[Tensor, "b n"]:
+        """Mask of the generated tokens before the first generated end token."""
         written = self.canvas.written
-        if self._end is None:
+        if self._end_token_id is None:
             return written
-        ended = (written & (self.canvas.tokens == self._end)).long().cumsum(1) > 0
+        ended = (written & (self.canvas.tokens == self._end_token_id)).long().cumsum(1) > 0
         return written & ~ended

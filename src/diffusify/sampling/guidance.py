@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what would be written without the prompt.
+"""Classifier-free guidance, which pushes predictions away from those without the prompt.
 
 Axes: b texts, n positions.
 """
@@ -16,24 +16,25 @@ from diffusify.sampling.sampler import DenoiseFn
 
 @dataclass(frozen=True)
 class GuidedDenoiser:
-    """A denoiser whose answers go `scale` times the way from those without the prompt to those with it, beyond these.
+    """A denoiser with logits `conditional + scale * (conditional - unconditional)`, as in LLaDA.
 
-    Without the prompt means that all given tokens but the first are noise (LLaDA). Two models are asked, so that each
-    may have a cache of its own; they may be one and the same.
+    The unconditional pass replaces all given tokens but the first by `noise`. There are two models so that each can
+    have a KV cache of its own; they may be the same object.
     """
 
-    with_prompt: DenoiseFn
-    without: DenoiseFn
+    conditional: DenoiseFn
+    unconditional: DenoiseFn
     scale: float
     noise: int
 
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
-        hidden = ~canvas.editable & canvas.real & (canvas.position_ids > 0)
-        blind = replace(canvas, tokens=torch.where(hidden, self.noise, canvas.tokens))
-        given, free = self.with_prompt(canvas, positions=positions), self.without(blind, positions=positions)
+        prompt = ~canvas.editable & canvas.real & (canvas.position_ids > 0)
+        masked = replace(canvas, tokens=torch.where(prompt, self.noise, canvas.tokens))
+        conditional = self.conditional(canvas, positions=positions)
+        unconditional = self.unconditional(masked, positions=positions)
 
-        def beyond(part: Tensor, index: Tensor) -> Tensor:
-            guided = part + self.scale * (part - free[index].logits)
-            return torch.where(part.isfinite(), guided, part)  # what cannot be stays so
+        def guide(logits: Tensor, index: Tensor) -> Tensor:
+            guided = logits + self.scale * (logits - unconditional[index].logits)
+            return torch.where(logits.isfinite(), guided, logits)  # -inf minus -inf would be nan
 
-        return given.then(beyond)
+        return conditional.transform(guide)

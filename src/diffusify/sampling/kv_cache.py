@@ -1,6 +1,6 @@
-"""Work that need not be done twice: finished blocks are remembered exactly, the rest of a text for a while.
+"""KV caches: an exact one for block-causal models, and approximate ones for bidirectional models.
 
-Axes: b texts, n canvas positions, m positions that are run, w cached columns in use, d hidden size.
+Axes: b texts, n canvas positions, m positions of a pass, w cached columns in use, k output positions, d hidden size.
 """
 
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from diffusify.models.denoiser import Denoiser
 
 
 class ColumnCache(Cache):
-    """Keys and values of every layer, each token's in the column of its position, whatever pass wrote it.
+    """A KV cache of fixed size in which each token has the column of its position.
 
-    Before a pass, `write` says where each of its tokens goes (column n swallows padding) and how many columns it sees.
+    Call `set_columns` before each forward pass. Column n is written by padding and never read.
     """
 
     def __init__(self, denoiser: Denoiser, n: int) -> None:
@@ -31,12 +31,13 @@ class ColumnCache(Cache):
         self.columns = torch.empty(0, 0, dtype=torch.long)
         self.width = 0
 
-    def write(self, columns: Int[Tensor, "b m"], width: int) -> None:
+    def set_columns(self, columns: Int[Tensor, "b m"], width: int) -> None:
+        """Set the column of each token of the next pass, and the number of columns that the pass attends to."""
         self.columns, self.width = columns, width
 
 
 class ColumnCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer."""
+    """The keys and values of one layer of a `ColumnCache`."""
 
     def __init__(self, store: ColumnCache) -> None:
         super().__init__()
@@ -52,65 +53,66 @@ class ColumnCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept.scatter_(2, self.store.columns[:, None, :, None].expand_as(new), new)
+        for states, new in ((self.keys, key_states), (self.values, value_states)):
+            states.scatter_(2, self.store.columns[:, None, :, None].expand_as(new), new)
         return self.keys[:, :, : self.store.width], self.values[:, :, : self.store.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.width, 0
 
     def get_seq_length(self) -> int:
-        return 0  # positions are always given
+        return 0  # position ids are always passed to the network
 
     def get_max_length(self) -> int:
         return self.store.n
 
 
 class BlockCache:
-    """A denoiser that runs only what is new: the same call and the same answers, up to rounding.
+    """A block-causal denoiser with an exact KV cache: the same predictions as without it, up to rounding.
 
-    Blocks of a block-causal model that have no open position are final, so their keys and values are kept. A call runs
-    what is not kept yet, up to the asked block: the pass that stores a finished block is the pass that starts the next.
-    Under shift a block's first position is answered by its left neighbour, whose answer is kept too. Every row is at
-    its own place. A canvas that is changed behind the cache's back is noticed, and run again from there.
+    Blocks without open positions are final, so their keys and values are cached. A call runs the positions that are not
+    cached yet, up to the last requested block, so a finished block is cached by the first pass over the next block. If
+    the model shifts its predictions, the last hidden state of a block predicts the first token of the next one and is
+    cached, too. Rows advance independently. If tokens of cached blocks have changed since the last call, they are
+    computed again.
+
+    Raises ValueError if the attention is not block-causal or the network has no KV cache.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         pattern = denoiser.diffusion_config.attention
         if not isinstance(pattern, BlockCausal):
-            raise ValueError(
-                f"an exact cache needs block-causal attention, which {pattern} is not; leave the cache out"
-            )
+            raise ValueError(f"an exact KV cache needs block-causal attention, which {pattern} is not; use no cache")
         if not denoiser.supports_kv_cache:
-            raise ValueError(f"{denoiser.diffusion_config.architecture} keeps no keys and values; leave the cache out")
+            raise ValueError(f"{denoiser.diffusion_config.architecture} has no KV cache; use no cache")
         self.denoiser, self.pattern = denoiser, pattern
         self._canvas: Canvas | None = None
 
-    def _begin(self, canvas: Canvas) -> None:
-        """An empty memory for texts of this shape."""
+    def _reset(self, canvas: Canvas) -> None:
+        """Empty the cache and resize it for this canvas."""
         b, n = canvas.tokens.shape
         self._past = ColumnCache(self.denoiser, n)
         self._canvas = canvas
-        self._stored = torch.zeros(b, dtype=torch.long, device=canvas.tokens.device)  # columns that are final
-        self._edge: Tensor | None = None  # said about the position `_edge_at`, by its left neighbour
-        self._edge_at = torch.full_like(self._stored, -1)
+        self._stored = torch.zeros(b, dtype=torch.long, device=canvas.tokens.device)  # number of final columns
+        self._boundary_hidden: Tensor | None = None  # hidden states that predict position `_boundary` of each row
+        self._boundary = torch.full_like(self._stored, -1)
 
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         if self._canvas is None or self._canvas.tokens.shape != canvas.tokens.shape:
-            self._begin(canvas)
+            self._reset(canvas)
         assert self._canvas is not None
         size, shift, n = self.pattern.size, self.denoiser.diffusion_config.shift, canvas.tokens.shape[1]
         at = torch.arange(n, device=positions.device)
         changed = canvas.open | (canvas.tokens != self._canvas.tokens)
         stored = torch.minimum(self._stored, torch.where(changed, at, n).amin(1) // size * size)
-        start = torch.where((self._edge_at == stored) | (shift == 0), stored, (stored - size).clamp_min(0))
+        start = torch.where((self._boundary == stored) | (shift == 0), stored, (stored - size).clamp_min(0))
         last = torch.where(positions, at, -1).amax(1)
         end = torch.where(last < 0, start, (last // size * size + size).clamp_max(n))
         final = torch.minimum(torch.where(canvas.open, at, n).amin(1) // size * size, end)
         m, width = int((end - start).amax()), int(end.amax())
         columns = start[:, None] + torch.arange(m, device=positions.device)
         inputs = self.pattern(canvas, shift=shift).select_columns(columns.clamp_max(n - 1), width)
-        self._past.write(torch.where(columns < end[:, None], columns, n), width)
+        self._past.set_columns(torch.where(columns < end[:, None], columns, n), width)
         hidden = self._hidden(inputs, positions, start, final)
         self._stored, self._canvas = torch.maximum(stored, final), canvas
         return self.denoiser.lazy_logits(hidden)
@@ -122,39 +124,42 @@ class BlockCache:
         start: Int[Tensor, " b"],
         final: Int[Tensor, " b"],
     ) -> Float[Tensor, "k d"]:
-        """What the body says about the asked positions; what it says about each row's next block is kept."""
+        """Hidden states that predict `positions`; those that predict the start of each row's next block are cached."""
         m, shift = inputs.tokens.shape[1], self.denoiser.diffusion_config.shift
         row, position = positions.nonzero(as_tuple=True)
         source = position - shift - start[row]
         index = row * m + source.clamp_min(0)
         if not shift:
             return self.denoiser.hidden_states(inputs, index, past=self._past)
-        every = torch.arange(len(start), device=start.device)
-        edges = every * m + (final - 1 - start).clamp(0, m - 1)
-        hidden, edge = self.denoiser.hidden_states(inputs, torch.cat([index, edges]), past=self._past).split(
-            [len(index), len(edges)]
-        )
-        if self._edge is not None:
-            hidden = torch.where((source < 0)[:, None], self._edge[row], hidden)
-            edge = torch.where((final > start)[:, None], edge, self._edge)
-        self._edge, self._edge_at = edge, torch.where(final > start, final, self._edge_at)
+        rows = torch.arange(len(start), device=start.device)
+        boundary_index = rows * m + (final - 1 - start).clamp(0, m - 1)
+        states = self.denoiser.hidden_states(inputs, torch.cat([index, boundary_index]), past=self._past)
+        hidden, boundary_hidden = states.split([len(index), len(rows)])
+        if self._boundary_hidden is not None:
+            hidden = torch.where((source < 0)[:, None], self._boundary_hidden[row], hidden)
+            boundary_hidden = torch.where((final > start)[:, None], boundary_hidden, self._boundary_hidden)
+        self._boundary_hidden = boundary_hidden
+        self._boundary = torch.where(final > start, final, self._boundary)
         return hidden
 
 
 class WindowCache:
-    """A denoiser that sees both ways and runs only the window in work; what is around it is remembered as it was.
+    """A bidirectional denoiser with an approximate KV cache (Fast-dLLM).
 
-    Approximate: keys and values around the window go stale until the next window begins, or after `refresh` passes.
-    `dual` remembers both sides, `prefix` only what stands before the window (Fast-dLLM).
+    A call runs only the current window of requested positions and attends to cached keys and values outside of it:
+    those before the window (`prefix`) or on both sides (`dual`). The cache is recomputed when another window starts,
+    and after `refresh` passes; in between it is stale.
+
+    Raises ValueError if the model is not bidirectional, the network has no KV cache, or `refresh` is below 1.
     """
 
     def __init__(self, denoiser: Denoiser, kind: Literal["prefix", "dual"], refresh: int = 32) -> None:
         if not sees_right_context(denoiser.diffusion_config.attention):
-            raise ValueError(f"a {kind} cache is for models that see both ways; block models have an exact one")
+            raise ValueError(f"a {kind} cache is for bidirectional models; block models have an exact cache")
         if not denoiser.supports_kv_cache:
-            raise ValueError(f"{denoiser.diffusion_config.architecture} keeps no keys and values; leave the cache out")
+            raise ValueError(f"{denoiser.diffusion_config.architecture} has no KV cache; use no cache")
         if refresh < 1:
-            raise ValueError(f"refresh={refresh} must be at least 1 pass, which remembers nothing")
+            raise ValueError(f"refresh={refresh} must be at least 1 pass, which caches nothing")
         self.denoiser, self.kind, self.refresh = denoiser, kind, refresh
         self._past: ColumnCache | None = None
         self._passes = 0
@@ -162,25 +167,25 @@ class WindowCache:
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         shift, n = self.denoiser.diffusion_config.shift, canvas.tokens.shape[1]
         at = torch.arange(n, device=positions.device)
-        index = positions.any(1)
+        active = positions.any(1)
         first = torch.where(positions, at, n).amin(1) - shift
         last = torch.where(positions, at, -1).amax(1) + 1
         if self._past is None or self._past.n != n or len(self._start) != len(positions):
             self._past, self._passes = ColumnCache(self.denoiser, n), self.refresh
             self._start, self._end = first, last
-        inside = (first >= self._start) & (last <= self._end) | ~index
+        inside = (first >= self._start) & (last <= self._end) | ~active
         if self._passes >= self.refresh or not inside.all():
             self._start, self._end, self._passes = first.clamp_min(0), last, 0
             start, end = torch.zeros_like(first), torch.full_like(first, n)
         else:
-            start = torch.where(index, self._start, n)
-            end = torch.where(index, self._end if self.kind == "dual" else n, n)
+            start = torch.where(active, self._start, n)
+            end = torch.where(active, self._end if self.kind == "dual" else n, n)
         self._passes += 1
         columns = start[:, None] + torch.arange(int((end - start).amax()), device=positions.device)
         inputs = self.denoiser.diffusion_config.attention(canvas, shift=shift).select_columns(
             columns.clamp_max(n - 1), n
         )
-        self._past.write(torch.where(columns < end[:, None], columns, n), n)
+        self._past.set_columns(torch.where(columns < end[:, None], columns, n), n)
         row, position = positions.nonzero(as_tuple=True)
         index = row * columns.shape[1] + (position - shift - start[row]).clamp_min(0)
         return self.denoiser.lazy_logits(self.denoiser.hidden_states(inputs, index, past=self._past))

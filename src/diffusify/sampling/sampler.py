@@ -1,6 +1,6 @@
-"""The denoising loop: a generator of canvases.
+"""The denoising loop, a generator of canvases.
 
-Axes: b texts, n positions, k asked positions (row by row), v vocabulary.
+Axes: b texts, g texts of a group with equal samplers, n positions, k requested positions (row by row), v vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +22,21 @@ from diffusify.diffusion.step import StepState
 
 @runtime_checkable
 class DenoiseFn(Protocol):
-    """What the loop needs of a model: logits at the asked positions of a canvas, row by row (`Denoiser.predict`)."""
+    """A model as the denoising loop calls it: logits at `positions` of a canvas, row by row (`Denoiser.predict`)."""
 
     def __call__(self, canvas: Canvas, *, positions: Tensor) -> LazyLogits: ...
 
 
-# Changes the model's logits [k, v] at some positions [b, n] of a canvas, before anything is picked there.
+# (logits [k, v], canvas, positions [b, n]) -> logits [k, v], applied before tokens are picked at these positions.
 LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The canvas after a step, the score each written token had (log-probability), and the forwards so far.
+    """The state of a generation after one step.
 
-    Of each row, the first `settled` positions will not change any more.
+    `score` holds the log-probability of each written token at the time when it was written, and `forwards` counts the
+    forward passes so far. The first `settled` positions of each row will not change any more.
     """
 
     canvas: Canvas
@@ -46,15 +47,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How open positions are filled: what is picked, what is written at each step, and how many steps there are.
+    """The decoding strategy of one text.
 
-    Any callables of the same form as the ready-made picks and policies will do.
-    A policy that `remasks` gets all the steps of a window, one that `rescores` is told of written positions too, and
-    one that `history_length` sees so many earlier steps.
-    `steps` counts denoising steps for the whole text (None: as many as open positions); `banned` tokens are never
-    written; behind a written `end_token_id` a row needs no more work. `repetition_penalty` divides the positive
-    logits of tokens that a row has already, and multiplies the negative ones (CTRL). `logits_processor` has the last
-    word on the logits.
+    - `pick` chooses a token for each position, and `policy` which positions are written or remasked in a step. Both can
+      be your own callables. A policy's class attributes are optional: `remasks = True` gives it all steps of a window,
+      `rescores = True` includes written positions in its input, and `history_length` is the number of earlier steps
+      that it receives.
+    - `steps` is the total number of denoising steps. Defaults to the number of open positions.
+    - `banned` token ids are never written. After a written `end_token_id` the rest of the row stays open.
+    - `repetition_penalty` divides the positive logits of tokens that are already in the text, and multiplies the
+      negative ones (CTRL). `logits_processor` is applied after it and the ban.
+    - `constraint` restricts the tokens to those of allowed texts.
+
+    Raises ValueError if `steps` is below 1.
     """
 
     pick: Callable[[Tensor, Tensor, RowGenerators], tuple[Tensor, Tensor]] = Greedy()
@@ -68,7 +73,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1; leave it unset for one step a token")
+            raise ValueError(f"steps={self.steps} must be at least 1; leave it unset for one step per token")
 
     def __call__(
         self,
@@ -82,31 +87,31 @@ class Sampler:
         """Yield the canvas after every step; see `denoise`."""
         return denoise(denoiser, canvas, [self] * len(canvas.tokens), window_index, noise=noise, rng=rng)
 
-    def shaped(self, logits: LazyLogits, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> LazyLogits:
-        """The model's logits, as the settings change them."""
+    def process_logits(self, logits: LazyLogits, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> LazyLogits:
+        """The model's logits after penalty, bans, processor and constraint."""
         if self.repetition_penalty == 1 and not self.banned and self.logits_processor is None and not self.constraint:
             return logits
-        places = positions.nonzero()
-        allowed = self.constraint.allowed(canvas, positions) if self.constraint else None
+        indices = positions.nonzero()
+        allowed = self.constraint.allowed_tokens(canvas, positions) if self.constraint else None
         banned = torch.tensor(self.banned, dtype=torch.long, device=positions.device)
-        there = canvas.real & ~canvas.open
+        known = canvas.real & ~canvas.open
 
-        def change(part: Float[Tensor, "k v"], index: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
-            row, position = places[index].unbind(1)
+        def process(chunk: Float[Tensor, "k v"], index: Int[Tensor, " k"]) -> Float[Tensor, "k v"]:
+            row, position = indices[index].unbind(1)
             if self.repetition_penalty != 1:
-                times = torch.zeros(len(positions), part.shape[-1], dtype=torch.long, device=part.device)
-                times.scatter_add_(1, canvas.tokens, there.long())
-                weaker = torch.where(part > 0, part / self.repetition_penalty, part * self.repetition_penalty)
-                part = torch.where(times[row] > 0, weaker, part)
+                counts = torch.zeros(len(positions), chunk.shape[-1], dtype=torch.long, device=chunk.device)
+                counts.scatter_add_(1, canvas.tokens, known.long())
+                penalized = torch.where(chunk > 0, chunk / self.repetition_penalty, chunk * self.repetition_penalty)
+                chunk = torch.where(counts[row] > 0, penalized, chunk)
             if self.banned:
-                part = part.index_fill(-1, banned, -torch.inf)
+                chunk = chunk.index_fill(-1, banned, -torch.inf)
             if self.logits_processor is not None:
-                where = torch.zeros_like(positions)
-                where[row, position] = True
-                part = self.logits_processor(part, canvas, where)
-            return part if allowed is None else part.masked_fill(~allowed(index, part.shape[-1]), -torch.inf)
+                chunk_positions = torch.zeros_like(positions)
+                chunk_positions[row, position] = True
+                chunk = self.logits_processor(chunk, canvas, chunk_positions)
+            return chunk if allowed is None else chunk.masked_fill(~allowed(index, chunk.shape[-1]), -torch.inf)
 
-        return logits.then(change)
+        return logits.transform(process)
 
 
 @torch.inference_mode()
@@ -119,76 +124,79 @@ def denoise(
     noise: int,
     rng: RowGenerators | None = None,
 ) -> Iterator[Frame]:
-    """Yield the canvas after every step, each row sampled in its own way.
+    """Yield the canvas after every step, with one sampler for each row.
 
-    `window_index` numbers the positions that are worked on together, lowest first (blocks); None is all at once. Every row
-    goes at its own pace and has its own `rng` (seeds 0, 1, ... if unset), so that its text does not depend on its
-    neighbours. The model is not asked again what it has answered already.
+    `window_index` numbers the windows (blocks) that are decoded one after the other, lowest first; by default there is
+    one window. Every row advances independently and has its own random generator in `rng` (seeds 0, 1, ... by default),
+    so its text does not depend on the other rows. A step that would repeat the last forward pass reuses its logits.
     """
     b, device = len(canvas.tokens), canvas.tokens.device
-    rng = rng or RowGenerators.seeded(list(range(b)), device)
+    rng = rng or RowGenerators.from_seeds(list(range(b)), device)
     window_index = torch.zeros_like(canvas.tokens) if window_index is None else window_index
-    nowhere = torch.iinfo(window_index.dtype).max
-    groups = _groups(samplers, rng, device)
+    no_window = torch.iinfo(window_index.dtype).max
+    groups = _group_rows(samplers, rng, device)
     remasks, rescores = (
         torch.tensor([getattr(sampler.policy, name, False) for sampler in samplers], device=device)
         for name in ("remasks", "rescores")
     )
     erases = remasks | rescores
     ends = torch.tensor([-1 if s.end_token_id is None else s.end_token_id for s in samplers], device=device)
-    stated = torch.tensor([s.steps or 0 for s in samplers], device=device)
-    room = canvas.open.sum(1)
+    total_steps = torch.tensor([s.steps or 0 for s in samplers], device=device)
+    length = canvas.open.sum(1)
     score = torch.zeros(canvas.tokens.shape, device=device)
-    current = torch.full_like(room, -1)
-    step, steps, forwards = current, torch.zeros_like(room), 0
-    nothing = LazyLogits.of(score.new_zeros(0, 1))
-    answered, logits = (canvas.tokens, torch.zeros_like(canvas.open)), nothing
+    current = torch.full_like(length, -1)
+    step, steps, forwards = current, torch.zeros_like(length), 0
+    no_logits = LazyLogits.from_tensor(score.new_zeros(0, 1))
+    last_input, logits = (canvas.tokens, torch.zeros_like(canvas.open)), no_logits
     while True:
         todo = canvas.open & ~finished(canvas, ends)[:, None]
-        front = window_index.masked_fill(~todo, nowhere).amin(1)
-        # A revised window gets all its steps: what is written may still change.
-        front = torch.where(remasks & (step + 1 < steps), current, front)
-        if (front == nowhere).all():
+        active = window_index.masked_fill(~todo, no_window).amin(1)
+        # A policy that remasks gets all steps of its window, since written tokens can still change.
+        active = torch.where(remasks & (step + 1 < steps), current, active)
+        if (active == no_window).all():
             return
-        window = canvas.editable & (window_index == front[:, None])
+        window = canvas.editable & (window_index == active[:, None])
         positions = window & (canvas.open | rescores[:, None])
         size = window.sum(1)
-        step = torch.where(front == current, step + 1, 0)
-        share = torch.where(stated > 0, (stated * size / room.clamp_min(1)).round().long(), size).clamp_min(1)
-        steps = torch.where(front == nowhere, 0, share)
-        current = front
-        if not (torch.equal(positions, answered[1]) and torch.equal(canvas.tokens, answered[0])):
-            logits = nothing
+        step = torch.where(active == current, step + 1, 0)
+        share = torch.where(total_steps > 0, (total_steps * size / length.clamp_min(1)).round().long(), size)
+        steps = torch.where(active == no_window, 0, share.clamp_min(1))
+        current = active
+        if not (torch.equal(positions, last_input[1]) and torch.equal(canvas.tokens, last_input[0])):
+            logits = no_logits
             if positions.any():
                 logits = denoiser(canvas, positions=positions)
                 forwards += 1
-            answered = (canvas.tokens, positions)
+            last_input = (canvas.tokens, positions)
         guess = Guess(canvas.tokens.clone(), torch.full_like(score, -torch.inf))
         move = Move(torch.zeros_like(positions), torch.zeros_like(positions))
         for group in groups:
             rows = group.rows
-            state = group.look(logits, canvas[rows], score[rows], positions, window[rows], step[rows], steps[rows])
-            decided = group.sampler.policy(state)
-            picked = state.guess_at(decided.write)
-            constraint = group.sampler.constraint
-            write = constraint.agreed(state.canvas, decided.write, picked) if constraint else decided.write
-            guess.tokens[rows], guess.score[rows] = picked.tokens, picked.score
-            move.write[rows], move.erase[rows] = write, decided.erase
+            state = group.next_state(
+                logits, canvas[rows], score[rows], positions, window[rows], step[rows], steps[rows]
+            )
+            group_move = group.sampler.policy(state)
+            group_guess = state.guess_at(group_move.write)
+            constraint, write = group.sampler.constraint, group_move.write
+            if constraint:
+                write = constraint.consistent_writes(state.canvas, write, group_guess)
+            guess.tokens[rows], guess.score[rows] = group_guess.tokens, group_guess.score
+            move.write[rows], move.erase[rows] = write, group_move.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
         canvas = canvas.apply(move, guess, noise)
-        unsettled = canvas.open | (canvas.editable & erases[:, None] & (window_index >= front[:, None]))
+        unsettled = canvas.open | (canvas.editable & erases[:, None] & (window_index >= active[:, None]))
         yield Frame(canvas, score, forwards, settled=(unsettled.long().cumsum(1) == 0).sum(1))
 
 
-class _Group:
-    """Rows that are sampled alike, and what they looked like before."""
+class _RowGroup:
+    """The rows of a batch with equal samplers, and their earlier steps."""
 
     def __init__(self, sampler: Sampler, rows: list[int], rng: RowGenerators, device: torch.device) -> None:
-        self.sampler, self.rng = sampler, rng.of(rows)
+        self.sampler, self.rng = sampler, rng.for_rows(rows)
         self.rows = torch.tensor(rows, device=device)
         self.history: tuple[StepState, ...] = ()
 
-    def look(
+    def next_state(
         self,
         logits: LazyLogits,
         canvas: Canvas,
@@ -198,12 +206,12 @@ class _Group:
         step: Int[Tensor, " g"],
         steps: Int[Tensor, " g"],
     ) -> StepState:
-        """What the policy is to decide on; of the logits, asked for the whole batch, these rows' own."""
+        """The policy's input for these rows. `logits` and `positions` are those of the whole batch."""
         if len(self.rows) < len(positions):
             logits = logits[torch.isin(positions.nonzero()[:, 0], self.rows)]
         positions = positions[self.rows]
         if len(logits):
-            logits = self.sampler.shaped(logits, canvas, positions)
+            logits = self.sampler.process_logits(logits, canvas, positions)
         state = StepState(
             canvas, score, positions, logits, window, step, steps, self.sampler.pick, self.rng, self.history
         )
@@ -211,13 +219,13 @@ class _Group:
         return state
 
 
-def _groups(samplers: Sequence[Sampler], rng: RowGenerators, device: torch.device) -> list[_Group]:
-    """Rows whose samplers are equal go together, in order."""
-    kinds = [sampler for i, sampler in enumerate(samplers) if sampler not in samplers[:i]]
-    return [_Group(kind, [i for i, other in enumerate(samplers) if other == kind], rng, device) for kind in kinds]
+def _group_rows(samplers: Sequence[Sampler], rng: RowGenerators, device: torch.device) -> list[_RowGroup]:
+    """Groups of the rows with equal samplers, in order of their first row."""
+    unique = [sampler for i, sampler in enumerate(samplers) if sampler not in samplers[:i]]
+    return [_RowGroup(each, [i for i, other in enumerate(samplers) if other == each], rng, device) for each in unique]
 
 
 def finished(canvas: Canvas, ends: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-    """Rows whose text is settled up to an end token that they wrote themselves; -1 is none."""
+    """Mask of the rows without open positions before a generated end token. An id of -1 in `ends` stands for none."""
     settled = canvas.open.long().cumsum(1) == 0
     return (settled & canvas.editable & (canvas.tokens == ends[:, None])).any(1)

@@ -1,4 +1,4 @@
-"""How a model is to write, in the words that users and servers know."""
+"""The configuration of a generation, as the Python API, the command line and the server use it."""
 
 import json
 from collections.abc import Callable
@@ -17,29 +17,49 @@ from diffusify.sampling.sampler import LogitsProcessor, Sampler
 
 Preset = Literal["quality", "balanced", "fast"]
 
-# What speculative decoding has no use for.
+# Fields of stepwise denoising, which speculative decoding does not support.
 _STEPWISE = ("steps", "threshold", "policy", "window", "guidance", "repetition_penalty", "logits_processor", "regex")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model writes. Unset values are the model's own, as its card has them.
+    """Holds the parameters of a generation. All of them are optional.
 
-    - `steps`: denoising steps in all. `threshold`: every token with a higher probability is written at once (and, where
-      `steps` are given too, never fewer than they ask for). `policy`: any other rule in place of the card's, as one of
-      your own.
-    - `tolerance`: the model drafts, and its own left-to-right half keeps what it finds at most so many nats less likely
-      than its own choice. 0 is lossless: what left-to-right decoding would write, in fewer forwards (`Speculative`).
-    - `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest or the fewest that
-      hold `top_p` of the probability. `repetition_penalty` above 1 makes tokens that the text has already less likely.
-      `suppress_tokens` are ids that are never written. `logits_processor(logits, canvas, asked)` has the last word on
-      the logits; it cannot be saved.
-    - `regex`: a regular expression that each text that is written matches as a whole; for JSON see `schema_regex`.
-    - `length_beam`: so many lengths are tried, and the surest text is kept, where the model tells lengths and none is
-      given. `window`: a model that sees both ways writes so many tokens at a time, from left to right.
-    - `guidance` above 0: what fits the prompt more than it fits none (classifier-free; twice the work).
-    - `cache` keeps finished blocks, exactly, where the model writes in blocks; `prefix` and `dual` keep what is around
-      the window of a model that sees both ways, approximately.
+    Parameters that control the denoising steps:
+
+    - `steps`: Total number of denoising steps. Defaults to one step per token, or fewer if the policy decodes several
+      tokens per step.
+    - `threshold`: Decodes all tokens with a probability above this value in each step, and at least one. With `steps`,
+      it also decodes at least an even share of the tokens per step. Cannot be combined with `policy`.
+    - `policy`: The rule that selects the tokens to decode or remask in each step, or a callable of your own. Defaults
+      to the policy in the model's `diffusion_config.json`.
+    - `window`: Decodes the text in windows of this many tokens, from left to right. Defaults to the whole text. Block
+      models ignore it and decode block by block.
+    - `tolerance`: Replaces denoising by self-speculative decoding, for models that keep their AR half: drafts are
+      accepted if they are at most this many nats less likely than the AR half's own choice. 0 is lossless, the text of
+      AR decoding in fewer forward passes (`Speculative`).
+
+    Parameters that control the choice of tokens:
+
+    - `temperature`: 0 is greedy decoding, the default. Above 0, tokens are sampled.
+    - `top_k`, `top_p`: Sample from the k most likely tokens, or from the smallest set of tokens with at least this
+      total probability. By default all tokens are kept.
+    - `repetition_penalty`: Values above 1 make tokens that already occur in the text less likely. Defaults to 1.
+    - `suppress_tokens`: Token ids that are never generated.
+    - `logits_processor`: A callable `(logits, canvas, positions) -> logits`, applied after them. It cannot be saved.
+    - `regex`: A regular expression that each generated text, without its prompt, must match as a whole. See
+      `schema_regex` for JSON.
+    - `guidance`: Scale of classifier-free guidance. Values above 0 follow the prompt more closely, at twice the cost.
+    - `seed`: Seed of the random numbers. Text i of a batch with shared settings uses `seed + i`.
+
+    Parameters that control length and cache:
+
+    - `length_beam`: Number of predicted lengths to try, of which the most confident text is kept. Defaults to 3. Only
+      used if the model has a length head and `max_new_tokens` is not given.
+    - `cache`: "exact" caches finished blocks of block models. "prefix" and "dual" are approximate caches for
+      bidirectional models with a `window`: they keep what is before the window, or on both sides. Defaults to "exact".
+
+    Raises ValueError if a value is out of range or two of them exclude each other.
     """
 
     steps: int | None = None
@@ -61,62 +81,65 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 takes the likeliest token")
+            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 is greedy decoding")
         if self.threshold is not None and self.policy is not None:
-            raise ValueError(f"threshold={self.threshold} is a policy by itself; leave {self.policy} or the threshold")
+            raise ValueError(f"threshold={self.threshold} is a policy by itself; leave out threshold or {self.policy}")
         if self.tolerance is not None and self.tolerance < 0:
-            raise ValueError(f"tolerance={self.tolerance} must be at least 0 nats, which is lossless")
+            raise ValueError(f"tolerance={self.tolerance} must be at least 0 nats; 0 is lossless")
         if self.length_beam < 1:
-            raise ValueError(f"length_beam={self.length_beam} must be at least 1, the likeliest length alone")
+            raise ValueError(f"length_beam={self.length_beam} must be at least 1; 1 tries the most likely length only")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1 token; unset, all is written at once")
+            raise ValueError(f"window={self.window} must be at least 1 token; leave it unset for one window")
         if self.guidance < 0:
-            raise ValueError(f"guidance={self.guidance} must be at least 0, which is none")
+            raise ValueError(f"guidance={self.guidance} must be at least 0; 0 is no guidance")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is none, 1.2 is usual")
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is no penalty")
         if self.tolerance is not None:
             for name in _STEPWISE:
                 if getattr(self, name) != getattr(SamplingConfig, name):
                     raise ValueError(
-                        f"tolerance={self.tolerance} drafts from left to right in steps of its own; leave out {name}"
+                        f"tolerance={self.tolerance} is speculative decoding, without {name}; leave out {name}"
                     )
         self.sampler(Unmask())
 
     @classmethod
-    def preset(cls, name: Preset, card: DiffusionConfig) -> "SamplingConfig":
-        """Settings for a kind of model: `quality` spares no forward, `fast` as many as it can, `balanced` in between.
+    def preset(cls, name: Preset, config: DiffusionConfig) -> "SamplingConfig":
+        """Recommended settings for a model: `quality` takes the most forward passes and `fast` the fewest.
 
-        Where the model keeps its left-to-right half, `quality` is that half's own text.
+        For models that keep their AR half, `quality` is lossless speculative decoding.
         """
-        if card.reads_as_ar_model:
+        if config.reads_as_ar_model:
             return cls(tolerance={"quality": 0.0, "balanced": 0.7, "fast": 2.0}[name])
         if name == "quality":
             return cls(policy=Unmask())
         threshold = {"balanced": 0.9, "fast": 0.7}[name]
-        if not card.sees_right_context:
+        if not config.sees_right_context:
             return cls(threshold=threshold)
-        if card.recipe == "mlm":  # masked networks keep no keys and values
+        if config.recipe == "mlm":  # masked language models have no KV cache
             return cls(threshold=threshold, window=32)
         return cls(threshold=threshold, window=32, cache="prefix" if name == "balanced" else "dual")
 
     def save(self, file: Path | str) -> None:
-        """Write the settings as JSON. ValueError for a `logits_processor` or a policy of one's own, which is code."""
-        own = None if isinstance(self.policy, Policy | None) else self.policy
-        for name, code in (("logits_processor", self.logits_processor), ("policy", own)):
+        """Save the settings as JSON. Raises ValueError for a `logits_processor` or a policy of your own."""
+        custom_policy = None if isinstance(self.policy, Policy | None) else self.policy
+        for name, code in (("logits_processor", self.logits_processor), ("policy", custom_policy)):
             if code is not None:
-                raise ValueError(f"{name}={code} is code, which settings cannot keep")
+                raise ValueError(
+                    f"{name}={code} is code, which cannot be saved; leave it out and pass it when sampling"
+                )
         Path(file).write_text(json.dumps(to_plain(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: Path | str) -> "SamplingConfig":
-        """Read settings that `save` wrote, or some of their fields. ValueError when they do not read."""
+        """Load saved settings; missing fields have their defaults. Raises ValueError if the file is not valid."""
         try:
             return from_plain(json.loads(Path(file).read_text(encoding="utf-8")), cls, "settings")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} does not read as settings: {error}") from error
+            raise ValueError(f"{file} is not a valid settings file: {error}") from error
 
     @property
     def pick(self) -> Pick:
+        """The rule that picks a token from the logits: greedy, or sampling."""
         return Greedy() if self.temperature == 0 else Draw(float(self.temperature), self.top_k, float(self.top_p))
 
     def sampler(
@@ -124,17 +147,17 @@ class SamplingConfig:
         default: Policy,
         *,
         banned: tuple[int, ...] = (),
-        end: int | None = None,
+        end_token_id: int | None = None,
         constraint: Constraint | None = None,
     ) -> Sampler:
-        """The loop with these settings. ValueError for one that is out of bounds."""
+        """The sampler with these settings; `default` is the policy if none is set. Raises ValueError as the class."""
         policy = (self.policy or default) if self.threshold is None else Unmask(quota=Threshold(float(self.threshold)))
         return Sampler(
             self.pick,
             policy,
             self.steps,
             banned=tuple(sorted({*banned, *self.suppress_tokens})),
-            end_token_id=end,
+            end_token_id=end_token_id,
             repetition_penalty=float(self.repetition_penalty),
             logits_processor=self.logits_processor,
             constraint=constraint,

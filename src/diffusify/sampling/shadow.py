@@ -1,6 +1,6 @@
-"""Second thoughts: what the model would write in a place if it did not see what is written there.
+"""Predictions for already decoded positions, made without attending to their own tokens (WINO's shadow tokens).
 
-Axes: b texts, n canvas positions, g written positions that are asked about, m = n + g or n + 2g positions that are run.
+Axes: b texts, n canvas positions, g decoded positions to predict again, m = n + g or n + 2g positions of the pass.
 """
 
 from dataclasses import replace
@@ -15,11 +15,12 @@ from diffusify.models.denoiser import Denoiser
 
 
 class ShadowDenoiser:
-    """A denoiser whose answer about a written position is read from all the rest of the text (WINO's shadow tokens).
+    """A denoiser that predicts decoded positions as if they were masked, in one forward pass.
 
-    In the same pass as the text runs a mask for each written position that is asked about. It stands where the token
-    stands and sees what the token sees, but for the token; nothing else sees the mask. Under shift a copy of the left
-    neighbour, which gives the answer, stands beside the mask. Open positions are answered as ever.
+    The pass appends one mask token for each requested decoded position. The mask has the token's position id and
+    attends to what the token attends to, except the token itself; no other token attends to the mask. If the model
+    shifts its predictions, a copy of the left neighbour, which makes the prediction, is appended too. Predictions for
+    open positions are unchanged.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -31,29 +32,30 @@ class ShadowDenoiser:
         if not g:
             return self.denoiser.predict(canvas, positions=positions)
         inputs = self.denoiser.diffusion_config.attention(canvas, shift=shift)
-        place = (~written).long().argsort(dim=1, stable=True)[:, :g]  # rows with fewer look at other places for nothing
-        left = (place - shift).clamp_min(0)
-        source = torch.cat([place, left], 1) if shift else place
-        masks = torch.full_like(place, self.denoiser.diffusion_config.mask_token_id)
+        position = (~written).long().argsort(dim=1, stable=True)[:, :g]  # rows with fewer than g get unused ones, too
+        left = (position - shift).clamp_min(0)
+        source = torch.cat([position, left], 1) if shift else position
+        masks = torch.full_like(position, self.denoiser.diffusion_config.mask_token_id)
         extra = torch.cat([masks, canvas.tokens.gather(1, left)], 1) if shift else masks
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            def origin(at: Tensor) -> Tensor:
-                return torch.where(at < n, at, source[b, (at - n).clamp_min(0)])
+            def origin(index: Tensor) -> Tensor:
+                return torch.where(index < n, index, source[b, (index - n).clamp_min(0)])
 
-            lane_q, lane_k = (q - n) % g, (k - n) % g
-            itself = (k == place[b, lane_q]) | (k == left[b, lane_q])
-            own = torch.where(k < n, (q < n) | ~itself, (q >= n) & (lane_q == lane_k))
-            return own & inputs.mask_mod(b, h, origin(q), origin(k))
+            shadow_q, shadow_k = (q - n) % g, (k - n) % g
+            itself = (k == position[b, shadow_q]) | (k == left[b, shadow_q])
+            allowed = torch.where(k < n, (q < n) | ~itself, (q >= n) & (shadow_q == shadow_k))
+            return allowed & inputs.mask_mod(b, h, origin(q), origin(k))
 
-        wider = replace(
+        extended = replace(
             inputs,
             tokens=torch.cat([inputs.tokens, extra], 1),
-            positions=torch.cat([inputs.position_ids, inputs.position_ids.gather(1, source)], 1),
+            position_ids=torch.cat([inputs.position_ids, inputs.position_ids.gather(1, source)], 1),
             mask_mod=mask_mod,
             per_row=True,
             unmasked=False,
         )
-        lane = written.long().cumsum(1) - 1
-        answers = torch.where(written, n + (g if shift else 0) + lane, inputs.output_index)
-        return self.denoiser.lazy_logits(self.denoiser.hidden_states(wider, wider.flat_index(answers, positions)))
+        shadow = written.long().cumsum(1) - 1
+        output_index = torch.where(written, n + (g if shift else 0) + shadow, inputs.output_index)
+        index = extended.flat_index(output_index, positions)
+        return self.denoiser.lazy_logits(self.denoiser.hidden_states(extended, index))

@@ -1,7 +1,7 @@
-"""Left-to-right text in fewer forwards: the model drafts, and its own AR half checks.
+"""Self-speculative decoding: a block diffusion model drafts tokens, and its own AR half verifies them.
 
-Axes: b texts, n canvas positions, m positions that are run, p places where the drafts may be cut off, s masks, k
-tokens that a pass may write, v vocabulary.
+Axes: b texts, n canvas positions, m positions of a pass, p nodes of the draft tree, s mask tokens, k tokens that a pass
+may generate, v vocabulary.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,19 @@ from diffusify.sampling.sampler import Frame, finished
 
 
 class Speculative:
-    """AR decoding by self-speculation, for block diffusion that keeps its left-to-right half.
+    """Autoregressive decoding with self-speculation, for block diffusion models that keep their AR half.
 
-    A pass runs `candidates` drafted tokens causally, as a tree of likely continuations, so it tells the AR model's own
-    choice behind each of them: the way is taken that agrees furthest, and one more token is the AR model's own. In the
-    same pass `masks` draft the next tokens behind the places where the text is likely to stand then, so no pass is
-    wasted. The text is that of greedy AR decoding, or follows exactly the distribution of AR sampling where `pick`
-    draws, whatever the drafts are worth; every pass writes at least one token.
+    Each forward pass verifies and drafts at once. A tree of `candidates` draft tokens runs under causal attention,
+    which gives the AR half's own choice after each of them. The longest path that agrees with these choices is
+    accepted, followed by one token of the AR half. In the same pass, `masks` mask tokens behind the nodes that are
+    likely to be accepted draft the next tree. Every pass generates at least one token. The text equals that of greedy
+    AR decoding, or follows the distribution of AR sampling exactly if `pick` samples, however good the drafts are.
 
-    With a `tolerance` above 0 a draft is kept, too, if the AR half gives it a log-probability (nats) at most so far
-    below its own choice's: fewer passes, for text that is a little less likely (typical acceptance, Medusa).
+    With a `tolerance` above 0 (nats), a draft is accepted, too, if its log-probability under the AR half is at most
+    that much below the AR half's own choice (typical acceptance, Medusa). This takes fewer passes and gives a slightly
+    less likely text.
+
+    Raises ValueError if the model keeps no AR half, the network has no KV cache, or `tolerance` is negative.
     """
 
     def __init__(
@@ -47,129 +50,133 @@ class Speculative:
         pattern = denoiser.diffusion_config.attention
         if not denoiser.diffusion_config.reads_as_ar_model:
             raise ValueError(
-                "speculative decoding needs a model that keeps its left-to-right half (the block recipe on an AR "
-                f"base); this one has {pattern} and shift {denoiser.diffusion_config.shift}"
+                "speculative decoding needs a model that keeps its AR half (the block recipe on an AR base model); "
+                f"this one has {pattern} and shift {denoiser.diffusion_config.shift}; leave out tolerance"
             )
         if not denoiser.supports_kv_cache:
             raise ValueError(
-                f"{denoiser.diffusion_config.architecture} keeps no keys and values, so it cannot draft ahead"
+                f"speculative decoding needs a KV cache, and {denoiser.diffusion_config.architecture} has none; "
+                "leave out tolerance"
             )
         if tolerance < 0:
-            raise ValueError(f"tolerance={tolerance} must be at least 0 nats, which is lossless")
+            raise ValueError(f"tolerance={tolerance} must be at least 0 nats; 0 is lossless")
         self.denoiser, self.pick, self.size = denoiser, pick, denoiser.diffusion_config.block_size or 1
         self.candidates, self.masks = candidates, masks
         self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
 
     @torch.inference_mode()
     def __call__(self, canvas: Canvas, *, noise: int, rng: RowGenerators | None = None) -> Iterator[Frame]:
-        """Yield the canvas after every pass. ValueError unless each row is a prompt and room behind it."""
-        rng = rng or RowGenerators.seeded(list(range(len(canvas.tokens))), canvas.tokens.device)
+        """Yield the canvas after every pass. Raises ValueError unless open positions follow a prompt in each row."""
+        rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))), canvas.tokens.device)
         b, n = canvas.tokens.shape
         at = torch.arange(n, device=canvas.tokens.device)
-        known = torch.where(canvas.open, at, n).amin(1)  # so many tokens are settled
+        settled = torch.where(canvas.open, at, n).amin(1)  # number of settled tokens
         end = torch.where(canvas.open, at + 1, 0).amax(1)
-        if (canvas.open != ((at >= known[:, None]) & (at < end[:, None]))).any() or (known < 1).any():
-            raise ValueError("speculative decoding goes on from prompts; it cannot fill holes")
-        ends = torch.full_like(known, -1 if self.end_token_id is None else self.end_token_id)
+        if (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() or (settled < 1).any():
+            raise ValueError("speculative decoding continues prompts and cannot infill; leave out tolerance")
+        ends = torch.full_like(settled, -1 if self.end_token_id is None else self.end_token_id)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
-        start, tree, forwards = torch.zeros_like(known), DraftTree.root(b, self.size, at.device), 0
+        start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.size, at.device), 0
         while (todo := canvas.open.any(1) & ~finished(canvas, ends)).any():
-            owner, turn = tree.masks(self.masks)
-            logits, drafts = self._pass(canvas.tokens, start, known, tree, owner, turn, noise, past)
+            mask_node, mask_offset = tree.place_masks(self.masks)
+            logits, drafts = self._forward(canvas.tokens, start, settled, tree, mask_node, mask_offset, noise, past)
             forwards += 1
-            tokens, sure, stand = self._verdict(logits, tree, rng)
-            agreed = tree.depth.gather(1, stand[:, None])[:, 0]
-            place = at - known[:, None]
-            written = todo[:, None] & (place >= 0) & (place <= agreed[:, None]) & canvas.open
-            place = place.clamp(0, self.size - 1)
-            guess = Guess(tokens.gather(1, place), sure.gather(1, place))
-            canvas = canvas.apply(Move(written, erase=torch.zeros_like(written)), guess, noise)
-            score = torch.where(written, guess.score, score)
-            start = torch.where(todo, known, start)
-            known = torch.where(todo, torch.minimum(known + agreed + 1, end), known)
-            slot = torch.where(owner == stand[:, None], turn, self.size - 1)[..., None].expand_as(drafts)
-            ahead = drafts.new_full((b, self.size, drafts.shape[2]), -torch.inf).scatter(1, slot, drafts)[:, :-1]
-            tree = DraftTree.likeliest(ahead, self.candidates)
-            yield Frame(canvas, score, forwards, settled=known)
+            tokens, log_prob, node = self._verify(logits, tree, rng)
+            accepted = tree.depth.gather(1, node[:, None])[:, 0]
+            offset = at - settled[:, None]
+            write = todo[:, None] & (offset >= 0) & (offset <= accepted[:, None]) & canvas.open
+            offset = offset.clamp(0, self.size - 1)
+            guess = Guess(tokens.gather(1, offset), log_prob.gather(1, offset))
+            canvas = canvas.apply(Move(write, erase=torch.zeros_like(write)), guess, noise)
+            score = torch.where(write, guess.score, score)
+            start = torch.where(todo, settled, start)
+            settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
+            depth = torch.where(mask_node == node[:, None], mask_offset, self.size - 1)[..., None].expand_as(drafts)
+            ahead = drafts.new_full((b, self.size, drafts.shape[2]), -torch.inf).scatter(1, depth, drafts)[:, :-1]
+            tree = DraftTree.from_logits(ahead, self.candidates)
+            yield Frame(canvas, score, forwards, settled=settled)
 
-    def _verdict(
+    def _verify(
         self, logits: Float[Tensor, "b p v"], tree: DraftTree, rng: RowGenerators
     ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"], Int[Tensor, " b"]]:
-        """The next tokens with their log-probabilities, and the place where they leave the tree.
+        """The next tokens, their log-probabilities under the AR half, and the last accepted node.
 
-        Up to that place they are drafted; the one behind it is the AR half's own, and what follows is void.
+        The tokens up to that node are drafts, and the next one is the AR half's own; the rest is undefined.
         """
-        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        choice, sure = (x.view(everywhere.shape) for x in self.pick(logits.flatten(0, 1), everywhere, rng))
+        every_node = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        choice, choice_log_prob = (x.view(every_node.shape) for x in self.pick(logits.flatten(0, 1), every_node, rng))
         row = torch.arange(len(logits), device=logits.device)
-        told = logits[row[:, None], tree.parent, tree.token] - logits.logsumexp(-1).gather(1, tree.parent)
-        right = tree.token == choice.gather(1, tree.parent)
+        log_prob = logits[row[:, None], tree.parent, tree.token] - logits.logsumexp(-1).gather(1, tree.parent)
+        accepted = tree.token == choice.gather(1, tree.parent)
         if self.tolerance:
-            right |= told >= sure.gather(1, tree.parent) - self.tolerance
-        right[:, 0], told[:, 0] = True, 0.0
-        stand = tree.furthest(right, told)
-        depth = tree.depth[row, stand][:, None]
-        steps = torch.arange(1, self.size + 1, device=row.device)[:, None]
-        way = (tree.along[row, stand][:, None] & (tree.depth[:, None] == steps)).long().argmax(-1)
-        tokens = tree.path[row, stand].scatter(1, depth, choice[row, stand][:, None])
-        return tokens, told.gather(1, way).scatter(1, depth, sure[row, stand][:, None]), stand
+            accepted |= log_prob >= choice_log_prob.gather(1, tree.parent) - self.tolerance
+        accepted[:, 0], log_prob[:, 0] = True, 0.0
+        node = tree.last_accepted(accepted, log_prob)
+        depth = tree.depth[row, node][:, None]
+        depths = torch.arange(1, self.size + 1, device=row.device)[:, None]
+        path = (tree.ancestors[row, node][:, None] & (tree.depth[:, None] == depths)).long().argmax(-1)
+        tokens = tree.path[row, node].scatter(1, depth, choice[row, node][:, None])
+        return tokens, log_prob.gather(1, path).scatter(1, depth, choice_log_prob[row, node][:, None]), node
 
-    def _pass(
+    def _forward(
         self,
         tokens: Int[Tensor, "b n"],
         start: Int[Tensor, " b"],
-        known: Int[Tensor, " b"],
+        settled: Int[Tensor, " b"],
         tree: DraftTree,
-        owner: Int[Tensor, "b s"],
-        turn: Int[Tensor, "b s"],
+        mask_node: Int[Tensor, "b s"],
+        mask_offset: Int[Tensor, "b s"],
         noise: int,
         past: ColumnCache,
     ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"]]:
-        """AR logits behind every place of the tree, and those of the masks.
+        """The AR logits after every node of the tree, and the draft logits of the mask tokens.
 
-        Settled text stands in the cache at its position, behind the columns of the tree and the masks.
+        The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
+        the settled text follow, in the order of its positions.
         """
         (b, n), device = tokens.shape, tokens.device
-        drafted, room = tree.path.shape[1] - 1, self.candidates + self.masks
+        drafted, draft_width = tree.path.shape[1] - 1, self.candidates + self.masks
         row = torch.arange(b, device=device)[:, None]
-        text = start[:, None] + torch.arange(int((known - start).amax()), device=device)
-        nodes = (known[:, None] - 1 + tree.depth)[:, 1:]
-        masks = known[:, None] + tree.depth.gather(1, owner) + turn
-        beside = torch.zeros(b, room, room, dtype=torch.bool, device=device)  # who sees whom in the tree
-        beside[:, :drafted, :drafted] = tree.along[:, 1:, 1:]
-        own = slice(drafted, drafted + masks.shape[1])
-        beside[:, own, :drafted] = tree.along[row, owner][:, :, 1:]
-        beside[:, own, own] = owner[:, :, None] == owner[:, None]
+        text = start[:, None] + torch.arange(int((settled - start).amax()), device=device)
+        nodes = (settled[:, None] - 1 + tree.depth)[:, 1:]
+        masks = settled[:, None] + tree.depth.gather(1, mask_node) + mask_offset
+        tree_mask = torch.zeros(b, draft_width, draft_width, dtype=torch.bool, device=device)
+        tree_mask[:, :drafted, :drafted] = tree.ancestors[:, 1:, 1:]
+        mask_columns = slice(drafted, drafted + masks.shape[1])
+        tree_mask[:, mask_columns, :drafted] = tree.ancestors[row, mask_node][:, :, 1:]
+        tree_mask[:, mask_columns, mask_columns] = mask_node[:, :, None] == mask_node[:, None]
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
-            """Text sees earlier text; the tree sees all settled text and what is on the way; masks see each other."""
-            inside = q < room
-            sees = torch.where(inside, known[b] - 1, q - room)
-            near = beside[b, q.clamp_max(room - 1), key.clamp_max(room - 1)]
-            return torch.where(key < room, inside & near, key - room <= sees)
+            """Text is causal; draft tokens and masks attend to all settled text, and to each other by `tree_mask`."""
+            is_draft = q < draft_width
+            last_key = torch.where(is_draft, settled[b] - 1, q - draft_width)
+            in_tree = tree_mask[b, q.clamp_max(draft_width - 1), key.clamp_max(draft_width - 1)]
+            return torch.where(key < draft_width, is_draft & in_tree, key - draft_width <= last_key)
 
-        tail = torch.cat([nodes, masks], 1)
-        width = room + int(known.amax())
-        columns = torch.arange(tail.shape[1], device=device).expand(b, -1)
-        columns = torch.cat([torch.where(text < known[:, None], text + room, room + n), columns], 1)
-        spare = tail.new_zeros(b, room - tail.shape[1])
+        draft_positions = torch.cat([nodes, masks], 1)
+        width = draft_width + int(settled.amax())
+        columns = torch.arange(draft_positions.shape[1], device=device).expand(b, -1)
+        columns = torch.cat([torch.where(text < settled[:, None], text + draft_width, draft_width + n), columns], 1)
+        spare = draft_positions.new_zeros(b, draft_width - draft_positions.shape[1])
         drafts = torch.cat([tree.token[:, 1:], torch.full_like(masks, noise)], 1)
         inputs = AttentionInputs(
             tokens=torch.cat([tokens.gather(1, text.clamp_max(n - 1)), drafts], 1),
-            position_ids=torch.cat([text, tail], 1).clamp_max(n - 1),
+            position_ids=torch.cat([text, draft_positions], 1).clamp_max(n - 1),
             output_index=tokens,
             ar_output_index=tokens,
             mask_mod=mask_mod,
             per_row=True,
             columns=columns,
-            key_position_ids=torch.cat([tail, spare, torch.arange(width - room, device=device).expand(b, -1)], 1),
+            key_position_ids=torch.cat(
+                [draft_positions, spare, torch.arange(width - draft_width, device=device).expand(b, -1)], 1
+            ),
         )
-        past.write(columns, width)
+        past.set_columns(columns, width)
         m = columns.shape[1]
-        root = row * m + (known - 1 - start)[:, None]
-        rest = row * m + text.shape[1] + torch.arange(tail.shape[1], device=device)
-        logits = self.denoiser.project(inputs, torch.cat([root, rest], 1).flatten(), past=past).unflatten(0, (b, -1))
+        root = row * m + (settled - 1 - start)[:, None]
+        rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
+        logits = self.denoiser.logits(inputs, torch.cat([root, rest], 1).flatten(), past=past).unflatten(0, (b, -1))
         if self.banned:
             logits[..., list(self.banned)] = -torch.inf
         return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :]

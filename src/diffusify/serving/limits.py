@@ -5,17 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on.
+    """The limits of one server. Raises ValueError unless all are above 0.
 
-    `tokens`: positions of all texts that are written at once, of each model. `waiting`: requests that may wait.
-    `seconds`: how long a request may take. `body`: bytes that it may have. `patience`: seconds for it to arrive.
+    `tokens`: positions of all texts that are generated at once, for each model. `waiting`: requests that may wait.
+    `seconds`: the longest time of one request. `body_bytes`: the largest request body. `receive_timeout`: seconds in
+    which a request has to arrive.
     """
 
     tokens: int = 16384
     waiting: int = 256
     seconds: float = 600.0
-    body: int = 1_000_000
-    patience: float = 30.0
+    body_bytes: int = 1_000_000
+    receive_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -1,53 +1,48 @@
-"""Records that cannot be read: left out, counted, and too many of them refused."""
+"""A count of records that cannot be read: they are skipped, and too many of them are an error."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SHOWN = 3  # corrupt records that are told of
-FEW = 1000  # records before which nobody can say whether many are corrupt
+MAX_MESSAGES = 3  # unreadable records whose error is reported
+MIN_RECORDS = 1000  # while fewer records have been read, the limit counts as a share of this many
 
 
 @dataclass
 class BadRecords:
-    """How many records were read, how many of them were corrupt, and what is wrong with the first of those."""
+    """The number of records read, the number of corrupt ones, and the errors of the first few of those."""
 
     records: int = 0
     corrupt: int = 0
     first: list[str] = field(default_factory=list)
 
-    def sift(self, batch: dict[str, list[Any]], limit: float) -> list[str]:
-        """The documents among some records of a stream of texts. ValueError when over a share `limit` is corrupt."""
+    def filter_batch(self, batch: dict[str, list[Any]], limit: float) -> list[str]:
+        """Count a batch of `stream_texts` and return its documents. ValueError if over a share `limit` is corrupt."""
         faults = [fault for fault in batch.get("fault", ()) if fault is not None]
         self.records += len(batch["text"])
         self.corrupt += len(faults)
-        self.first += faults[: SHOWN - len(self.first)]
-        self._check(limit, FEW)
+        self.first += faults[: MAX_MESSAGES - len(self.first)]
+        self.check(limit, MIN_RECORDS)
         return [text for text in batch["text"] if text and text.strip()]
 
-    def close(self, limit: float) -> None:
-        """All records have been read: ValueError when over a share `limit` of them is corrupt."""
-        self._check(limit, 0)
-
-    def _check(self, limit: float, few: int) -> None:
-        if self.corrupt > limit * max(self.records, few):
-            raise ValueError(
-                f"{self}, more than max_corrupt={limit:g} of them; mend them, or allow for more with max_corrupt"
-            )
+    def check(self, limit: float, min_records: int = 0) -> None:
+        """ValueError if over a share `limit` of the records is corrupt, of at least `min_records` records."""
+        if self.corrupt > limit * max(self.records, min_records):
+            raise ValueError(f"{self}, more than max_corrupt={limit:g} of them; repair the data, or raise max_corrupt")
 
     def __str__(self) -> str:
         more = "; ..." if self.corrupt > len(self.first) else ""
         return f"{self.corrupt:,} of {self.records:,} records cannot be read ({'; '.join(self.first)}{more})"
 
     def __add__(self, other: "BadRecords") -> "BadRecords":
-        both = [*self.first, *other.first][:SHOWN]
-        return BadRecords(self.records + other.records, self.corrupt + other.corrupt, both)
+        first = [*self.first, *other.first][:MAX_MESSAGES]
+        return BadRecords(self.records + other.records, self.corrupt + other.corrupt, first)
 
     def state(self) -> dict[str, Any]:
-        """A copy as JSON types; `BadRecords(**state)` makes the same again."""
+        """A copy as JSON types; `BadRecords(**state)` restores it."""
         return asdict(self)
 
 
 def check_limit(max_corrupt: float) -> None:
-    """ValueError if it is no share."""
+    """ValueError if `max_corrupt` is not from 0 to 1."""
     if not 0 <= max_corrupt <= 1:
-        raise ValueError(f"max_corrupt={max_corrupt} is a share of the records, from 0 to 1; 0.01 is the default")
+        raise ValueError(f"max_corrupt={max_corrupt} must be a share of the records, from 0 to 1; 0.01 is the default")

@@ -1,4 +1,4 @@
-"""Records to examples: which tokens are given, and which are to be written."""
+"""Training examples from records: which tokens are the prompt and which are the target."""
 
 import json
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from datasets import Dataset
 from diffusify.text.chat_template import ChatTemplate, Example
 from diffusify.text.tokenizer import TextTokenizer
 
-CHATS = ("messages", "conversations")
-PAIRS = (
+CHAT_FIELDS = ("messages", "conversations")
+PAIR_FIELDS = (
     ("instruction", "output"),
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -21,54 +21,58 @@ PAIRS = (
     ("inputs", "targets"),
     ("source", "target"),
 )
-_SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for roles
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class Template:
-    r"""How a record becomes a prompt and what is to be written behind it: its fields, in braces, among plain text.
+    r"""The text of a prompt and of its target, with the fields of a record in braces.
 
-    `Template("German: {de}\nEnglish:", " {en}")`; `{{` and `}}` are plain braces. Most tokenizers keep a space at the
-    start of a word, so it is the target that starts with one.
+    `Template("German: {de}\nEnglish:", " {en}")`; `{{` and `}}` are plain braces. The target starts with the space
+    between the two, since most tokenizers join a space to the word after it. ValueError if a text cannot be parsed or
+    the target has no field.
     """
 
     prompt: str
     target: str
 
     def __post_init__(self) -> None:
-        _pieces(self.prompt)
-        if not any(field for _, field in _pieces(self.target)):
+        _parse_template(self.prompt)
+        if not any(field for _, field in _parse_template(self.target)):
             raise ValueError(f"target {self.target!r} of the template has no field; write one in braces: ' {{answer}}'")
 
     def fill_prompt(self, record: dict[str, Any]) -> str:
-        """The prompt, with the fields of a record. ValueError if it lacks one of them."""
+        """The prompt with the fields of a record. ValueError if the record lacks one of them."""
         return _fill(self.prompt, record)
 
     def fill_target(self, record: dict[str, Any]) -> str:
-        """The target, with the fields of a record. ValueError if it lacks one of them."""
+        """The target with the fields of a record. ValueError if the record lacks one of them."""
         return _fill(self.target, record)
 
 
 def make_examples(
     records: Dataset, tokenizer: TextTokenizer, *, template: Template | None, each_turn: bool, length: int
 ) -> tuple[Dataset, int]:
-    """Records (see `load_records`) as `tokens` and `target`, and how many of the examples were left out.
+    """Encode records (see `load_records`) as examples with `tokens` and `target`, and count the examples left out.
 
-    Left out are those longer than `length` tokens; none is ever cut. With a template an example is the start token,
-    prompt, target and end token, of which target and end token are to be written. Without one a record is a chat
-    (`messages` or `conversations`), or a question and its answer (see PAIRS; `input` may stand beside `instruction`),
-    told by the tokenizer's chat template; `each_turn` as in `Dialogue.examples`. ValueError, with the record's number,
-    for a record of another form or with nothing to write, and if no example is left.
+    Left out are examples longer than `length` tokens; none is ever cut. With a template an example is the start token,
+    prompt, target and end token, and the last two are target. Without one a record is a chat (`messages` or
+    `conversations`) or a question and its answer (see PAIR_FIELDS; `input` is appended to `instruction`), encoded with
+    the tokenizer's chat template; `each_turn` as in `ChatTemplate.examples`. ValueError, with the record's number, for
+    a record of another format or with an empty target, and if no example is left.
     """
     if length < 2:
-        raise ValueError(f"length={length} must be at least 2: a prompt and something to write")
+        raise ValueError(f"length={length} must be at least 2: one token of prompt and one of target")
     if not len(records):
         raise ValueError("there are no records to make examples of; give a dataset with at least one")
-    tell = partial(_pair, tokenizer, template) if template else partial(_chat, ChatTemplate(tokenizer), each_turn)
+    if template:
+        encode = partial(_encode_pair, tokenizer, template)
+    else:
+        encode = partial(_encode_chat, ChatTemplate(tokenizer), each_turn)
     tokens, target, too_long = [], [], []
     for number, record in enumerate(records["record"][:], 1):
         try:
-            examples = tell(json.loads(record))
+            examples = encode(json.loads(record))
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
         for example in examples:
@@ -82,43 +86,44 @@ def make_examples(
     return Dataset.from_dict({"tokens": tokens, "target": target}), len(too_long)
 
 
-def _pair(tokenizer: TextTokenizer, template: Template, record: dict[str, Any]) -> list[Example]:
+def _encode_pair(tokenizer: TextTokenizer, template: Template, record: dict[str, Any]) -> list[Example]:
     prompt, target = template.fill_prompt(record), template.fill_target(record)
     if not target.strip():
-        raise ValueError(f"nothing is to be written: the target {template.target!r} is empty; leave the record out")
-    given = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
-    written = [*tokenizer.encode(target, continues=bool(prompt)), tokenizer.end_token_id]
-    return [Example(given + written, [False] * len(given) + [True] * len(written))]
+        raise ValueError(f"the target {template.target!r} is empty for this record; leave the record out")
+    prompt_ids = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
+    target_ids = [*tokenizer.encode(target, continues=bool(prompt)), tokenizer.end_token_id]
+    return [Example(prompt_ids + target_ids, [False] * len(prompt_ids) + [True] * len(target_ids))]
 
 
-def _chat(dialogue: ChatTemplate, each_turn: bool, record: dict[str, Any]) -> list[Example]:
-    return dialogue.examples(_messages(record), each_turn=each_turn)
+def _encode_chat(chat_template: ChatTemplate, each_turn: bool, record: dict[str, Any]) -> list[Example]:
+    return chat_template.examples(_messages(record), each_turn=each_turn)
 
 
 def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record as a chat. ValueError if it has none of the known forms."""
-    for field in CHATS:
+    """The messages of a record. ValueError if it has none of the known formats."""
+    for field in CHAT_FIELDS:
         if isinstance(record.get(field), list):
             return [_message(message) for message in record[field]]
-    for question, answer in PAIRS:
+    for question, answer in PAIR_FIELDS:
         if record.get(question) is None or record.get(answer) is None:
             continue
-        more = record.get("input") if question == "instruction" else None
-        asked = [record[question], more] if more else [record[question]]
-        for text in (*asked, record[answer]):
+        extra = record.get("input") if question == "instruction" else None
+        user_texts = [record[question], extra] if extra else [record[question]]
+        for text in (*user_texts, record[answer]):
             if not isinstance(text, str):
                 raise ValueError(f"{question} and {answer} must be strings, not {str(text)[:40]}; or give a template")
-        return [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": record[answer]}]
+        user = {"role": "user", "content": "\n\n".join(user_texts)}
+        return [user, {"role": "assistant", "content": record[answer]}]
     fields = list(record) or ["question", "answer"]
     raise ValueError(
         f"fields {', '.join(record) or 'none'} are neither a chat nor a known pair; give a template of prompt and "
-        f"target, as '{{{fields[0]}}}\\nAnswer:' and ' {{{fields[-1]}}}'"
+        f"target, such as '{{{fields[0]}}}\\nAnswer:' and ' {{{fields[-1]}}}'"
     )
 
 
-def question(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record as a chat that ends with a question; a pair may lack its answer. ValueError as `make_examples`'."""
-    fields = [answer for asked, answer in PAIRS if isinstance(record.get(asked), str)]
+def prompt_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a record without the last answer; a pair may lack it. ValueError as in `make_examples`."""
+    fields = [answer for question, answer in PAIR_FIELDS if isinstance(record.get(question), str)]
     messages = _messages(dict.fromkeys(fields, "") | {k: v for k, v in record.items() if v is not None})
     while messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
@@ -126,33 +131,37 @@ def question(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message with `role` and `content`; ShareGPT says `from` and `value`."""
+    """A message as `role` and `content`; ShareGPT calls them `from` and `value`."""
     if not isinstance(message, dict):
-        raise ValueError(f'{str(message)[:40]} is no message; write {{"role": "user", "content": "Hello"}}')
+        raise ValueError(f'{str(message)[:40]} is not a message; write {{"role": "user", "content": "Hello"}}')
     if message.get("from") is not None and "value" in message:
-        return {"role": _SPEAKERS.get(str(message["from"]), message["from"]), "content": message["value"]}
+        return {"role": _SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
     return message
 
 
-def _pieces(text: str) -> list[tuple[str, str | None]]:
-    """A template cut into plain text and the field behind it, if there is one."""
+def _parse_template(text: str) -> list[tuple[str, str | None]]:
+    """A template as pairs of plain text and the field after it, which may be None."""
     try:
         parsed = list(Formatter().parse(text))
     except ValueError as error:
-        raise ValueError(f"template {text!r}: {error}; braces that are no field are written twice") from error
+        raise ValueError(f"template {text!r}: {error}; plain braces are written twice") from error
     for _, field, spec, conversion in parsed:
         if field == "" or spec or conversion:
-            raise ValueError(f"template {text!r}: write a field's bare name, {{name}}; other braces are written twice")
+            raise ValueError(
+                f"template {text!r}: write only the field's name, {{name}}; plain braces are written twice"
+            )
     return [(plain, field) for plain, field, _, _ in parsed]
 
 
 def _fill(text: str, record: dict[str, Any]) -> str:
     filled = ""
-    for plain, field in _pieces(text):
+    for plain, field in _parse_template(text):
         filled += plain
         if field is not None:
             if record.get(field) is None:
-                raise ValueError(f'there is no field "{field}" for template {text!r}; fields: {", ".join(record)}')
+                raise ValueError(
+                    f'the record has no field "{field}" for template {text!r}; fields: {", ".join(record)}'
+                )
             value = record[field]
             filled += value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return filled

@@ -1,4 +1,4 @@
-"""Regular expressions and JSON schemas, as automata over a tokenizer's tokens."""
+"""Regular expressions and JSON schemas as automata over a tokenizer's tokens."""
 
 import json
 import subprocess
@@ -15,73 +15,77 @@ from diffusify.text import regex_worker
 from diffusify.text.tokenizer import TextTokenizer
 
 
-def automaton(tokenizer: TextTokenizer, regex: str) -> Automaton:
-    """The automaton that allows the texts which match `regex` whole.
+def compile_regex(tokenizer: TextTokenizer, regex: str) -> Automaton:
+    """Compile a regular expression to the automaton of all texts that match it as a whole.
 
-    ValueError for an expression that does not read or is too much, or a tokenizer whose tokens are no plain bytes.
+    It runs in a process of its own with limits on time and memory (see `regex_worker`). ValueError if the expression
+    is invalid or exceeds the limits, or if the tokenizer's tokens do not stand for plain bytes.
     """
     if find_spec("outlines_core") is None:
-        raise ValueError("texts of a given form need `pip install 'diffusify[serve]'`")
-    words = [[word.hex(), ids] for word, ids in _spellings(tokenizer).items()]
-    asked = json.dumps({"regex": regex, "end": tokenizer.end_token_id, "words": words})
-    command = [sys.executable, "-m", regex_worker.__name__]
+        raise ValueError("constraining texts by a regular expression needs `pip install 'diffusify[serve]'`")
+    vocabulary = [[token.hex(), ids] for token, ids in _vocabulary(tokenizer).items()]
+    request = json.dumps({"regex": regex, "end": tokenizer.end_token_id, "vocabulary": vocabulary})
+    command = [sys.executable, "-m", regex_worker.__name__, str(regex_worker.MAX_SECONDS)]
     try:
-        made = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=3 * regex_worker.SECONDS)
+        worker = subprocess.run(
+            command, input=request.encode(), capture_output=True, timeout=3 * regex_worker.MAX_SECONDS
+        )
     except subprocess.TimeoutExpired:
-        made = None
-    if made is None or made.returncode != 0:
-        told = made.stderr.decode(errors="replace").strip() if made is not None and made.returncode == 1 else ""
-        plain = told if told and "Traceback" not in told else "it takes too much time or memory"
-        raise ValueError(f"regex={regex[:80]!r} cannot be followed: {plain}")
-    head, _, numbers = made.stdout.partition(b"\n")
-    told = json.loads(head)
-    count = sum(edges for _, edges in told["states"])
-    tokens, targets = array("i", numbers[: 4 * count]), array("q", numbers[4 * count :])
-    edges, done = {}, 0
-    for state, size in told["states"]:
-        edges[state] = (tokens[done : done + size], targets[done : done + size])
-        done += size
-    return Automaton(edges, told["start"], set(told["final"]))
+        worker = None
+    if worker is None or worker.returncode != 0:
+        message = worker.stderr.decode(errors="replace").strip() if worker and worker.returncode == 1 else ""
+        reason = message if message and "Traceback" not in message else "it takes too much time or memory"
+        raise ValueError(f"regex={regex[:80]!r} cannot be compiled: {reason}")
+    head, _, edge_bytes = worker.stdout.partition(b"\n")
+    header = json.loads(head)
+    count = sum(edges for _, edges in header["states"])
+    tokens, targets = array("i", edge_bytes[: 4 * count]), array("q", edge_bytes[4 * count :])
+    edges, start = {}, 0
+    for state, size in header["states"]:
+        edges[state] = (tokens[start : start + size], targets[start : start + size])
+        start += size
+    return Automaton(edges, header["start"], set(header["final"]))
 
 
 def schema_regex(schema: dict[str, Any]) -> str:
-    """A regular expression for JSON that a schema allows. ValueError for a schema that none can express."""
+    """A regular expression for JSON of a given schema. ValueError for a schema that has no regular expression."""
     try:
         from outlines_core.json_schema import build_regex_from_schema  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("JSON of a given schema needs `pip install 'diffusify[serve]'`") from error
+        raise ValueError("constraining texts by a JSON schema needs `pip install 'diffusify[serve]'`") from error
     try:
         return build_regex_from_schema(json.dumps(schema))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the JSON schema cannot be followed: {error}") from error
+        raise ValueError(f"the JSON schema cannot be compiled: {error}") from error
 
 
-def _spellings(tokenizer: TextTokenizer) -> dict[bytes, list[int]]:
-    """Which tokens write which bytes."""
-    inner: Any = tokenizer.tokenizer
-    kind = getattr(inner.backend_tokenizer, "decoder", None)
-    if isinstance(kind, decoders.ByteLevel):
-        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+def _vocabulary(tokenizer: TextTokenizer) -> dict[bytes, list[int]]:
+    """The ids of the tokens that stand for each string of bytes."""
+    pretrained: Any = tokenizer.tokenizer
+    decoder = getattr(pretrained.backend_tokenizer, "decoder", None)
+    if isinstance(decoder, decoders.ByteLevel):
+        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
 
-        def spell(token: str) -> bytes:
-            return bytes(letters[letter] for letter in token)
+        def token_bytes(token: str) -> bytes:
+            return bytes(byte_of[char] for char in token)
 
-    elif "\u2581" in "".join(inner.convert_ids_to_tokens(list(range(min(2000, len(inner)))))):
-        spell = _piece
+    elif "\u2581" in "".join(pretrained.convert_ids_to_tokens(list(range(min(2000, len(pretrained)))))):
+        token_bytes = _sentencepiece_bytes
     else:
         raise ValueError(
-            f"a text's form can be given for byte-level and sentence-piece tokenizers, not for {type(kind).__name__}"
+            "regular expressions and JSON schemas need a byte-level or SentencePiece tokenizer; this one has a "
+            f"{type(decoder).__name__} decoder"
         )
-    found: dict[bytes, list[int]] = {}
-    for token, i in inner.get_vocab().items():
-        if i not in tokenizer.special and i not in inner.added_tokens_decoder:
-            found.setdefault(spell(token), []).append(i)
-    found.pop(b"", None)
-    return found
+    vocabulary: dict[bytes, list[int]] = {}
+    for token, i in pretrained.get_vocab().items():
+        if i not in tokenizer.special_ids and i not in pretrained.added_tokens_decoder:
+            vocabulary.setdefault(token_bytes(token), []).append(i)
+    vocabulary.pop(b"", None)
+    return vocabulary
 
 
-def _piece(token: str) -> bytes:
-    """The bytes of a sentence piece: `▁` is a space, `<0x0A>` a byte."""
+def _sentencepiece_bytes(token: str) -> bytes:
+    """The bytes of a SentencePiece token: `▁` is a space, `<0x0A>` a byte."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()

@@ -1,4 +1,4 @@
-"""Texts and examples of any length to rows of one length, without losing a token."""
+"""Packing: texts and examples of any length to rows of one length, without losing a token."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from diffusify.text.tokenizer import TextTokenizer
 
-BATCH = 128  # texts read and tokenized at once
-PORTION = 1 << 20  # and letters
-OPEN_ROWS = 256  # rows that wait for examples; when there are more, the fullest is closed
+BATCH = 128  # texts read at once
+MAX_CHARS = 1 << 20  # characters tokenized at once: a tokenizer's output takes far more memory than arrays do
+OPEN_ROWS = 256  # rows that may still take examples; when there are more, the fullest is closed
 
 
-class Rest(NamedTuple):
-    """Tokens that wait for a row to be full, and where among them documents start."""
+class Leftover(NamedTuple):
+    """Tokens that do not fill a row yet, and which of them start a document."""
 
     tokens: Int32[np.ndarray, "k"] = np.empty(0, np.int32)
     starts: Bool[np.ndarray, "k"] = np.empty(0, bool)
 
 
 def pack(texts: Dataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False) -> Dataset:
-    """Rows of `length` tokens: the documents of column `text` laid end to end, and cut wherever a row is full.
+    """Pack the documents of column `text` into rows of `length` tokens, joined end to end and cut where a row is full.
 
-    Each row has `tokens` and `document`, which counts the row's documents from 1; 0 is padding. What a cut leaves over
-    is a document of its own in the next row. The last, unfilled row is dropped unless `keep_tail`, or unless it is the
-    only one. All of it is in memory; see `diffusify.text.corpus` for more text than that.
+    Each row has `tokens` and `document`, which numbers the row's documents from 1; 0 is padding. The part of a
+    document after a cut counts as a document of the next row. The last, unfilled row is dropped unless `keep_tail` is
+    set or it is the only one. Everything is held in memory; see `diffusify.text.corpus` for larger data.
     """
     if not len(texts):
         raise ValueError("there are no texts to pack; give a dataset with at least one")
@@ -40,76 +40,76 @@ def pack(texts: Dataset, tokenizer: TextTokenizer, length: int, *, keep_tail: bo
 def pack_batches(
     batches: Iterable[list[str]], tokenizer: TextTokenizer, length: int, *, keep_tail: bool = False
 ) -> Iterator[tuple[Int32[np.ndarray, "rows n"], Int32[np.ndarray, "rows n"]]]:
-    """The rows of one batch of texts after the other, as (tokens, document); only an unfilled row waits for the next.
+    """The packed rows of each batch of texts in turn, as (tokens, document); see `pack`.
 
-    See `pack`.
+    Between batches only an unfilled row is kept.
     """
-    rest, packed = Rest(), False
+    leftover, packed = Leftover(), False
     for batch in batches:
-        tokens, document, rest = fill_rows(rest, batch, tokenizer, length)
+        tokens, document, leftover = fill_rows(leftover, batch, tokenizer, length)
         if len(tokens):
             yield tokens, document
             packed = True
-    if len(rest.tokens) and (keep_tail or not packed):
-        room = (0, length - len(rest.tokens))
-        document = np.pad(_number(rest.starts[None]), ((0, 0), room))
-        yield np.pad(rest.tokens, room, constant_values=tokenizer.pad_token_id)[None], document
+    if len(leftover.tokens) and (keep_tail or not packed):
+        padding = (0, length - len(leftover.tokens))
+        document = np.pad(_number_documents(leftover.starts[None]), ((0, 0), padding))
+        yield np.pad(leftover.tokens, padding, constant_values=tokenizer.pad_token_id)[None], document
 
 
 def fill_rows(
-    rest: Rest, texts: list[str], tokenizer: TextTokenizer, length: int
-) -> tuple[Int32[np.ndarray, "rows n"], Int32[np.ndarray, "rows n"], Rest]:
-    """The rows that are full when some texts are laid behind what was left over, and what is left over now."""
+    leftover: Leftover, texts: list[str], tokenizer: TextTokenizer, length: int
+) -> tuple[Int32[np.ndarray, "rows n"], Int32[np.ndarray, "rows n"], Leftover]:
+    """The full rows (tokens, document) of a leftover and the texts after it, and the new leftover."""
     if length < 2:
         raise ValueError(f"length={length} must be at least 2: a single token has nothing to be predicted from")
-    documents = [np.array(ids, np.int32) for some in _portions(texts) for ids in tokenizer.documents(some)]
+    documents = [np.array(ids, np.int32) for batch in _char_batches(texts) for ids in tokenizer.documents(batch)]
     sizes = np.array([len(document) for document in documents], int)
-    begins = np.zeros(sizes.sum(), bool)
-    begins[np.cumsum(sizes) - sizes] = True
-    tokens, starts = np.concatenate([rest.tokens, *documents]), np.concatenate([rest.starts, begins])
+    new_starts = np.zeros(sizes.sum(), bool)
+    new_starts[np.cumsum(sizes) - sizes] = True
+    tokens, starts = np.concatenate([leftover.tokens, *documents]), np.concatenate([leftover.starts, new_starts])
     full = len(tokens) // length * length
-    rows = tokens[:full].reshape(-1, length), _number(starts[:full].reshape(-1, length))
-    return *rows, Rest(tokens[full:], starts[full:])
+    rows = tokens[:full].reshape(-1, length), _number_documents(starts[:full].reshape(-1, length))
+    return *rows, Leftover(tokens[full:], starts[full:])
 
 
 def pack_examples(examples: Dataset, length: int, *, pad_token_id: int) -> Dataset:
-    """Rows of `length` tokens: whole examples (`tokens`, `target`; see `make_examples`), as many as fit into each.
+    """Pack whole examples (`tokens`, `target`; see `make_examples`) into rows of `length` tokens.
 
-    Each row has `tokens`, `document` (from 1; 0 is padding) and `editable`, which is what is to be written. An example
-    goes into the first open row that has room for it (see OPEN_ROWS); it is never cut.
+    Each row has `tokens`, `document` (from 1; 0 is padding) and `editable`, which marks the target tokens. An example
+    goes into the first open row with enough space (see OPEN_ROWS) and is never cut. ValueError if one is too long.
     """
     if not len(examples):
         raise ValueError("there are no examples to pack; give a dataset with at least one")
     columns = examples.with_format("numpy")
-    written, target = columns["tokens"][:], columns["target"][:]
-    sizes = [len(tokens) for tokens in written]
+    all_tokens, target = columns["tokens"][:], columns["target"][:]
+    sizes = [len(tokens) for tokens in all_tokens]
     if max(sizes) > length:
         raise ValueError(f"an example of {max(sizes)} tokens does not fit into length={length}, and none is ever cut")
-    rows = _fit(sizes, length)
+    rows = _first_fit(sizes, length)
     tokens = np.full((len(rows), length), pad_token_id, np.int32)
     document, editable = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for n, row in enumerate(rows):
-        at = 0
+        start = 0
         for number, example in enumerate(row, 1):
-            here = np.s_[n, at : at + sizes[example]]
-            tokens[here], document[here], editable[here] = written[example], number, target[example]
-            at += sizes[example]
+            span = np.s_[n, start : start + sizes[example]]
+            tokens[span], document[span], editable[span] = all_tokens[example], number, target[example]
+            start += sizes[example]
     return Dataset.from_dict({"tokens": tokens, "document": document, "editable": editable})
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Shaped[Tensor, "b n"]]:
-    """Packed rows as the tensors of a batch: `tokens`, `document` and, if the rows have it, `editable`."""
+    """A batch of packed rows as tensors: `tokens`, `document` and, if the rows have it, `editable`."""
     names = [name for name in ("tokens", "document", "editable") if name in rows[0]]
     batch = {name: torch.from_numpy(np.array([row[name] for row in rows])) for name in names}
     return {name: tensor if tensor.dtype == torch.bool else tensor.long() for name, tensor in batch.items()}
 
 
-def _fit(sizes: list[int], length: int) -> list[list[int]]:
-    """Which examples go into which row: each into the first open row that has room for it."""
+def _first_fit(sizes: list[int], length: int) -> list[list[int]]:
+    """The examples of each row: each example goes into the first open row with enough space."""
     rows: list[list[int]] = []
-    open: dict[int, int] = {}  # the room that is left in a row
+    open: dict[int, int] = {}  # row number -> free tokens
     for example, size in enumerate(sizes):
-        row = next((row for row, room in open.items() if room >= size), None)
+        row = next((row for row, free in open.items() if free >= size), None)
         if row is None:
             if len(open) == OPEN_ROWS:
                 del open[min(open, key=lambda row: open[row])]
@@ -123,20 +123,20 @@ def _fit(sizes: list[int], length: int) -> list[list[int]]:
     return rows
 
 
-def _portions(texts: list[str]) -> Iterator[list[str]]:
-    """Texts in portions of about a million letters: a tokenizer's answers take far more memory than arrays do."""
-    portion, size = [], 0
+def _char_batches(texts: list[str]) -> Iterator[list[str]]:
+    """Batches of texts, each closed once it has MAX_CHARS characters."""
+    batch, size = [], 0
     for text in texts:
-        portion.append(text)
+        batch.append(text)
         size += len(text)
-        if size >= PORTION:
-            yield portion
-            portion, size = [], 0
-    yield portion
+        if size >= MAX_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
-def _number(starts: Bool[np.ndarray, "rows n"]) -> Int32[np.ndarray, "rows n"]:
-    """Documents counted from 1 in every row, given where they start; every row starts one."""
+def _number_documents(starts: Bool[np.ndarray, "rows n"]) -> Int32[np.ndarray, "rows n"]:
+    """Document numbers from 1 in every row, given where documents start; every row starts one."""
     document = starts.astype(np.int32)
     document[:, 0] = 1
     return document.cumsum(1, dtype=np.int32)

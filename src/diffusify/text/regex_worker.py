@@ -1,57 +1,59 @@
-"""Makes a regular expression's automaton over tokens, in a process of its own: `python -m diffusify.text.regex_worker`.
+"""Compiles a regular expression to an automaton over tokens: `python -m diffusify.text.regex_worker SECONDS`.
 
-An expression of a few letters can need more time and memory than there is; here it can be stopped.
+It runs as a process of its own with limits on processor time (SECONDS) and memory, since a short expression can
+exceed those of any machine.
 """
 
 import json
 import sys
 from array import array
 
-SECONDS, BYTES, EDGES = 10, 4 * 2**30, 10_000_000
+MAX_SECONDS, MAX_BYTES, MAX_EDGES = 10, 4 * 2**30, 10_000_000
 
 
 def main() -> None:
-    """From standard input `{"regex": ..., "end": ..., "words": [[hex bytes, token ids], ...]}`.
+    """Compile the expression given on standard input, and write the automaton to standard output.
 
-    To standard output a line of JSON, `{"start": ..., "final": [...], "states": [[state, edges], ...]}`, and then all
-    edges' tokens and all their targets as 32-bit numbers.
+    Input: `{"regex": ..., "end": end token id, "vocabulary": [[hex bytes, token ids], ...]}`. Output: a line of JSON,
+    `{"start": ..., "final": [...], "states": [[state, number of edges], ...]}`, then the tokens of all edges as 32-bit
+    integers and their target states as 64-bit integers. On an error the message goes to standard error.
     """
-    _limit()
+    _set_limits(int(sys.argv[1]))
     from outlines_core import Index, Vocabulary
 
-    asked = json.load(sys.stdin)
-    words = {bytes.fromhex(word): ids for word, ids in asked["words"]}
+    request = json.load(sys.stdin)
+    vocabulary = {bytes.fromhex(token): ids for token, ids in request["vocabulary"]}
     try:
-        index = Index(asked["regex"], Vocabulary(asked["end"], words))
+        index = Index(request["regex"], Vocabulary(request["end"], vocabulary))
     except (ValueError, OverflowError) as error:
         sys.exit(str(error))
     start = index.get_initial_state()
     states, tokens, targets = {start: 0}, array("i"), array("q")
     queue = [start]
     for state in queue:
-        ways = sorted(token for token in index.get_allowed_tokens(state) or [] if token != asked["end"])
-        states[state] = len(ways)
-        tokens.extend(ways)
-        reached = [index.get_next_state(state, token) for token in ways]
-        targets.extend(reached)
-        if len(tokens) > EDGES:
-            sys.exit(f"it allows so much that it needs over {EDGES} edges")
-        for target in dict.fromkeys(reached):
+        allowed = sorted(token for token in index.get_allowed_tokens(state) or [] if token != request["end"])
+        states[state] = len(allowed)
+        tokens.extend(allowed)
+        next_states = [index.get_next_state(state, token) for token in allowed]
+        targets.extend(next_states)
+        if len(tokens) > MAX_EDGES:
+            sys.exit(f"its automaton has over {MAX_EDGES} edges; simplify the expression")
+        for target in dict.fromkeys(next_states):
             if target not in states:
                 states[target] = 0
                 queue.append(target)
     final = [state for state in states if index.is_final_state(state)]
-    head = {"start": start, "final": final, "states": list(states.items())}
-    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + tokens.tobytes() + targets.tobytes())
+    header = {"start": start, "final": final, "states": list(states.items())}
+    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + tokens.tobytes() + targets.tobytes())
 
 
-def _limit() -> None:
+def _set_limits(seconds: int) -> None:
     try:
         import resource
-    except ImportError:  # not on Windows, where there is the time limit alone
+    except ImportError:  # Windows does not have it; the caller's timeout applies
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
 
 
 if __name__ == "__main__":

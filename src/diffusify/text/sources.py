@@ -1,4 +1,4 @@
-"""Where texts and records come from: files, folders, hubs, the standard library, and mixtures of them."""
+"""Data sources of texts and records: files, folders, hubs, the standard library, and mixtures of them."""
 
 import json
 import os
@@ -17,121 +17,121 @@ from datasets.iterable_dataset import ExamplesIterable
 
 from diffusify.config import nearest
 from diffusify.text.files import (
-    RECORDS,
-    TEXTS,
-    Part,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    FilePart,
     find_files,
-    no_text,
-    parts_of,
+    no_text_message,
     read_records,
     read_texts,
+    split_file,
     try_texts,
 )
 from diffusify.text.tokenizer import TextTokenizer
 
-FORMS = "give a file, a folder, hub:NAME or builtin:pydoc"
+SOURCE_FORMS = "give a file, a folder, hub:NAME or builtin:pydoc"
 
-# A number and a star, then a source; the comma that parts two of them stands before the next number and star.
+# A weighted source is a number, a star and a source; a comma separates two of them before the next number and star.
 _WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
 _COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
 _HUB = re.compile(r"hub:(?P<name>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 
 def load_texts(source: str, *, seed: int = 0) -> Dataset | IterableDataset:
-    """The documents of a source, as a dataset with the one column `text`. Blank documents are left out.
+    """Load the documents of a source as a dataset with the single column `text`. Blank documents are skipped.
 
-    - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: one per record, its field `text`; each of
-      them may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
+    - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: the field `text` of each record; each file
+      may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
     - `hub:NAME`, `hub:NAME:CONFIG@SPLIT#FIELD`: a dataset of the Hugging Face Hub, streamed; split `train` and field
       `text` if unset.
     - `builtin:pydoc`: the topics of Python's own `help()`.
-    - `0.7*data.jsonl,0.3*notes.txt`: a mixture. A weight is a source's share of the documents drawn (by `seed`).
-      Drawing ends when every document has been drawn; a source that runs out before starts again, so shares hold.
+    - `0.7*data.jsonl,0.3*notes.txt`: a mixture. A weight is a source's share of the documents sampled (by `seed`).
+      Sampling ends when every document has been used; a source that runs out earlier starts again, so shares hold.
 
-    Files are read at once into memory, and the first record that cannot be read is an error; see `stream_texts` for
-    the other way. A path that exists is a path, whatever it looks like. ValueError for a source that does not exist,
-    cannot be read or has no documents.
+    Files are read into memory at once, and the first record that cannot be read is an error; see `stream_texts` for
+    streaming. A path that exists is always taken as a path. ValueError if the source does not exist, cannot be read or
+    has no documents.
     """
-    path = _path(source)
+    path = _existing_path(source)
     if path is None:
-        return _named(source, partial(load_texts, seed=seed), seed, streaming=False)
-    texts = [text for file in find_files(path, TEXTS) for text in read_texts(file)]
+        return _load_named(source, partial(load_texts, seed=seed), seed, streaming=False)
+    texts = [text for file in find_files(path, TEXT_SUFFIXES) for text in read_texts(file)]
     if not texts:
-        raise ValueError(no_documents(source))
+        raise ValueError(no_documents_message(source))
     return Dataset.from_dict({"text": texts})
 
 
 def stream_texts(source: str, *, seed: int = 0) -> IterableDataset:
-    """The records of a source of texts (see `load_texts`), read while they are used.
+    """Stream the records of a source of texts (see `load_texts`), which are read while they are used.
 
-    Each has a `text`, or a `fault` that says why it cannot be read; only a file of which nothing can be read is a
-    ValueError. Blank texts may be among them. Shards, which `set_epoch` shuffles, are files and the parts of large
-    ones; the dataset's state says where to go on.
+    A record has a `text`, or a `fault` that says why it cannot be read. Blank texts are kept. Shards, which `set_epoch`
+    shuffles, are files and parts of large files; the dataset's state can be saved and resumed. ValueError for a file
+    of which no record can be read.
     """
-    path = _path(source)
+    path = _existing_path(source)
     if path is None:
-        return _named(source, partial(stream_texts, seed=seed), seed, streaming=True)
-    parts = [part for file in find_files(path, TEXTS) for part in parts_of(file)]
+        return _load_named(source, partial(stream_texts, seed=seed), seed, streaming=True)
+    parts = [part for file in find_files(path, TEXT_SUFFIXES) for part in split_file(file)]
     features = Features({"text": Value("string"), "fault": Value("string")})
-    # IterableDataset.from_generator would do the same, and leave a lock file in a cache folder besides.
-    return IterableDataset(ExamplesIterable(_examples, {"parts": parts}), info=DatasetInfo(features=features))
+    # IterableDataset.from_generator does the same but leaves a lock file in a cache folder.
+    return IterableDataset(ExamplesIterable(_keyed_records, {"parts": parts}), info=DatasetInfo(features=features))
 
 
-def files_of(source: str) -> list[Path] | None:
-    """All files that a source of texts consists of; None if a part of it is on a hub. ValueError if one is missing."""
-    path = _path(source)
+def source_files(source: str) -> list[Path] | None:
+    """All files of a source of texts; None if a part of it is on a hub. ValueError if one does not exist."""
+    path = _existing_path(source)
     if path is not None:
-        return find_files(path, TEXTS)
+        return find_files(path, TEXT_SUFFIXES)
     if source.startswith("hub:"):
         return None
     if source.startswith("builtin:"):
-        _builtin(source)
+        _load_builtin(source)
         return []
     if _WEIGHTED.fullmatch(source):
-        parts = [files_of(part) for _, part in _weighted(source)]
+        parts = [source_files(part) for _, part in _parse_mixture(source)]
         return None if None in parts else [file for part in parts for file in part or ()]
-    raise ValueError(_missing(source, FORMS))
+    raise ValueError(_missing_message(source, SOURCE_FORMS))
 
 
-def no_documents(source: str) -> str:
-    """What to say of a source without texts."""
-    return f"data source {source} has no documents: nothing but empty files in it"
+def no_documents_message(source: str) -> str:
+    """The error message for a source without texts."""
+    return f"data source {source} has no documents: all its files are empty"
 
 
 def load_records(source: str, *, seed: int = 0) -> Dataset:
-    """The records of a source, as a dataset with the one column `record`: a JSON object, written out.
+    """Load the records of a source as a dataset with the single column `record`: a JSON object as a string.
 
     - `pairs.jsonl`, `pairs.json` (a list), `pairs.parquet`, each also as `.gz`, or a folder of such files.
     - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub; split `train` if unset.
-    - `0.7*pairs.jsonl,0.3*chats.jsonl`: a mixture, as `load_texts` draws it.
+    - `0.7*pairs.jsonl,0.3*chats.jsonl`: a mixture, sampled as in `load_texts`.
 
-    All of it is read now. Records may differ in their fields. What JSON cannot say (a date) becomes a string.
-    ValueError for a source that does not exist, cannot be read or has no records.
+    Everything is read into memory at once. Records may differ in their fields. A value that JSON does not have, such as
+    a date, becomes a string. ValueError if the source does not exist, cannot be read or has no records.
     """
-    path = _path(source)
+    path = _existing_path(source)
     if path is not None:
-        records = chain.from_iterable(read_records(file) for file in find_files(path, RECORDS))
+        records = chain.from_iterable(read_records(file) for file in find_files(path, RECORD_SUFFIXES))
     elif source.startswith("hub:"):
-        records = _hub(source, streaming=False)
+        records = _load_hub(source, streaming=False)
     elif _WEIGHTED.fullmatch(source):
-        return _mixture(source, partial(load_records, seed=seed), seed)
+        return _load_mixture(source, partial(load_records, seed=seed), seed)
     else:
-        raise ValueError(_missing(source, "give a file, a folder or hub:NAME"))
-    written = [json.dumps(record, default=str) for record in records]
-    if not written:
+        raise ValueError(_missing_message(source, "give a file, a folder or hub:NAME"))
+    serialized = [json.dumps(record, default=str) for record in records]
+    if not serialized:
         raise ValueError(f"data source {source} has no records")
-    return Dataset.from_dict({"record": written})
+    return Dataset.from_dict({"record": serialized})
 
 
 def split_off(dataset: Dataset, tokens: int, tokenizer: TextTokenizer, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """The dataset without some documents, and those documents, worth about `tokens` tokens: held out, to measure on.
+    """Split a dataset into training documents and held-out documents of about `tokens` tokens.
 
-    Whole documents drawn by `seed`: at least one, at most a tenth of them. A single document is cut near its end
-    instead, between paragraphs if one ends there. A document that occurs again is held out with all its copies.
-    ValueError if nothing would be left.
+    Held out are whole documents sampled by `seed`: at least one, at most a tenth of them, each with all its copies. A
+    single document is cut near its end instead, at the end of a paragraph if there is one. ValueError if nothing would
+    be left.
     """
     if tokens < 1:
-        raise ValueError(f"tokens={tokens} must be at least 1, or there is nothing to measure on")
+        raise ValueError(f"tokens={tokens} must be at least 1, or there is nothing to evaluate on")
     texts = dataset["text"][:]
     documents = list(dict.fromkeys(texts))
     if not documents:
@@ -152,82 +152,86 @@ def split_off(dataset: Dataset, tokens: int, tokenizer: TextTokenizer, *, seed: 
 
 
 def split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[str, str]:
-    """A text cut in two. The end is a twentieth or less; up to a fifth where that spares a paragraph or a line."""
+    """Cut a text in two, before its last `tokens` tokens or last twentieth, whichever is shorter.
+
+    The second part may grow to a fifth of the text if the cut then falls between paragraphs or lines. ValueError if
+    the text is a single word.
+    """
     text = text.strip()
-    wanted = len(text) * (1 - min(0.05, tokens / len(tokenizer.document(text))))
+    target = len(text) * (1 - min(0.05, tokens / len(tokenizer.document(text))))
     for boundary in (r"\n\s*\n", r"\n"):
-        ends = [found.end() for found in re.finditer(boundary, text)]
-        if near := [end for end in ends if 0.8 * len(text) <= end <= wanted]:
-            return text[: near[-1]], text[near[-1] :]
-    words = [found.end() for found in re.finditer(r"\s+", text)]
+        ends = [match.end() for match in re.finditer(boundary, text)]
+        if close := [end for end in ends if 0.8 * len(text) <= end <= target]:
+            return text[: close[-1]], text[close[-1] :]
+    words = [match.end() for match in re.finditer(r"\s+", text)]
     if not words:
-        raise ValueError(f"the data is the single word {text[:40]!r}, of which nothing can be held out; give more text")
-    cut = max((end for end in words if end <= wanted), default=words[-1])
+        raise ValueError(f"the data is the single word {text[:40]!r}, so no part of it can be held out; give more text")
+    cut = max((end for end in words if end <= target), default=words[-1])
     return text[:cut], text[cut:]
 
 
-def _path(source: str) -> Path | None:
-    """The source as a path, if there is anything at it."""
+def _existing_path(source: str) -> Path | None:
+    """The source as a path, or None if there is no such file or folder."""
     path = Path(source).expanduser()
-    # A mixture can be longer than a file's name may be: Path.exists raises then, os.path.exists does not.
+    # A mixture can be longer than a file name may be: Path.exists raises an error then, os.path.exists does not.
     return path if source and os.path.exists(path) else None
 
 
-def _missing(source: str, way: str) -> str:
+def _missing_message(source: str, advice: str) -> str:
     path = Path(source).expanduser()
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, names, n=1)
-    hint = f"did you mean {path.with_name(close[0])}? else {way}" if close else way
-    mixture = "; a mixture has a weight for each source: 0.7*FILE,0.3*FILE" if "," in source else ""
+    hint = f"did you mean {path.with_name(close[0])}? Otherwise {advice}" if close else advice
+    mixture = "; a mixture needs a weight for each source: 0.7*FILE,0.3*FILE" if "," in source else ""
     return f"data source {source} does not exist; {hint}{mixture}"
 
 
-def _named(source: str, load: Callable[[str], Any], seed: int, *, streaming: bool) -> Any:
-    """The texts of a source that is no path."""
+def _load_named(source: str, load: Callable[[str], Any], seed: int, *, streaming: bool) -> Any:
+    """The texts of a source that is not a path."""
     if source.startswith("hub:"):
-        texts = _hub_texts(source)
+        texts = _load_hub_texts(source)
         return texts if streaming else texts.filter(lambda text: bool(text and text.strip()), input_columns="text")
     if source.startswith("builtin:"):
-        topics = _builtin(source)
+        topics = _load_builtin(source)
         return topics.to_iterable_dataset() if streaming else topics
     if _WEIGHTED.fullmatch(source):
-        return _mixture(source, load, seed)
-    raise ValueError(_missing(source, FORMS))
+        return _load_mixture(source, load, seed)
+    raise ValueError(_missing_message(source, SOURCE_FORMS))
 
 
-def _examples(parts: list[Part]) -> Iterator[tuple[str, dict[str, str | None]]]:
-    """Single records under unique names, as the datasets library wants them."""
+def _keyed_records(parts: list[FilePart]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Single records with unique keys, as the datasets library expects them."""
     for part in parts:
         for number, text in enumerate(try_texts(part)):
             fault = isinstance(text, ValueError)
             yield f"{part}/{number}", {"text": None if fault else text, "fault": str(text) if fault else None}
 
 
-def _hub(source: str, *, streaming: bool) -> Any:
-    found = _HUB.fullmatch(source)
-    if found is None:
-        raise ValueError(f"data source {source} is no name; write hub:NAME or hub:NAME:CONFIG@SPLIT#FIELD")
-    split = found["split"] or "train"
-    loaded: Any = datasets.load_dataset(found["name"], found["config"], split=split, streaming=streaming)
-    return loaded if found["field"] is None else _renamed(loaded, found["field"], source)
+def _load_hub(source: str, *, streaming: bool) -> Any:
+    match = _HUB.fullmatch(source)
+    if match is None:
+        raise ValueError(f"data source {source} has no dataset name; write hub:NAME or hub:NAME:CONFIG@SPLIT#FIELD")
+    split = match["split"] or "train"
+    loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split, streaming=streaming)
+    return loaded if match["field"] is None else _as_text(loaded, match["field"], source)
 
 
-def _renamed(loaded: Any, field: str, source: str) -> Any:
+def _as_text(loaded: Any, field: str, source: str) -> Any:
     names = loaded.column_names or list(next(iter(loaded), {}))
     if field not in names:
         raise ValueError(f"{source} has no field {field}; fields found: {', '.join(names)}")
     return loaded if field == "text" else loaded.select_columns([field]).rename_column(field, "text")
 
 
-def _hub_texts(source: str) -> IterableDataset:
-    stream = _hub(source, streaming=True)
+def _load_hub_texts(source: str) -> IterableDataset:
+    stream = _load_hub(source, streaming=True)
     names = stream.column_names or list(next(iter(stream), {}))
     if "text" not in names:
-        raise ValueError(no_text(source, names))
+        raise ValueError(no_text_message(source, names))
     return stream.select_columns(["text"])
 
 
-def _builtin(source: str) -> Dataset:
+def _load_builtin(source: str) -> Dataset:
     name = source.removeprefix("builtin:")
     if name != "pydoc":
         raise ValueError(f'there is no built-in data "{name}"{nearest(name, ["pydoc"])}')
@@ -236,25 +240,25 @@ def _builtin(source: str) -> Dataset:
     return Dataset.from_dict({"text": [topics[topic] for topic in sorted(topics)]})
 
 
-def _weighted(source: str) -> list[tuple[float, str]]:
-    """The parts of a mixture and their weights."""
+def _parse_mixture(source: str) -> list[tuple[float, str]]:
+    """The weight and source of each part of a mixture."""
     parts = []
     for part in _COMMA.split(source):
-        found = _WEIGHTED.fullmatch(part)
-        assert found is not None, "the caller matches the first part, the comma all others"
+        match = _WEIGHTED.fullmatch(part)
+        assert match is not None, "the caller matches the first part, the comma all others"
         try:
-            weight = float(found[1])
+            weight = float(match[1])
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf"):
-            raise ValueError(f"weight {found[1]} of {found[2]} must be a number above 0, as in 0.7*a.txt,0.3*b.txt")
-        parts.append((weight, found[2].strip()))
+            raise ValueError(f"weight {match[1]} of {match[2]} must be a number above 0, as in 0.7*a.txt,0.3*b.txt")
+        parts.append((weight, match[2].strip()))
     return parts
 
 
-def _mixture(source: str, load: Callable[[str], Any], seed: int) -> Any:
-    weights, names = zip(*_weighted(source), strict=True)
-    parts = [load(name) for name in names]
+def _load_mixture(source: str, load: Callable[[str], Any], seed: int) -> Any:
+    weights, sources = zip(*_parse_mixture(source), strict=True)
+    parts = [load(part) for part in sources]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
     shares = [weight / sum(weights) for weight in weights]

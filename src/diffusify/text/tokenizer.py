@@ -1,4 +1,4 @@
-"""Text to token ids and back. Only what was written as text becomes text: nobody can smuggle in a special token."""
+"""Text to token ids and back, so that no text is ever encoded as a special token."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Stand before a text that goes on, and are cut off again. A colon rarely melts into what follows it.
-_MARKERS = ":(" + punctuation + ascii_letters + digits
+# Prefixes to encode a continuing text with, and to remove again. A colon rarely merges with the text after it.
+_PREFIXES = ":(" + punctuation + ascii_letters + digits
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Text to token ids and back: a pretrained tokenizer that reads text as nothing but text.
+    """A pretrained tokenizer that encodes text as plain text only.
 
-    A text may spell a special token (`<|im_end|>`, the mask token); it stays those letters.
+    A text may contain the name of a special token (`<|im_end|>`, the mask token); it is encoded as those letters.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -26,108 +26,109 @@ class TextTokenizer:
 
     @property
     def start_token_id(self) -> int:
-        """What every document begins with: BOS, else CLS, else EOS. ValueError if there is none."""
+        """The first token of every document: BOS, else CLS, else EOS. ValueError if there is none."""
         known = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id)
-        return _first(known, "start", "bos_token, cls_token or eos_token")
+        return _first_id(known, "start", "bos_token, cls_token or eos_token")
 
     @property
     def end_token_id(self) -> int:
-        """What every document ends with: EOS, else SEP. ValueError if there is none."""
-        return _first((self.tokenizer.eos_token_id, self.tokenizer.sep_token_id), "end", "eos_token or sep_token")
+        """The last token of every document: EOS, else SEP. ValueError if there is none."""
+        return _first_id((self.tokenizer.eos_token_id, self.tokenizer.sep_token_id), "end", "eos_token or sep_token")
 
     @property
     def pad_token_id(self) -> int:
-        """What fills a row behind its text: PAD, else the end token."""
+        """The token that fills a row after its text: PAD, else the end token."""
         pad: int | None = self.tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]  (one token, one id)
         return self.end_token_id if pad is None else pad
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """The ids of a text, without special tokens; `continues`: of a piece that stands behind other text.
+        """The ids of a text, without special tokens. Set `continues` if it follows other text.
 
-        The difference is the space that some tokenizers put before a text's first word.
+        Then the space that some tokenizers add before a text's first word is left out. ValueError if the tokenizer
+        cannot do that.
         """
-        if not continues or not self._leads_with_space:
+        if not continues or not self._adds_prefix_space:
             return self._encode([text])[0]
-        for marker in _MARKERS:
-            head = self._encode([marker])[0]
-            ids = self._encode([marker + text])[0]
+        for prefix in _PREFIXES:
+            head = self._encode([prefix])[0]
+            ids = self._encode([prefix + text])[0]
             if head and ids[: len(head)] == head and self.tokenizer.unk_token_id not in head:
                 return ids[len(head) :]
-        raise ValueError(f"the tokenizer melts {text[:40]!r} into any sign before it; it cannot encode text in pieces")
+        raise ValueError(f"the tokenizer merges {text[:40]!r} with any prefix, so it cannot encode text in parts")
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
-        """The text of some ids, special tokens left out; `continues`: with the space it may have at its start."""
-        plain = [int(i) for i in ids if int(i) not in self.special]
+        """The text of ids, without special tokens. With `continues` a space at its start is kept."""
+        plain = [int(i) for i in ids if int(i) not in self.special_ids]
         if not continues:
             return str(self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        head = self._encode([_MARKERS[0]])[0]
+        head = self._encode([_PREFIXES[0]])[0]
         return self.decode(head + plain).removeprefix(self.decode(head)) if plain else ""
 
     def document(self, text: str) -> list[int]:
-        """A whole text between its start and end token."""
+        """The ids of a whole text between the start and end token."""
         return self.documents([text])[0]
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        """`document` for many texts at once, much faster."""
+        """The ids of many documents (see `document`) in one call, which is much faster."""
         start, end = self.start_token_id, self.end_token_id
         return [[start, *ids, end] for ids in self._encode(texts)]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids of a text."""
+        """A hash of everything that determines the ids of a text."""
         tokenizer: Any = self.tokenizer
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-        rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # of a call
-        ends = (self.start_token_id, self.end_token_id, self.pad_token_id, sorted(self.special))
-        told = json.dumps([type(tokenizer).__name__, rules, ends], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # set by calls
+        ends = (self.start_token_id, self.end_token_id, self.pad_token_id, sorted(self.special_ids))
+        state = json.dumps([type(tokenizer).__name__, rules, ends], sort_keys=True)
+        return hashlib.sha256(state.encode()).hexdigest()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         rows = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        # Unigram models have special tokens among their words, and find them in plain text all the same.
-        clean = self._foreign.isdisjoint
-        return [ids if clean(ids) else self._cut(text) for text, ids in zip(texts, rows, strict=True)]
+        # Unigram models have special tokens in their vocabulary and find them in plain text despite the option.
+        is_plain = self._non_text_ids.isdisjoint
+        return [ids if is_plain(ids) else self._encode_split(text) for text, ids in zip(texts, rows, strict=True)]
 
-    def _cut(self, text: str) -> list[int]:
-        """The ids of a text that spells special tokens: cut inside each of them, then encoded in pieces."""
+    def _encode_split(self, text: str) -> list[int]:
+        """The ids of a text that contains special tokens: it is cut inside each of them and encoded in parts."""
         encoding = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False, return_offsets_mapping=True
         )
         spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        cuts = [(a + b) // 2 for i, (a, b) in spans if i in self._foreign and b - a > 1]
+        cuts = [(a + b) // 2 for i, (a, b) in spans if i in self._non_text_ids and b - a > 1]
         if not cuts:
-            return [i for i in encoding["input_ids"] if i not in self._foreign]
+            return [i for i in encoding["input_ids"] if i not in self._non_text_ids]
         edges = [0, *cuts, len(text)]
-        pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        return [i for n, piece in enumerate(pieces) for i in self.encode(piece, continues=n > 0)]
+        parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return [i for n, part in enumerate(parts) for i in self.encode(part, continues=n > 0)]
 
     @cached_property
-    def longest(self) -> int:
-        """How many letters a token has at most."""
+    def max_token_length(self) -> int:
+        """The length of the longest token in characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
-    def special(self) -> frozenset[int]:
-        """The ids that are no text."""
+    def special_ids(self) -> frozenset[int]:
+        """The ids that are not text."""
         added = self.tokenizer.added_tokens_decoder
         return frozenset({*self.tokenizer.all_special_ids, self.mask_token_id, *(i for i in added if added[i].special)})
 
     @cached_property
-    def _foreign(self) -> frozenset[int]:
-        """The ids that no text may have. An unknown word is text still."""
-        return frozenset(i for i in self.special if i != self.tokenizer.unk_token_id)
+    def _non_text_ids(self) -> frozenset[int]:
+        """The ids that no text may be encoded to: all special ids but the unknown token's."""
+        return frozenset(i for i in self.special_ids if i != self.tokenizer.unk_token_id)
 
     @cached_property
-    def _leads_with_space(self) -> bool:
-        """Whether a space is put before a text's first word."""
-        signs = self.tokenizer.convert_ids_to_tokens(self._encode(["x"])[0])
-        return "".join(signs).startswith(("\u2581", "\u0120"))
+    def _adds_prefix_space(self) -> bool:
+        """Whether the tokenizer adds a space before a text's first word."""
+        tokens = self.tokenizer.convert_ids_to_tokens(self._encode(["x"])[0])
+        return "".join(tokens).startswith(("\u2581", "\u0120"))
 
 
-def _first(ids: tuple[object, ...], name: str, where: str) -> int:
+def _first_id(ids: tuple[object, ...], name: str, attributes: str) -> int:
     for i in ids:
         if isinstance(i, int):
             return i
-    raise ValueError(f"the tokenizer has no {name} token; set its {where}")
+    raise ValueError(f"the tokenizer has no {name} token; set its {attributes}")

@@ -1,4 +1,4 @@
-"""The whole way: a base, some text and a recipe in; a folder with a diffusion model out."""
+"""Adaptation: trains a pretrained language model on text to become a diffusion language model."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from diffusify.models.attention_check import check_attention
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, ensure_mask_token
 from diffusify.models.lora import Lora, add_lora, check_lora
-from diffusify.models.recipes import Recipe, block, of_model
+from diffusify.models.recipes import Recipe, block, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
-from diffusify.text.sources import files_of
+from diffusify.text.sources import source_files
 from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training.budget import Budget
-from diffusify.training.run_folder import check_training_options, claim, train
-from diffusify.training.self_generated import OWN, check_writer, with_own_texts
+from diffusify.training.run_folder import check_run_folder, check_training_options, train
+from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_texts
 
 
 def adapt(
@@ -41,26 +41,30 @@ def adapt(
     console: Console | None = None,
     **training: Any,
 ) -> Path:
-    """Turn a pretrained language model into a diffusion model and save it in `out`; or go on with one.
+    """Turn a pretrained language model into a diffusion model and save it in `out`, or continue to train one.
 
-    `base` as `load_base` takes it, or a diffusion model, which goes on as its card says unless there is a `recipe`, and
-    with its adapters where it has some. `data` as `load_texts` takes it, and `self:DATA` is text that the base writes
-    itself, going on from pieces of DATA (see `with_own_texts`); `lora` trains adapters instead of all weights; rows of
-    `length` tokens; `held_out` tokens are kept aside to measure the bound. `streaming` reads texts while they are
-    trained on, as hubs and files of over a GiB are anyway; other texts of over 16 MiB are packed once and kept on disk
-    (see `open_corpus`). Records that cannot be read are left out and reported, up to a share `max_corrupt` of them. The
-    budget is `steps` or `minutes` (200 steps when neither is given). `training` are fields of
-    `transformers.TrainingArguments`. Progress goes to `console`, standard error if unset. An interrupted run goes on
-    where its last checkpoint stands; a finished one is returned as it is. Steps that are not finite are skipped, and
-    `max_skipped` of them in a row end the run (FloatingPointError). ValueError for anything that cannot work; what is
-    not there is refused before weights are read.
+    - `base`: a model as `load_base` takes it, or a diffusion model, which continues with its own recipe unless `recipe`
+      is given, and with its adapters if it has some.
+    - `data`: texts as `load_texts` takes them. `self:DATA` is text that the base generates itself from openings of
+      DATA's texts (see `with_generated_texts`).
+    - `recipe`: default `block()`. `lora` trains adapters instead of all weights.
+    - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
+    - `streaming` reads texts during training, which is the default for hubs and files above 1 GiB. Other texts above
+      16 MiB are packed once and cached on disk (see `open_corpus`). Corrupt records are skipped and reported, up to a
+      share `max_corrupt`.
+    - `steps` or `minutes` is the budget; default: 200 steps.
+    - `training` are fields of `transformers.TrainingArguments`. Progress goes to `console`; default: standard error.
+
+    An interrupted run resumes from its newest valid checkpoint; a finished one is returned unchanged. Non-finite steps
+    are skipped; `max_skipped` of them in a row raise FloatingPointError. Raises ValueError for bad arguments; missing
+    files are reported before weights are read.
     """
-    recipe, out = recipe or of_model(base) or block(), Path(out)
+    recipe, out = recipe or saved_recipe(base) or block(), Path(out)
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
     training = check_training_options(training)
-    record = {
+    settings = {
         "base": base,
         "data": data,
         "recipe": to_plain(recipe),
@@ -72,55 +76,60 @@ def adapt(
         "streaming": streaming,
         "training": training,
     }
-    if claim(out, record):
-        console.print(f"{out} holds this run already, finished")
+    if check_run_folder(out, settings):
+        console.print(f"{out} already holds this run, finished")
         return out
     check_limit(max_corrupt)
-    files_of(OWN.sub(r"\1", data))  # refuses what is not there
+    source_files(SELF_SOURCE.sub(r"\1", data))  # raises if files are missing
     source = open_base(base)
-    check_writer(data, base, masked=source.masked)
+    check_can_generate(data, base, masked=source.masked)
     weights = checksum(source.network)
-    torch.manual_seed(seed)  # adapters begin alike on every rank and after a resume
+    torch.manual_seed(seed)  # new adapters are the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
-    if denoiser.context is not None and length > denoiser.context:
-        raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {base} can see; use less")
+    if denoiser.context_length is not None and length > denoiser.context_length:
+        raise ValueError(
+            f"length={length} is more than the {denoiser.context_length} tokens of {base}'s context; make it smaller"
+        )
     check_attention(denoiser)
-    texts = with_own_texts(data, base, weights, source.network, tokenizer, length, seed, console)
+    texts = with_generated_texts(data, base, weights, source.network, tokenizer, length, seed, console)
     corpus = open_corpus(
         texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
     )
     if corpus.note:
         console.print(corpus.note, soft_wrap=True)
-    if corpus.tally.corrupt:
-        console.print(f"left out: {corpus.tally}", soft_wrap=True)
+    if corpus.bad_records.corrupt:
+        console.print(f"skipped: {corpus.bad_records}", soft_wrap=True)
     return train(
-        out, record, denoiser, recipe, source.tokenizer,
+        out, settings, denoiser, recipe, source.tokenizer,
         rows=corpus.rows, held_out=corpus.held_out, length=length, budget=budget, console=console,
         max_skipped=max_skipped,
     )  # fmt: skip
 
 
 def make_denoiser(base: Base, recipe: Recipe, *, lora: Lora | None = None) -> tuple[Denoiser, TextTokenizer]:
-    """A network under a recipe's card, perhaps with fresh adapters. ValueError when base and recipe do not fit."""
+    """A denoiser with a recipe's diffusion config, and with new adapters if `lora` is given; and its tokenizer.
+
+    Changes the base's network in place. Raises ValueError when base and recipe do not fit.
+    """
     check_fit(base.source, base.masked, recipe)
     mask = ensure_mask_token(base)
-    without_dropout(base.network)
+    disable_dropout(base.network)
     if lora is not None:
         add_lora(base.network, lora, mask, base.source)
-    card = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
-    return Denoiser(base.network, card), TextTokenizer(base.tokenizer, mask)
+    config = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
+    return Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask)
 
 
 def check_fit(source: str, masked: bool, recipe: Recipe) -> None:
-    """ValueError when a base and a recipe do not fit."""
+    """Raise ValueError when a base and a recipe do not fit."""
     if masked and recipe.shift:
         raise ValueError(f"{source} is a masked model, which needs no shift: use mlm(), or block(size, masked=True)")
     if not masked and recipe.name == "mlm":
-        raise ValueError(f"{source} is a left-to-right model: use ar() or block(size); mlm() is for masked models")
+        raise ValueError(f"{source} is an autoregressive model: use ar() or block(size); mlm() is for masked models")
 
 
-def without_dropout(network: nn.Module) -> None:
-    """From now on the network drops nothing: its noise is the open positions."""
+def disable_dropout(network: nn.Module) -> None:
+    """Set all dropout rates of a network to 0, since the masks already are noise."""
     for module in network.modules():
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What a run leaves to be read while it goes on: `metrics.jsonl` and `curve.png`."""
+"""A callback that writes `metrics.jsonl` and `curve.png` during training."""
 
 import json
 import math
@@ -12,44 +12,44 @@ from diffusify.training.curve import draw_curve
 
 
 class MetricsLog(TrainerCallback):
-    """Adds every log and evaluation to `metrics.jsonl` in a run's folder, and draws `curve.png` anew with each bound.
+    """Appends every log entry and evaluation to `metrics.jsonl` in a run's folder; redraws `curve.png` with each bound.
 
-    A resumed run's file has what its checkpoint knows and what comes after. A full disk ends nothing: what could not
-    be written is written next time.
+    A resumed run first rewrites the file with its checkpoint's entries. A full disk does not end the run: entries that
+    could not be written are written the next time.
     """
 
     def __init__(self, folder: Path, tokens_per_step: int) -> None:
         self.folder, self.tokens_per_step = folder, tokens_per_step
-        self._written = -1  # entries in the file; -1 is a file that is not known to be right
+        self._file_is_valid = False  # whether the file has all earlier entries, so that it is enough to append
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._written = -1
+        self._file_is_valid = False
         self.on_log(args, state, control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        again, self._written = self._written < 0, -1
-        done = 0 if again else len(state.log_history) - 1
+        append, self._file_is_valid = self._file_is_valid, False
+        first = len(state.log_history) - 1 if append else 0
         try:
-            with open(self.folder / "metrics.jsonl", "w" if again else "a", encoding="utf-8") as file:
-                for entry in state.log_history[done:]:
-                    file.write(json.dumps(_plain(entry), allow_nan=False) + "\n")
-            self._written = len(state.log_history)
+            with open(self.folder / "metrics.jsonl", "a" if append else "w", encoding="utf-8") as file:
+                for entry in state.log_history[first:]:
+                    file.write(json.dumps(_json_safe(entry), allow_nan=False) + "\n")
+            self._file_is_valid = True
         except OSError:
             pass
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        draft = self.folder / ".saving-curve.png"
+        partial = self.folder / ".saving-curve.png"
         try:
-            draw_curve(state.log_history, self.tokens_per_step, draft)
-            os.replace(draft, self.folder / "curve.png")
+            draw_curve(state.log_history, self.tokens_per_step, partial)
+            os.replace(partial, self.folder / "curve.png")
         except OSError:
-            draft.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
-def _plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it: what is not finite is null."""
+def _json_safe(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with None in place of numbers that JSON does not have (NaN and infinities)."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in entry.items()}

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains."""
+"""A callback that shows training progress on a console."""
 
 from math import inf
 from time import monotonic
@@ -14,11 +14,14 @@ LINE_SECONDS = 60.0
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with rate, loss and time left, and a line for every evaluation; lines now and then where no bar is seen."""
+    """A progress bar with loss, rate and time left, and a printed line for every evaluation.
+
+    If the console is no terminal (a log file), a line takes the bar's place every `LINE_SECONDS`.
+    """
 
     def __init__(self, budget: Budget, tokens_per_step: int, console: Console) -> None:
         self.budget, self.tokens_per_step, self.console = budget, tokens_per_step, console
-        self.first_step, self.first_second, self.told = 0, 0.0, -inf
+        self.first_step, self.first_second, self.last_line = 0, 0.0, -inf
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("adapting"),
@@ -43,11 +46,11 @@ class TrainingProgress(TrainerCallback):
         minutes, rest = divmod(round(self.budget.seconds_left), 60)
         ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
         skipped = f"  {logs['skipped']} skipped" if "skipped" in logs else ""
-        said = f"loss {logs['loss']:.2f}{ar}{skipped}"
-        note = f"step {state.global_step}  {said}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
+        losses = f"loss {logs['loss']:.2f}{ar}{skipped}"
+        note = f"step {state.global_step}  {losses}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
         self.bar.update(self.task, completed=self.budget.progress, note=note)
-        if not self.console.is_terminal and monotonic() - self.told >= LINE_SECONDS:  # a log file
-            self.told = monotonic()
+        if not self.console.is_terminal and monotonic() - self.last_line >= LINE_SECONDS:
+            self.last_line = monotonic()
             self.console.print(f"{self.budget.progress:>6.1%}  {note}", soft_wrap=True)
 
     def on_evaluate(

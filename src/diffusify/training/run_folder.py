@@ -1,4 +1,4 @@
-"""A run in a folder: claimed by its settings, trained to its end or to Ctrl-C, found again by the same command."""
+"""Training in a run folder, which the same command resumes, or recognizes as finished."""
 
 import json
 import os
@@ -16,42 +16,46 @@ from diffusify.config import from_plain, nearest, to_plain
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe
-from diffusify.models.saving import sync
+from diffusify.models.saving import fsync_path
 from diffusify.training.budget import Budget
 from diffusify.training.metrics_log import MetricsLog
 from diffusify.training.progress import TrainingProgress
-from diffusify.training.resilience.checkpoints import checkpoints, clear, clear_drafts
-from diffusify.training.resilience.distributed import agreed
+from diffusify.training.resilience.checkpoints import list_checkpoints, remove_checkpoints, remove_partial_saves
+from diffusify.training.resilience.distributed import all_reduce_max
 from diffusify.training.resilience.lock import LOCK, locked
 from diffusify.training.trainer import DiffusionTrainer
 
-# How a step's rows are dealt out, which may differ when a run goes on: their number may not.
-_DEALING = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# How a step's rows are split into micro-batches. A resumed run may change the split, but not the rows per step.
+_BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def claim(out: Path, record: dict[str, Any]) -> bool:
-    """Whether `out` holds this very run, finished. ValueError when it holds something else, or nothing can be there."""
+def check_run_folder(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` holds the run with these settings, finished.
+
+    Raises ValueError if it holds anything else but this run, if it cannot be written, or if the settings ask for a
+    reporter (`report_to`) that is not installed.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder for the model")
     if out.exists() and any(path.name != LOCK and not path.name.startswith(".saving-") for path in out.iterdir()):
-        _check_same(out, record)
+        _check_same_settings(out, settings)
         if (out / "diffusion_config.json").is_file():
-            clear(out)  # it may have died before it did
+            remove_checkpoints(out)  # the run may have been killed before it removed them
             (out / LOCK).unlink(missing_ok=True)
             return True
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{above} cannot be written to; give a folder for the model that can")
-    wanted = record["training"].get("report_to", "none")
-    for name in [wanted] if isinstance(wanted, str) else wanted:
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing} cannot be written to; give a folder for the model that can")
+    reporters = settings["training"].get("report_to", "none")
+    for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in ("none", "all", *get_available_reporting_integrations()):
-            raise ValueError(f"report_to={name}: no such package is installed; pip install {name}, or leave it out")
+            raise ValueError(f"report_to={name}: this package is not installed; pip install {name}, or leave it out")
     return False
 
 
 def train(
     out: Path,
-    record: dict[str, Any],
+    settings: dict[str, Any],
     denoiser: Denoiser,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,20 +67,20 @@ def train(
     console: Console,
     max_skipped: int = 10,
 ) -> Path:
-    """Train on packed rows, from the last whole checkpoint if there is any; save model, curve and log in `out`.
+    """Train on packed rows, from the newest valid checkpoint if there is one; save model, curve and log in `out`.
 
-    `record` has the seed and training options. See `DiffusionTrainer` for how a run ends before its time; OSError
-    where its model cannot be saved.
+    `settings` are what `run.json` stores; they include the seed and the training options. See `ResilientTrainer` for
+    what ends a run early. Raises OSError if the model cannot be saved.
     """
-    args = training_arguments(out, budget, denoiser, record["seed"], record["training"])
+    args = training_arguments(out, budget, denoiser, settings["seed"], settings["training"])
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens_per_step = rows_per_step * length
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out) if args.should_save else nullcontext():  # the first process holds the folder
+    with locked(out) if args.should_save else nullcontext():  # the main process holds the lock
         if args.should_save:
-            clear_drafts(out)
-            _check_rows(out, rows_per_step, args.world_size)
-            _write(out / "run.json", record | {"rows_per_step": rows_per_step}, indent=2)
+            remove_partial_saves(out)
+            _check_rows_per_step(out, rows_per_step, args.world_size)
+            _write_json(out / "run.json", settings | {"rows_per_step": rows_per_step}, indent=2)
         progress = TrainingProgress(budget, tokens_per_step, console)
         trainer = DiffusionTrainer(
             denoiser,
@@ -88,64 +92,68 @@ def train(
             callbacks=[MetricsLog(out, tokens_per_step), progress],
             budget=budget,
             max_skipped=max_skipped,
-            tell=lambda line: console.print(line, markup=False, soft_wrap=True),
+            notify=lambda line: console.print(line, markup=False, soft_wrap=True),
         )
-        [resumes] = agreed(bool(checkpoints(out)))
+        [has_checkpoint] = all_reduce_max(bool(list_checkpoints(out)))
         try:
-            trainer.train(resume_from_checkpoint=bool(resumes))
+            trainer.train(resume_from_checkpoint=bool(has_checkpoint))
         finally:
             progress.bar.stop()
-            if trainer.stream is not None and trainer.stream.tally.corrupt:
-                console.print(f"left out: {trainer.stream.tally}", soft_wrap=True)
+            if trainer.stream is not None and trainer.stream.bad_records.corrupt:
+                console.print(f"skipped: {trainer.stream.bad_records}", soft_wrap=True)
         try:
             if args.should_save:
                 log = {"tokens_per_step": tokens_per_step, "log": trainer.state.log_history}
-                _write(out / "training.json", log, indent=1)
+                _write_json(out / "training.json", log, indent=1)
             trainer.save_model(str(out))
         except Exception as error:
             raise OSError(
-                f"the model could not be saved in {out} ({error!r}); {trainer.last}; make room, then try again"
+                f"the model could not be saved in {out} ({error!r}); {trainer.checkpoint_status}; free some disk "
+                "space, then run the same command again"
             ) from error
         if args.should_save:
-            clear(out)
+            remove_checkpoints(out)
     return out
 
 
-def _check_same(out: Path, record: dict[str, Any]) -> None:
-    """ValueError unless `out` holds the run that the record tells of."""
-    there = out / "run.json"
-    if not there.is_file():
+def _check_same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless the `run.json` in `out` has these settings. How rows are split may differ."""
+    path = out / "run.json"
+    if not path.is_file():
         raise ValueError(f"{out} holds other files; give an empty or new folder")
-    before, here = json.loads(there.read_text(encoding="utf-8")), json.loads(json.dumps(record))
+    saved, given = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     for name, kind in (("recipe", Recipe), ("lora", Lora)):
-        if before.get(name) not in (None, here.get(name)):  # an earlier version wrote no fields that it did not have
-            with suppress(ValueError):  # a choice of one's own does not read
-                before[name] = to_plain(from_plain(before[name], kind, name))
-    for run in (before, here):
-        run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _DEALING}
-    differing = [name for name in here if before.get(name) != here[name]]
+        if saved.get(name) not in (None, given.get(name)):  # an earlier version has fewer fields, or other names
+            with suppress(ValueError):  # a user's own class cannot be read back
+                saved[name] = to_plain(from_plain(saved[name], kind, name))
+    for run in (saved, given):
+        run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _BATCH_SPLIT}
+    differing = [name for name in given if saved.get(name) != given[name]]
     if differing:
-        what = ", ".join(f"{name} {before.get(name)} there, {here[name]} here" for name in differing)
+        what = ", ".join(f"{name} was {saved.get(name)} and now is {given[name]}" for name in differing)
         raise ValueError(f"{out} holds another run ({what}); give another folder, or remove it")
 
 
-def _check_rows(out: Path, rows: int, processes: int) -> None:
-    """ValueError if the run in `out` was begun with another number of rows in a step."""
-    there = out / "run.json"
-    begun = json.loads(there.read_text(encoding="utf-8")).get("rows_per_step", rows) if there.is_file() else rows
-    if begun != rows:
+def _check_rows_per_step(out: Path, rows: int, processes: int) -> None:
+    """Raise ValueError if the run in `out` was started with another number of rows per step."""
+    path = out / "run.json"
+    started = json.loads(path.read_text(encoding="utf-8")).get("rows_per_step", rows) if path.is_file() else rows
+    if started != rows:
         raise ValueError(
-            f"the run in {out} was begun with {begun} rows in a step, and here are {rows}; "
-            f"set {' and '.join(_DEALING)} so that {processes} processes have {begun} together"
+            f"the run in {out} was started with {started} rows per step, but the settings now give {rows}; "
+            f"set {' and '.join(_BATCH_SPLIT)} so that {processes} processes have {started} in total"
         )
 
 
 def check_training_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with plain values of the right type. ValueError names what is no field, or no value for it."""
+    """Training options with plain values converted to their field's type.
+
+    Raises ValueError for a name that is not a field of `TrainingArguments`, and for a value of the wrong type.
+    """
     hints = get_type_hints(TrainingArguments)
     for name in options:
         if name not in hints:
-            raise ValueError(f'"{name}" is no field of TrainingArguments{nearest(name, hints)}')
+            raise ValueError(f'"{name}" is not a field of TrainingArguments{nearest(name, hints)}')
     simple = bool | int | float | str
     return {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
 
@@ -153,7 +161,7 @@ def check_training_options(options: dict[str, Any]) -> dict[str, Any]:
 def training_arguments(
     out: Path, budget: Budget, denoiser: Denoiser, seed: int, options: dict[str, Any]
 ) -> TrainingArguments:
-    """Defaults for short runs of small models, under whatever the user sets."""
+    """`TrainingArguments` with defaults for short runs of small models, overridden by the user's `options`."""
     parameters = sum(weight.numel() for weight in denoiser.parameters())
     defaults = {
         "per_device_train_batch_size": 4,
@@ -173,20 +181,20 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
     }
-    settings = defaults | {"output_dir": str(out), "max_steps": budget.max_steps, "seed": seed} | options
-    return TrainingArguments(**settings)
+    fixed = {"output_dir": str(out), "max_steps": budget.max_steps, "seed": seed}
+    return TrainingArguments(**(defaults | fixed | options))
 
 
 def fast_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16 faster than in float32."""
+    """Whether this machine's accelerator or CPU is faster in bfloat16 than in float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.backends.mps.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-def _write(path: Path, value: dict[str, Any], *, indent: int) -> None:
-    """JSON that is there in full or not at all."""
-    draft = path.with_name(f".saving-{path.name}")
-    draft.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-    sync(draft, deep=False)
-    os.replace(draft, path)
+def _write_json(path: Path, value: dict[str, Any], *, indent: int) -> None:
+    """Write a JSON file atomically."""
+    partial = path.with_name(f".saving-{path.name}")
+    partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    fsync_path(partial, recursive=False)
+    os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Batches of a stream of rows for one of several processes, and where to go on behind each of them."""
+"""A resumable loader of batches from a stream of rows, for one of several processes."""
 
 import json
 import os
@@ -16,27 +16,27 @@ from diffusify.text.stream import RowStream, State
 
 
 class StreamLoader:
-    """The batches of one process, without end; its workers are readers of the stream, like those of every process.
+    """An endless iterator over one process's batches. Its workers are readers of the stream.
 
-    A batch comes from one reader, and the readers of a process take turns. What has been trained on is told by the
-    number of batches: what workers have read ahead is read again when a run goes on.
+    A batch comes from one reader, and a process's readers take turns. A saved state refers to the batches that were
+    trained on: batches that workers have prefetched are read again when the run resumes.
     """
 
     def __init__(self, stream: RowStream, args: TrainingArguments) -> None:
         self.stream, self.args = stream, args
-        self.own = max(1, args.dataloader_num_workers)
-        self.readers = self.own * args.world_size
+        self.workers = max(1, args.dataloader_num_workers)
+        self.readers = self.workers * args.world_size  # of all processes
         self.batches = 0
-        self.states: list[State | None] = [None] * self.own
-        # An optimizer step's batches are fetched before it is taken; whoever saves in between wants the state before.
-        self._before = deque([(0, self.states)], maxlen=args.gradient_accumulation_steps + 1)
+        self.states: list[State | None] = [None] * self.workers
+        # A step's batches are fetched before the step is taken. A checkpoint saved in between needs the earlier state.
+        self._history = deque([(0, self.states)], maxlen=args.gradient_accumulation_steps + 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        turn = self.batches % self.own
-        first = self.args.process_index * self.own
-        order = [*range(turn, self.own), *range(turn)]
-        turns = [(first + worker, self.states[worker]) for worker in order]
-        batches = _Batches(self.stream, turns, self.readers, self.args.train_batch_size)
+        turn = self.batches % self.workers
+        first = self.args.process_index * self.workers
+        order = [*range(turn, self.workers), *range(turn)]
+        starts = [(first + worker, self.states[worker]) for worker in order]
+        batches = _StreamBatches(self.stream, starts, self.readers, self.args.train_batch_size)
         loader = DataLoader(
             batches,
             batch_size=None,
@@ -51,54 +51,57 @@ class StreamLoader:
             self.batches += 1
             self.states = [*self.states]
             self.states[reader - first] = state
-            self._before.append((self.batches, self.states))
+            self._history.append((self.batches, self.states))
             yield batch
 
     @property
-    def tally(self) -> BadRecords:
-        """What this process has read so far."""
+    def bad_records(self) -> BadRecords:
+        """The counts of records that this process has read so far."""
         return sum((BadRecords(**state["read"]) for state in self.states if state), BadRecords())
 
     def save(self, folder: Path | str, step: int) -> None:
-        """Write into a checkpoint where the stream stood after an optimizer step."""
+        """Save the stream's state after an optimizer step in a checkpoint folder."""
         batches = step * self.args.gradient_accumulation_steps
-        states = dict(self._before)[batches]
+        states = dict(self._history)[batches]
         text = json.dumps({"batches": batches, "readers": self.readers, "states": states})
-        (Path(folder) / self._name).write_text(text, encoding="utf-8")
+        (Path(folder) / self._file_name).write_text(text, encoding="utf-8")
 
     def load(self, folder: Path | str) -> None:
-        """Go on where a checkpoint stands. ValueError if it was made by another number of readers."""
-        path = Path(folder) / self._name
+        """Continue from a checkpoint. Raises ValueError if it was saved with another number of readers."""
+        path = Path(folder) / self._file_name
         saved: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"readers": 0}
         if saved["readers"] != self.readers:
             raise ValueError(
-                f"{path.parent} was made with {saved['readers'] or 'no'} readers of the stream of texts, not "
-                f"{self.readers} (processes times dataloader_num_workers); give the same numbers, or another folder"
+                f"{path.parent} was saved with {saved['readers'] or 'no'} readers of the text stream, not "
+                f"{self.readers} (processes times dataloader_num_workers); set the same numbers, or give another folder"
             )
         self.batches, self.states = saved["batches"], saved["states"]
-        self._before.clear()
-        self._before.append((self.batches, self.states))
+        self._history.clear()
+        self._history.append((self.batches, self.states))
 
     @property
-    def _name(self) -> str:
+    def _file_name(self) -> str:
         return f"stream_{self.args.process_index}.json"
 
 
-class _Batches(IterableDataset):
-    """What a worker (or the process itself) reads: (reader, batch, state), or (reader, None, what is wrong)."""
+class _StreamBatches(IterableDataset):
+    """The batches of one worker (or of the process itself): (reader, batch, state), or (reader, None, error message).
 
-    def __init__(self, stream: RowStream, turns: list[tuple[int, State | None]], readers: int, size: int) -> None:
-        self.stream, self.turns, self.readers, self.size = stream, turns, readers, size
+    `starts` has each worker's reader and the state that it starts from.
+    """
+
+    def __init__(self, stream: RowStream, starts: list[tuple[int, State | None]], readers: int, size: int) -> None:
+        self.stream, self.starts, self.readers, self.size = stream, starts, readers, size
 
     def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
         worker = get_worker_info()
-        if worker is not None:  # it is one of several, so that threads of its own would only be in the way
+        if worker is not None:  # the tokenizer's threads would compete with the other workers
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        reader, state = self.turns[worker.id if worker else 0]
+        reader, state = self.starts[worker.id if worker else 0]
         rows = self.stream.read(reader, self.readers, state)
         try:
             while True:
                 batch, states = zip(*(next(rows) for _ in range(self.size)), strict=True)
                 yield reader, collate([*batch]), states[-1]
-        except ValueError as error:  # would come out of a worker with its whole traceback as its message
+        except ValueError as error:  # raised in a worker, its message would contain the whole traceback
             yield reader, None, str(error)

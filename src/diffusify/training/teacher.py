@@ -1,4 +1,4 @@
-"""The left-to-right network that a run begins with, kept as it was to teach what the run makes of it."""
+"""A frozen copy of the autoregressive base, used as the teacher for distillation (`Objective.teacher='base'`)."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -13,10 +13,10 @@ from diffusify.models.fast_training import optimize_for_training
 
 
 class Teacher:
-    """What the network said of each token, having read the clean text before it, when the run began.
+    """The next-token logits of the network as it was when the run began, computed on clean text.
 
-    Weights that are not trained are shared with it, so that beside adapters it costs no memory; beside a network that
-    is trained whole it is a copy, on every process.
+    Weights that are not trained are shared with the network, so a LoRA run needs no memory for the teacher. When all
+    weights are trained, every process holds a second copy of them.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -26,10 +26,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Noised) -> LazyLogits:
-        """Logits about the open positions, row by row."""
+        """The logits for the open positions, row by row."""
         canvas = replace(batch.canvas, tokens=batch.clean)
         inputs = Causal()(canvas[:: batch.views], shift=self.denoiser.diffusion_config.shift)
-        answers = inputs.output_index.repeat_interleave(batch.views, 0)
+        output_index = inputs.output_index.repeat_interleave(batch.views, 0)
         return self.denoiser.lazy_logits(
-            self.denoiser.hidden_states(inputs, inputs.flat_index(answers, batch.canvas.open))
+            self.denoiser.hidden_states(inputs, inputs.flat_index(output_index, batch.canvas.open))
         )

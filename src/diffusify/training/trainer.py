@@ -1,4 +1,4 @@
-"""The training loop: a `transformers.Trainer` that noises texts and asks a denoiser to repair them."""
+"""A `transformers.Trainer` that trains denoisers with a masked-diffusion loss."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.trainer_utils import has_length
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.corruption import Share, noised
+from diffusify.diffusion.corruption import RowShard, noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.recipes import Recipe
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
-from diffusify.training.resilience.distributed import Shuffled, gathered, places
+from diffusify.training.resilience.distributed import ShuffledRows, all_gather_rows, row_order
 from diffusify.training.resilience.resilient import ResilientTrainer
 from diffusify.training.stream_loader import StreamLoader
 from diffusify.training.teacher import Teacher
@@ -27,13 +27,16 @@ from diffusify.training.validation import validate
 
 
 class DiffusionTrainer(ResilientTrainer):
-    """`transformers.Trainer` for denoisers: the usual `TrainingArguments`, diffusion's loss, bounds as metrics.
+    """`transformers.Trainer` for denoisers: the usual `TrainingArguments`, a diffusion loss, and the NELBO as a metric.
 
-    Rows and noise are drawn for a whole optimizer step, from the seed and the step: time is stratified over all its
-    micro-batches on all processes, the loss is a sum divided by the global count, and neither accumulation nor the
-    number of processes nor a resume changes anything. Packed rows have one length, so every process has the same work.
+    Rows and noise are sampled for a whole optimizer step, from the seed and the step: time is stratified over its
+    micro-batches on all processes, and the loss is a sum divided by the global count. So the result does not depend on
+    gradient accumulation, the number of processes or a resume. Packed rows have equal length, so processes have equal
+    work.
 
-    Datasets have rows `{"tokens", "document"}` and perhaps `"editable"`, as `diffusify.text.packing` makes them.
+    Dataset rows have `tokens`, `document` and optionally `editable`, as `diffusify.text.packing` makes them. `budget`
+    ends the run and sets its progress; without it the run lasts for `args.max_steps`. For `max_skipped` and `notify`
+    see `ResilientTrainer`.
     """
 
     loss_is_scaled_for_ga = True
@@ -50,12 +53,12 @@ class DiffusionTrainer(ResilientTrainer):
         callbacks: list[TrainerCallback] | None = None,
         budget: Budget | None = None,
         max_skipped: int = 10,
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
         args.label_names = []
-        compiled = args.torch_compile  # by us: layer after layer, where shapes are few
+        compiled = args.torch_compile  # `optimize_for_training` compiles layer by layer; Trainer would compile it all
         args.torch_compile, args.torch_compile_backend = False, None
         super().__init__(
             denoiser,
@@ -66,12 +69,12 @@ class DiffusionTrainer(ResilientTrainer):
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), *([budget] if budget else [])],
             max_skipped=max_skipped,
-            tell=tell,
+            notify=notify,
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
-        self.teacher = Teacher(denoiser) if recipe.objective.taught_by("base") else None
+        self.teacher = Teacher(denoiser) if recipe.objective.distills_from("base") else None
         optimize_for_training(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
@@ -79,13 +82,13 @@ class DiffusionTrainer(ResilientTrainer):
 
     @property
     def _progress(self) -> float:
-        """The share of the run that is done."""
+        """The share of the run that is done, from 0 to 1."""
         return self.state.global_step / self.state.max_steps if self.budget is None else self.budget.progress
 
     def get_train_dataloader(self) -> Any:
         if not isinstance(self.train_dataset, RowStream):
             return super().get_train_dataloader()
-        self.args.ignore_data_skip = True  # a stream goes on by its own state, without reading everything again
+        self.args.ignore_data_skip = True  # a stream resumes from its own state instead of reading all earlier batches
         self.stream = StreamLoader(self.train_dataset, self.args)
         return self.stream
 
@@ -94,8 +97,8 @@ class DiffusionTrainer(ResilientTrainer):
         if not has_length(rows) or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return Shuffled(len(rows), step, seed, lambda: self.state.global_step)
+        rows_per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ShuffledRows(len(rows), rows_per_step, seed, lambda: self.state.global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -111,7 +114,7 @@ class DiffusionTrainer(ResilientTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         if self.state.global_step >= self.state.max_steps or (self.budget and self.budget.progress >= 1):
-            self.control.should_training_stop = True  # it was stopped at its end
+            self.control.should_training_stop = True  # the checkpoint is that of a finished run
             return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
@@ -119,73 +122,73 @@ class DiffusionTrainer(ResilientTrainer):
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 65_536
         recipe = self.recipe.at(self.state.global_step, self._progress)
         objective, schedule = recipe.objective, recipe.schedule
-        rows = [len(batch["tokens"]) for batch in batches]
+        sizes = [len(batch["tokens"]) for batch in batches]
         text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
-        place = places(rows, self.args.world_size)
-        share = Share(gathered(text.document)[place.flatten().argsort()], place[self.args.process_index])
-        whole = noised(
+        order = row_order(sizes, self.args.world_size)
+        shard = RowShard(all_gather_rows(text.document)[order.flatten().argsort()], order[self.args.process_index])
+        step = noised(
             self.denoiser.predictable(text),
             recipe.time,
             schedule,
             self.denoiser.diffusion_config.mask_token_id,
             ar_share=objective.ar_share if objective.ar_weight else 0.0,
             generator=torch.Generator().manual_seed(seed % 2**63),
-            share=share,
+            shard=shard,
         )
-        starts = [sum(rows[:i]) * whole.views for i in range(len(rows) + 1)]
-        here = torch.stack([objective.count(whole.canvas), (whole.canvas.sizes > 0).sum()]).to(device)
-        everywhere: Any = self.accelerator.gather(here)
-        count, texts = everywhere.view(-1, 2).sum(0).clamp_min(1)
-        cuts = zip(starts, starts[1:], strict=False)
-        return [{"recipe": recipe, "noised": whole[a:b], "count": count, "texts": texts} for a, b in cuts], count
+        starts = [sum(sizes[:i]) * step.views for i in range(len(sizes) + 1)]
+        local_counts = torch.stack([objective.count(step.canvas), (step.canvas.sizes > 0).sum()]).to(device)
+        all_counts: Any = self.accelerator.gather(local_counts)
+        count, texts = all_counts.view(-1, 2).sum(0).clamp_min(1)
+        spans = zip(starts, starts[1:], strict=False)
+        return [{"recipe": recipe, "noised": step[a:b], "count": count, "texts": texts} for a, b in spans], count
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch, recipe = inputs["noised"].to(self.args.device), inputs["recipe"]
         objective = recipe.objective
-        taught = self.teacher(batch) if self.teacher and objective.distill else None
+        teacher_logits = self.teacher(batch) if self.teacher and objective.distill else None
         prediction = model(
             batch.canvas,
             batch.text,
-            ask=batch.canvas.open,
-            ar=objective.ar_targets(batch),
+            positions=batch.canvas.open,
+            ar_positions=objective.ar_targets(batch),
             attention=recipe.attention,
-            lengths=self.denoiser.length_head is not None,
-            loss=lambda answers, ar_output_index: objective(answers, ar_output_index, batch, recipe.schedule, taught),
+            return_lengths=self.denoiser.length_head is not None,
+            loss=lambda logits, ar_logits: objective(logits, ar_logits, batch, recipe.schedule, teacher_logits),
         )
         loss = prediction.loss
         self._nll.append(torch.stack([loss.nll.sum(), loss.nll.new_tensor(len(loss.nll))]))
         self._ar_nll.append(torch.stack([loss.ar_nll.sum(), loss.ar_nll.new_tensor(len(loss.ar_nll))]))
         share = loss.total / inputs["count"]
-        if prediction.lengths is not None:
+        if prediction.length_logits is not None:
             sizes = batch.canvas.sizes
-            wanted = (sizes[sizes > 0] - 1).clamp_max(prediction.lengths.shape[1] - 1)
-            error = nn.functional.cross_entropy(prediction.lengths, wanted, reduction="sum")
+            targets = (sizes[sizes > 0] - 1).clamp_max(prediction.length_logits.shape[1] - 1)
+            error = nn.functional.cross_entropy(prediction.length_logits, targets, reduction="sum")
             share = share + objective.length_weight * error / inputs["texts"]
         loss_on_rank = share * self.accelerator.num_processes
         return (loss_on_rank, prediction) if return_outputs else loss_on_rank
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The loss over all processes, the plain cross-entropies (nats) inside it, and how many steps were skipped."""
+        """Log the loss over all processes, its plain cross-entropies (`nll`, `ar_nll`, nats) and `skipped` steps."""
         if "loss" in logs:
-            parts = {"loss": self.guard.made, "nll": self._nll, "ar_nll": self._ar_nll}
-            sums = torch.stack([_finite_sum(part, self.args.device) for part in parts.values()])
-            everywhere: Any = self.accelerator.reduce(sums, "sum")
-            means = zip(parts, everywhere.tolist(), strict=True)
+            pairs = {"loss": self.guard.losses, "nll": self._nll, "ar_nll": self._ar_nll}
+            local_sums = torch.stack([_finite_sum(values, self.args.device) for values in pairs.values()])
+            sums: Any = self.accelerator.reduce(local_sums, "sum")
+            means = zip(pairs, sums.tolist(), strict=True)
             logs |= {"loss": nan} | {name: total / count for name, (total, count) in means if count}
             if self.guard.skipped:
                 logs["skipped"] = self.guard.skipped
-            for part in parts.values():
-                part.clear()
+            for values in pairs.values():
+                values.clear()
         super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The bound on held-out text, at the model's final attention pattern, on the same noise every time."""
+        """Metrics of `validate` on held-out rows, with the final attention pattern and the same noise every time."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert isinstance(rows, Dataset), "the bound is measured on packed rows that can be read again"
+        assert isinstance(rows, Dataset), "the bound is measured on a dataset of packed rows, not on a stream"
         report = validate(
             self.denoiser,
             rows,
@@ -200,20 +203,20 @@ class DiffusionTrainer(ResilientTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The arguments' own schedule; under a budget of minutes, a linear one over the time instead of the steps."""
+        """Create the learning rate schedule of `args`; with a budget of minutes, a linear one over time."""
         if self.budget is None or self.budget.minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
         budget, warmup = self.budget, max(1, self.args.get_warmup_steps(num_training_steps))
-        made: Any = optimizer or self.optimizer
+        scheduled: Any = optimizer or self.optimizer
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            made, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
+            scheduled, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
         )
         return self.lr_scheduler
 
 
-def _finite_sum(parts: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of those pairs of a sum and a count that are finite."""
-    if not parts:
+def _finite_sum(pairs: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of (sum, count) pairs, without those that are not finite."""
+    if not pairs:
         return torch.zeros(2, device=device)
-    pairs = torch.stack(parts)
-    return torch.where(pairs.isfinite().all(1, keepdim=True), pairs, 0.0).sum(0)
+    stacked = torch.stack(pairs)
+    return torch.where(stacked.isfinite().all(1, keepdim=True), stacked, 0.0).sum(0)

@@ -1,4 +1,4 @@
-"""Finetuning: pairs or chats teach a diffusion model, or a base on its way to one, what to answer."""
+"""Finetuning on pairs of prompt and target, or on chats."""
 
 import random
 from pathlib import Path
@@ -11,15 +11,15 @@ from rich.console import Console
 from diffusify.config import sees_right_context, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.lora import Lora, check_lora
-from diffusify.models.recipes import Recipe, of_model
+from diffusify.models.recipes import Recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records
 from diffusify.training.adapt import make_denoiser
 from diffusify.training.budget import Budget
-from diffusify.training.run_folder import check_training_options, claim, train, training_arguments
-from diffusify.training.self_generated import OWN, check_writer, with_own_answers
+from diffusify.training.run_folder import check_run_folder, check_training_options, train, training_arguments
+from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_answers
 
 
 def tune(
@@ -41,26 +41,34 @@ def tune(
     console: Console | None = None,
     **training: Any,
 ) -> Path:
-    """Finetune on prompts and what should be written after them; save the model in `out`.
+    """Finetune a model on prompts and targets, and save it in `out`.
 
-    `model` is a folder that `adapt` or `tune` made, which goes on as its card says (where it holds adapters, these are
-    trained on), or a base with the `recipe` that makes it a diffusion model (Diffusion-LLM's task finetuning). `data`
-    as `load_records` takes it, and `self:DATA` are answers that the model writes itself to DATA's questions (see
-    `with_own_answers`); the `template` says what of a record is prompt and target, else its fields do. Only
-    targets are noised and learnt, their end token included. `lora` trains new adapters instead of all weights. The
-    `length_head` learns to tell a target's length from its prompt. The budget is `steps` or `minutes`, else `epochs`.
-    Examples of more than `length` tokens (512, or what the model can see) are left out; `held_out` prompts are kept
-    aside to measure the bound. ValueError for anything that cannot work.
+    - `model`: a folder that `adapt` or `tune` made, which continues with its own recipe and adapters; or a base with
+      the `recipe` that makes it a diffusion model (Diffusion-LLM's task finetuning).
+    - `data`: records as `load_records` takes them. `self:DATA` are answers that the model generates itself to DATA's
+      questions (see `with_generated_answers`).
+    - `template`: the prompt and the target of a record; default: its well-known fields (see `make_examples`). Only
+      targets, their end token included, are noised and learned.
+    - `lora` trains new adapters instead of all weights. `length_head` also trains a head that predicts a target's
+      length from its prompt.
+    - `steps` or `minutes` is the budget; default: `epochs`.
+    - `length`: longer examples are skipped; default: 512 tokens, or the model's context if that is shorter.
+    - `held_out` prompts are held out to measure the NELBO.
+
+    Other arguments, resuming and errors are as in `adapt`. Raises ValueError for bad arguments.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training)
-    recipe = _recipe(model, recipe)
+    recipe = _choose_recipe(model, recipe)
     check_lora(model, lora)
-    if template is not None and OWN.search(data):
-        raise ValueError(f"data {data}: what a model answers itself are chats, which need no template; leave it out")
+    if template is not None and SELF_SOURCE.search(data):
+        raise ValueError(f"data {data}: answers that a model generates are chats, which need no template; leave it out")
     if length_head and not sees_right_context(recipe.attention):
-        raise ValueError(f"{recipe.attention} writes from left to right and learns where to end; leave the length head")
-    record = {
+        raise ValueError(
+            f"{recipe.attention} decodes from left to right and learns where to end, so it needs no length head; "
+            "leave the length head out"
+        )
+    settings = {
         "model": model,
         "data": data,
         "template": to_plain(template),
@@ -73,71 +81,73 @@ def tune(
         "seed": seed,
         "training": training,
     }
-    if claim(out, record):
-        console.print(f"{out} holds this run already, finished")
+    if check_run_folder(out, settings):
+        console.print(f"{out} already holds this run, finished")
         return out
-    records = load_records(OWN.sub(r"\1", data), seed=seed)  # refuses what is not there
+    records = load_records(SELF_SOURCE.sub(r"\1", data), seed=seed)  # raises if files are missing
     base = open_base(model)
-    check_writer(data, model, masked=base.masked)
+    check_can_generate(data, model, masked=base.masked)
     weights = checksum(base.network)
-    torch.manual_seed(seed)  # new weights, the same on every rank and after a resume
+    torch.manual_seed(seed)  # new weights are the same on every rank and after a resume
     denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
-    length = min(512, denoiser.context or 512) if length is None else length
-    if denoiser.context is not None and length > denoiser.context:
-        raise ValueError(f"length={length} is more than the {denoiser.context} tokens that {model} can see; use less")
+    length = min(512, denoiser.context_length or 512) if length is None else length
+    if denoiser.context_length is not None and length > denoiser.context_length:
+        raise ValueError(
+            f"length={length} is more than the {denoiser.context_length} tokens of {model}'s context; make it smaller"
+        )
     check_attention(denoiser)
-    if OWN.search(data):
-        written = with_own_answers(data, model, weights, base.network, tokenizer, length, seed, console)
-        records = load_records(written, seed=seed)
-    examples, left_out = make_examples(
+    if SELF_SOURCE.search(data):
+        generated = with_generated_answers(data, model, weights, base.network, tokenizer, length, seed, console)
+        records = load_records(generated, seed=seed)
+    examples, skipped = make_examples(
         records, tokenizer, template=template, each_turn=not sees_right_context(recipe.attention), length=length
     )
-    if left_out:
-        console.print(f"{left_out:,} of {left_out + len(examples):,} examples have more than {length} tokens: left out")
+    if skipped:
+        console.print(f"skipped {skipped:,} of {skipped + len(examples):,} examples: more than {length} tokens")
     if length_head:
         denoiser.add_length_head(max(sum(target) for target in examples["target"]))
     examples, held = split_off_prompts(examples, held_out, seed=seed)
-    rows, held = (pack_examples(part, length, pad_token_id=tokenizer.pad_token_id) for part in (examples, held))
+    rows, held = (pack_examples(split, length, pad_token_id=tokenizer.pad_token_id) for split in (examples, held))
     if steps is None and minutes is None:
         args = training_arguments(out, Budget(1), denoiser, seed, training)
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = max(1, round(epochs * len(rows) / batch))
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = max(1, round(epochs * len(rows) / rows_per_step))
     return train(
-        out, record, denoiser, recipe, base.tokenizer,
+        out, settings, denoiser, recipe, base.tokenizer,
         rows=rows, held_out=held, length=length, budget=Budget(steps, minutes), console=console,
         max_skipped=max_skipped,
     )  # fmt: skip
 
 
 def split_off_prompts(examples: Dataset, count: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """The examples without those of `count` prompts (at most a tenth of all), and those; no prompt is in both.
+    """Split examples into (train, held out) by prompt, so that no prompt is in both.
 
-    ValueError if there are too few prompts to hold any out.
+    Holds out `count` prompts, but at most a tenth of all. Raises ValueError if all examples have the same prompt.
     """
     prompts = [
-        tuple(token for token, written in zip(tokens, target, strict=True) if not written)
+        tuple(token for token, is_target in zip(tokens, target, strict=True) if not is_target)
         for tokens, target in zip(examples["tokens"], examples["target"], strict=True)
     ]
-    kinds = list(dict.fromkeys(prompts))
-    if len(kinds) < 2:
-        raise ValueError("all examples have the same prompt, so none can be held out to measure on; give more data")
-    random.Random(seed).shuffle(kinds)
-    held = set(kinds[: max(1, min(count, len(kinds) // 10))])
-    where = [prompt in held for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < 2:
+        raise ValueError("all examples have the same prompt, so none can be held out for validation; give more data")
+    random.Random(seed).shuffle(distinct)
+    held = set(distinct[: max(1, min(count, len(distinct) // 10))])
+    is_held = [prompt in held for prompt in prompts]
     return (
-        examples.select([i for i, is_held in enumerate(where) if not is_held]),
-        examples.select([i for i, is_held in enumerate(where) if is_held]),
+        examples.select([i for i, held_out in enumerate(is_held) if not held_out]),
+        examples.select([i for i, held_out in enumerate(is_held) if held_out]),
     )
 
 
-def _recipe(model: str, recipe: Recipe | None) -> Recipe:
-    """The recipe to go on with. ValueError when it is given twice or not at all."""
-    own = of_model(model)
+def _choose_recipe(model: str, recipe: Recipe | None) -> Recipe:
+    """The model's own recipe, or the given one. Raises ValueError if there are two or none."""
+    own = saved_recipe(model)
     if own and recipe:
-        raise ValueError(f"{model} is a diffusion model already and goes on as its card says; leave --recipe out")
-    if found := own or recipe:
-        return found
+        raise ValueError(f"{model} is a diffusion model already and keeps its own recipe; leave --recipe out")
+    if chosen := own or recipe:
+        return chosen
     raise ValueError(
-        f"{model} is no diffusion model yet; say how it becomes one with --recipe (mlm for a masked model, "
-        "block or ar for a left-to-right one), or run `diffusify adapt` first"
+        f"{model} is not a diffusion model yet; give a --recipe (mlm for a masked model, block or ar for an "
+        "autoregressive one), or run `diffusify adapt` first"
     )

@@ -1,4 +1,4 @@
-"""How good a denoiser is on held-out text: the bound, by noise level and by position in the block."""
+"""Validation on held-out text: the NELBO, by noise level and by position in the block."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.bounds import Bound, bound
+from diffusify.diffusion.bounds import Bound, estimate_bound
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
 from diffusify.text.packing import collate
@@ -24,73 +24,75 @@ def validate(
     rows: Dataset,
     *,
     batch_size: int = 8,
-    draws: int = 1,
+    samples: int = 1,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
-    """Nats per token on packed rows.
+    """Metrics of a denoiser on packed rows, in nats per token.
 
-    `bound` is the bound on the negative log-likelihood, with `bound_se` its standard error over rows, `bits` the same
-    in bits; `bound_at_3` is the part of position 3 of the blocks; `nll_at_0.4` the plain cross-entropy where a share
-    of 0.2 to 0.4 of the unit is open; `ar_nll` the network's own next-token loss where it is still trained.
+    `bound` is the NELBO (negative evidence lower bound), `bound_se` its standard error over rows, and `bits` the bound
+    in bits. `bound_at_3` is the mean over position 3 of all blocks. `nll_at_0.4` is the plain cross-entropy where a
+    share of 0.2 to 0.4 of the unit (block or document) is open. `ar_nll` is the next-token loss of the AR half, for
+    models that keep one. `samples` is the number of noise samples per row.
     """
     size = denoiser.diffusion_config.block_size
     generator = torch.Generator().manual_seed(seed)
     training = denoiser.training
     denoiser.eval()
-    nll, masked, where, ar_positions = [], [], [], []
+    nll, by_level, by_position, ar_nll = [], [], [], []
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         clean = denoiser.predictable(Canvas.clean(**batch).to(denoiser.device))
-        estimate, next_nll = _measure(denoiser, clean, draws, generator, autocast)
+        estimate, batch_ar_nll = _estimate(denoiser, clean, samples, generator, autocast)
         nll.append(torch.stack([estimate.nll.sum(1), clean.editable.sum(1)], 1).cpu())
-        masked.append(estimate.masked.cpu())
-        place = (clean.position_ids % (size or 1))[clean.editable]
-        where.append(torch.stack([estimate.nll[clean.editable], place], 1).cpu())
-        ar_positions += [part.cpu() for part in next_nll]
+        by_level.append(estimate.masked.cpu())
+        position = (clean.position_ids % (size or 1))[clean.editable]
+        by_position.append(torch.stack([estimate.nll[clean.editable], position], 1).cpu())
+        ar_nll += [losses.cpu() for losses in batch_ar_nll]
     denoiser.train(training)
     return _report(
-        torch.cat(nll), torch.cat(masked), torch.cat(where), torch.cat(ar_positions) if ar_positions else None, size
+        torch.cat(nll), torch.cat(by_level), torch.cat(by_position), torch.cat(ar_nll) if ar_nll else None, size
     )
 
 
-def _measure(
+def _estimate(
     denoiser: Denoiser,
     clean: Canvas,
-    draws: int,
+    samples: int,
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Bound, list[Tensor]]:
-    """The bound of a batch, and, from the same passes, the next-token losses of its clean half where there is one."""
+    """The bound of a batch, and from the same forward passes the next-token losses of its AR half, if it has one."""
     size, has_ar = denoiser.diffusion_config.block_size, denoiser.diffusion_config.keeps_ar_model
-    next_nll: list[Tensor] = []
+    ar_nll: list[Tensor] = []
 
-    def answer(canvas: Canvas, text: Tensor) -> Tensor:
-        ar_positions = canvas.editable if has_ar and not next_nll else None  # the same at every draw
+    def logits(canvas: Canvas, text: Tensor) -> Tensor:
+        ar_positions = canvas.editable if has_ar and not ar_nll else None  # the same for every sample
         with autocast():
             prediction = denoiser(canvas, text, positions=canvas.open, ar_positions=ar_positions)
         if ar_positions is not None:
-            next_nll.append(cross_entropy(prediction.ar_logits, text[ar_positions]))
+            ar_nll.append(cross_entropy(prediction.ar_logits, text[ar_positions]))
         return prediction.logits
 
     unit = clean.document * clean.tokens.shape[1] + (clean.position_ids // size if size else 0)
     noise = denoiser.diffusion_config.mask_token_id
-    return bound(answer, clean, unit, noise=noise, draws=draws, generator=generator), next_nll
+    return estimate_bound(logits, clean, unit, noise=noise, samples=samples, generator=generator), ar_nll
 
 
 def _report(
-    nll: Tensor, masked: Tensor, where: Tensor, ar_positions: Tensor | None, size: int | None
+    nll: Tensor, by_level: Tensor, by_position: Tensor, ar_nll: Tensor | None, size: int | None
 ) -> dict[str, float]:
+    """The metrics of `validate` from (nll, count) per row, (nll, share open) and (nll, position in the block)."""
     total, count = nll.sum(0)
     mean = total / count
-    spread = (nll[:, 0] - mean * nll[:, 1]).square().sum().sqrt() / count  # of a ratio of sums over rows
+    spread = (nll[:, 0] - mean * nll[:, 1]).square().sum().sqrt() / count  # for a ratio of sums over rows
     report = {"bound": float(mean), "bound_se": float(spread), "bits": float(mean) / math.log(2)}
     for level in range(1, NOISE_LEVELS + 1):
-        inside = (masked[:, 1] * NOISE_LEVELS).ceil() == level
+        inside = (by_level[:, 1] * NOISE_LEVELS).ceil() == level
         if inside.any():
-            report[f"nll_at_{level / NOISE_LEVELS:.1f}"] = float(masked[inside, 0].mean())
-    for place in range(size or 0):
-        report[f"bound_at_{place}"] = float(where[where[:, 1] == place, 0].mean())
-    if ar_positions is not None:
-        report["ar_nll"] = float(ar_positions.mean())
+            report[f"nll_at_{level / NOISE_LEVELS:.1f}"] = float(by_level[inside, 0].mean())
+    for position in range(size or 0):
+        report[f"bound_at_{position}"] = float(by_position[by_position[:, 1] == position, 0].mean())
+    if ar_nll is not None:
+        report["ar_nll"] = float(ar_nll.mean())
     return report

@@ -1,4 +1,4 @@
-"""The server's address book: what answers where, and what is turned away at the door."""
+"""The server as an ASGI application: its routes, middleware and error handlers."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -15,11 +15,11 @@ from starlette.staticfiles import StaticFiles
 from diffusify.config import DiffusionConfig
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.api import completions, infill, score
-from diffusify.serving.api.errors import ClientDisconnected, Problem, problem
+from diffusify.serving.api.errors import ClientDisconnected, ErrorResponse, to_error_response
 from diffusify.serving.api.middleware import RequestMiddleware
-from diffusify.serving.api.openai_schemas import unknown
+from diffusify.serving.api.openai_schemas import unknown_field
 from diffusify.serving.api.service import Service
-from diffusify.serving.engine.engine import Busy, Engine
+from diffusify.serving.engine.engine import Engine, QueueFull
 from diffusify.serving.engine.metrics import Metrics
 from diffusify.serving.engine.model_pool import ModelPool, UnknownModel
 from diffusify.serving.limits import Limits
@@ -38,16 +38,17 @@ def create_app(
     keep: int = 4,
     opener: Callable[[str], DiffusionLM] = DiffusionLM.from_pretrained,
 ) -> FastAPI:
-    """The server as an ASGI application. ValueError when there is no model.
+    """The server as an ASGI application. Raises ValueError if there is neither a model nor a folder.
 
-    Models in `folder` are opened by `opener` when somebody asks for them, `keep` of them at once at most. With `keys`,
-    who comes without one is turned away; `origins` are the web pages elsewhere that may ask (CORS).
+    Models in `folder` are opened by `opener` on request; at most `keep` of them stay open. If `keys` are given, every
+    request needs one of them. `origins` are the web origins whose pages may send requests (CORS). With `log_prompts`
+    the log has the request bodies too.
     """
     if not models and folder is None:
-        raise ValueError("there is no model to serve; give one at least, or a folder of them")
+        raise ValueError("there is no model to serve; give at least one model, or a folder of models")
     metrics = Metrics()
     engine = Engine(models, tokens=limits.tokens, waiting=limits.waiting, metrics=metrics)
-    serving = Service(engine, ModelPool(engine, folder, keep, opener), metrics, limits.seconds)
+    service = Service(engine, ModelPool(engine, folder, keep, opener), metrics, limits.seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,85 +57,91 @@ def create_app(
         engine.stop()
 
     app = FastAPI(title="diffusify", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service = serving
-    app.add_middleware(RequestMiddleware, serving=serving, limits=limits, keys=keys, log_prompts=log_prompts)
+    app.state.service = service
+    app.add_middleware(RequestMiddleware, service=service, limits=limits, keys=keys, log_prompts=log_prompts)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     for router in (completions.router, infill.router, score.router):
         app.include_router(router)
-    _about(app, serving)
-    _errors(app)
+    _add_status_routes(app, service)
+    _add_error_handlers(app)
     app.mount("/playground", StaticFiles(directory=PLAYGROUND))
     return app
 
 
-def _about(app: FastAPI, serving: Service) -> None:
-    """What is served, and how it is doing."""
+def _add_status_routes(app: FastAPI, service: Service) -> None:
+    """Routes for the list of models, health checks, metrics and the playground."""
 
-    @app.get("/v1/models", summary="The models that are served, and what each can do")
+    @app.get("/v1/models", summary="The served models and their capabilities")
     async def models() -> dict[str, Any]:
-        here = [_open_card(name, queue.lm) for name, queue in serving.engine.queues.items()]
-        return {"object": "list", "data": here + [_card(name, card) for name, card in serving.models.closed.items()]}
+        opened = [_opened_model(name, queue.lm) for name, queue in service.engine.queues.items()]
+        unopened = [_model(name, config) for name, config in service.models.unopened.items()]
+        return {"object": "list", "data": opened + unopened}
 
     @app.get("/v1/models/{name}", summary="One model")
     async def model(name: str) -> dict[str, Any]:
-        closed = serving.models.closed
-        return _card(name, closed[name]) if name in closed else _open_card(name, await serving.models.get(name))
+        unopened = service.models.unopened
+        if name in unopened:
+            return _model(name, unopened[name])
+        return _opened_model(name, await service.models.get(name))
 
-    @app.get("/health", summary="Whether the server lives")
+    @app.get("/health", summary="Whether the engine is running")
     async def health() -> JSONResponse:
-        return JSONResponse({"alive": serving.engine.alive}, 200 if serving.engine.alive else 503)
+        return JSONResponse({"alive": service.engine.alive}, 200 if service.engine.alive else 503)
 
-    @app.get("/ready", summary="Whether the server takes requests")
+    @app.get("/ready", summary="Whether the server accepts requests")
     async def ready() -> JSONResponse:
-        able = serving.ready and serving.engine.alive
-        return JSONResponse({"ready": able}, 200 if able else 503)
+        accepts = service.ready and service.engine.alive
+        return JSONResponse({"ready": accepts}, 200 if accepts else 503)
 
-    @app.get("/metrics", summary="For Prometheus")
+    @app.get("/metrics", summary="Metrics for Prometheus")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(serving.metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     async def playground() -> FileResponse:
         return FileResponse(PLAYGROUND / "index.html")
 
 
-def _card(name: str, card: DiffusionConfig, **more: Any) -> dict[str, Any]:
-    told = {
-        "recipe": card.recipe,
-        "attention": str(card.attention),
-        "block_size": card.block_size,
-        "shift": card.shift,
-        "infills": card.sees_right_context,
-        "lossless": card.reads_as_ar_model,
+def _model(name: str, config: DiffusionConfig, **more: Any) -> dict[str, Any]:
+    """OpenAI's model object, with the model's diffusion config."""
+    diffusion = {
+        "recipe": config.recipe,
+        "attention": str(config.attention),
+        "block_size": config.block_size,
+        "shift": config.shift,
+        "infills": config.sees_right_context,
+        "lossless": config.reads_as_ar_model,
     }
-    return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": told | more}
+    return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": diffusion | more}
 
 
-def _open_card(name: str, lm: DiffusionLM) -> dict[str, Any]:
-    return _card(name, lm.config, chats=bool(lm.tokenizer.tokenizer.chat_template), context=lm.denoiser.context)
+def _opened_model(name: str, lm: DiffusionLM) -> dict[str, Any]:
+    has_template = bool(lm.tokenizer.tokenizer.chat_template)
+    return _model(name, lm.config, chats=has_template, context=lm.denoiser.context_length)
 
 
-def _errors(app: FastAPI) -> None:
-    """Errors in OpenAI's form."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Handlers that turn every error into OpenAI's error object."""
 
-    def answer(told: Problem) -> Response:
-        return JSONResponse(told.body, told.status, told.headers)
+    def respond(error: ErrorResponse) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = unknown(where) if first["type"] == "extra_forbidden" else f"{where or 'body'}: {first['msg']}"
-        return answer(Problem(400, what, param=where or None))
+        param = ".".join(str(part) for part in first["loc"] if part != "body")
+        is_unknown = first["type"] == "extra_forbidden"
+        message = unknown_field(param) if is_unknown else f"{param or 'body'}: {first['msg']}"
+        return respond(ErrorResponse(400, message, param=param or None))
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        return answer(Problem(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return respond(ErrorResponse(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return answer(problem(error))
+        return respond(to_error_response(error))
 
-    for kind in (ValueError, TimeoutError, Busy, ClientDisconnected, UnknownModel):
+    for kind in (ValueError, TimeoutError, QueueFull, ClientDisconnected, UnknownModel):
         app.add_exception_handler(kind, failed)

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: completions with a suffix that is meant, chats, and what editors ask for at the cursor."""
+"""OpenAI's completion endpoints: prompts with an optional suffix, chats, and fill-in-the-middle for editors."""
 
 import time
 import uuid
@@ -12,29 +12,29 @@ from starlette.responses import JSONResponse, Response
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.generation import GenerationRun
 from diffusify.serving.api.logprobs import TopLogprobs
-from diffusify.serving.api.openai_schemas import ChatBody, CompletionBody, FimBody, OpenAI
-from diffusify.serving.api.responses import Answer, Events, event, told_tokens
-from diffusify.serving.api.service import Service, service, streamed
-from diffusify.serving.engine.generation_progress import StartEvent, Text
+from diffusify.serving.api.openai_schemas import ChatBody, CompletionBody, FimBody, OpenAIFields
+from diffusify.serving.api.responses import JobTexts, StepEvents, logprob_records, sse_event
+from diffusify.serving.api.service import Service, get_service, stream_response
+from diffusify.serving.engine.generation_progress import StartEvent, TextStream
 
 router = APIRouter()
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How an endpoint's answers look: a whole choice, and a piece of a streamed one."""
+class EndpointFormat:
+    """The JSON of an endpoint: names of its objects, a whole choice, and the delta of a streamed one."""
 
-    prefix: str
-    whole_object: str
-    part_object: str
+    id_prefix: str
+    object: str
+    chunk_object: str
     choice: Callable[[str], dict[str, Any]]
-    piece: Callable[[str], dict[str, Any]]
+    delta: Callable[[str], dict[str, Any]]
 
 
-COMPLETION = Kind(
+COMPLETION = EndpointFormat(
     "cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text: {"text": text}
 )
-CHAT = Kind(
+CHAT = EndpointFormat(
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -44,173 +44,186 @@ CHAT = Kind(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, read: what is written, how it is read, and what goes around it."""
+class ParsedRequest:
+    """A request as a generation: how to prepare it, how its tokens become text, and the format of the response."""
 
-    kind: Kind
+    format: EndpointFormat
     prepare: Callable[[DiffusionLM], GenerationRun]
-    read: Callable[[list[int]], str]
-    ends: frozenset[int]
-    before: Callable[[int], str] = lambda choice: ""  # in front of a choice's text
+    decode: Callable[[list[int]], str]
+    end_token_ids: frozenset[int]
+    prefix: Callable[[int], str] = lambda choice: ""  # text in front of a choice
 
 
-@router.post("/v1/completions", summary="Continue a prompt, or fill the gap between it and a suffix")
+@router.post("/v1/completions", summary="Continue a prompt, or fill the span between a prompt and a suffix")
 async def complete(body: CompletionBody, request: Request) -> Response:
-    serving = service(request)
-    lm = await serving.models.get(body.model)
-    return await _answer(serving, request, lm, body, _completion(serving, lm, body))
+    """OpenAI's completions."""
+    service = get_service(request)
+    lm = await service.models.get(body.model)
+    return await _respond(service, request, lm, body, _parse_completion(service, lm, body))
 
 
 @router.post("/v1/chat/completions", summary="Answer a chat")
 async def chat(body: ChatBody, request: Request) -> Response:
-    serving = service(request)
-    lm = await serving.models.get(body.model)
+    """OpenAI's chat completions."""
+    service = get_service(request)
+    lm = await service.models.get(body.model)
     messages: list[dict[str, Any]] = list(body.chat)
-    serving.check_length(lm, [message["content"] for message in messages])
-    told = lm.denoiser.length_head is not None
+    service.check_texts(lm, [message["content"] for message in messages])
+    has_length_head = lm.denoiser.length_head is not None
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        room = body.room or (None if told else _rest(lm, messages))
-        return lm.prepare_chat([messages] * body.n, room, body.watched(body.settings(lm), lm))
+        length = body.max_new_tokens or (None if has_length_head else _default_length(lm, messages))
+        return lm.prepare_chat([messages] * body.n, length, body.sampling_config(lm))
 
     ends = frozenset({lm.chat_template.end_token_id, lm.tokenizer.end_token_id})
-    return await _answer(serving, request, lm, body, Asked(CHAT, prepare, lm.chat_template.read, ends))
+    return await _respond(
+        service, request, lm, body, ParsedRequest(CHAT, prepare, lm.chat_template.decode_answer, ends)
+    )
 
 
-@router.post("/v1/fim/completions", summary="What belongs at the cursor, for editors")
+@router.post("/v1/fim/completions", summary="Fill in the middle, for editors")
 async def fill_in_the_middle(body: FimBody, request: Request) -> Response:
-    wishes = body.model_dump(exclude={"random_seed", "min_tokens"}, exclude_none=True)
+    """Completions at an editor's cursor, as chat completions."""
+    fields = body.model_dump(exclude={"random_seed", "min_tokens"}, exclude_none=True)
     if body.random_seed is not None:
-        wishes["seed"] = body.random_seed
-    inner = CompletionBody.model_validate(wishes)
-    serving = service(request)
-    lm = await serving.models.get(body.model)
-    return await _answer(serving, request, lm, inner, replace(_completion(serving, lm, inner), kind=CHAT))
+        fields["seed"] = body.random_seed
+    completion = CompletionBody.model_validate(fields)
+    service = get_service(request)
+    lm = await service.models.get(body.model)
+    parsed = replace(_parse_completion(service, lm, completion), format=CHAT)
+    return await _respond(service, request, lm, completion, parsed)
 
 
-def _completion(serving: Service, lm: DiffusionLM, body: CompletionBody) -> Asked:
-    """What goes on from the prompts, or leads from them to the suffix."""
+def _parse_completion(service: Service, lm: DiffusionLM, body: CompletionBody) -> ParsedRequest:
+    """A continuation of the prompts, or with a suffix the span between them."""
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
-    tokenizer, room = lm.tokenizer, body.max_tokens or 16
-    serving.check_length(lm, prompts, body.suffix)
+    tokenizer, length = lm.tokenizer, body.max_tokens or 16
+    service.check_texts(lm, prompts, body.suffix)
     if body.suffix:
-        return _between(lm, body, prompts, body.suffix, room)
+        return _parse_suffix(lm, body, prompts, body.suffix, length)
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        return lm.prepare_generation(prompts, room, body.watched(body.settings(lm), lm))
+        return lm.prepare_generation(prompts, length, body.sampling_config(lm))
 
-    def echoed(choice: int) -> str:
+    def echo(choice: int) -> str:
         prompt = prompts[choice]
         return "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
     ends = frozenset({tokenizer.end_token_id})
-    return Asked(COMPLETION, prepare, lambda ids: tokenizer.decode(ids, continues=True), ends, echoed)
+    return ParsedRequest(COMPLETION, prepare, lambda ids: tokenizer.decode(ids, continues=True), ends, echo)
 
 
-def _between(lm: DiffusionLM, body: CompletionBody, prompts: list[str | list[int]], suffix: str, most: int) -> Asked:
-    """A hole before the suffix, of `most` tokens or of as many fewer as read best."""
+def _parse_suffix(
+    lm: DiffusionLM, body: CompletionBody, prompts: list[str | list[int]], suffix: str, max_length: int
+) -> ParsedRequest:
+    """Masked spans before the suffix. All lengths up to `max_length` are tried, unless a constraint is given."""
     tokenizer = lm.tokenizer
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        sizes = range(most, most + 1) if body.form else range(1, most + 1)
-        holed = [[prompt, sizes, suffix] for prompt in prompts]
-        return lm.prepare_infilling(holed, body.watched(body.settings(lm, holes=True), lm))
+        lengths = range(max_length, max_length + 1) if body.constraint else range(1, max_length + 1)
+        texts = [[prompt, lengths, suffix] for prompt in prompts]
+        return lm.prepare_infilling(texts, body.sampling_config(lm, infilling=True))
 
-    spaced = isinstance(prompts[0], str) and prompts[0].endswith(" ")  # the hole has taken the space
+    # A space at the prompt's end becomes part of the span's first token.
+    ends_in_space = isinstance(prompts[0], str) and prompts[0].endswith(" ")
 
-    def read(ids: list[int]) -> str:
+    def decode(ids: list[int]) -> str:
         text = tokenizer.decode(ids, continues=True)
-        return text.removeprefix(" ") if spaced else text
+        return text.removeprefix(" ") if ends_in_space else text
 
-    return Asked(COMPLETION, prepare, read, frozenset())
+    return ParsedRequest(COMPLETION, prepare, decode, frozenset())
 
 
-def _rest(lm: DiffusionLM, messages: list[dict[str, Any]]) -> int:
-    """Room for an answer of which nobody said how long: 256 tokens, or what the model can still see."""
-    context = lm.denoiser.context
+def _default_length(lm: DiffusionLM, messages: list[dict[str, Any]]) -> int:
+    """The length of an answer if none is requested: 256 tokens, or what is left of the context length."""
+    context = lm.denoiser.context_length
     return 256 if context is None else max(1, min(256, context - len(lm.chat_template.prompt(messages))))
 
 
-async def _answer(serving: Service, request: Request, lm: DiffusionLM, body: OpenAI, asked: Asked) -> Response:
-    watched: list[TopLogprobs] = []
+async def _respond(
+    service: Service, request: Request, lm: DiffusionLM, body: OpenAIFields, parsed: ParsedRequest
+) -> Response:
+    top_logprobs: list[TopLogprobs] = []
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        writing = asked.prepare(lm)
-        watched.extend(each.policy for each in writing.settings[:1] if isinstance(each.policy, TopLogprobs))
-        return writing
+        run = parsed.prepare(lm)
+        top_logprobs.extend(each.policy for each in run.settings[:1] if isinstance(each.policy, TopLogprobs))
+        return run
 
-    await serving.compile(lm, body.form)
-    job = serving.submit(body.model, prepare, request)
-    answer = Answer(job, asked.read, asked.ends, body.stops)
-    head = {"id": f"{asked.kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    await service.compile(lm, body.constraint)
+    job = service.submit(body.model, prepare, request)
+    texts = JobTexts(job, parsed.decode, parsed.end_token_ids, body.stops)
+    head = {"id": f"{parsed.format.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
-    def records(choice: int, text: Text) -> dict[str, Any] | None:
-        if body.top is None:
+    def logprobs(choice: int, text: TextStream) -> dict[str, Any] | None:
+        if body.num_top_logprobs is None:
             return None
-        told = told_tokens(text.tokens, job.work.best[choice], lm.tokenizer, watched[0] if watched else None)
-        return {"content": told, "refusal": None} if asked.kind is CHAT else _columns(told)
+        row = job.work.best_rows[choice]
+        records = logprob_records(text.tokens, row, lm.tokenizer, top_logprobs[0] if top_logprobs else None)
+        return {"content": records, "refusal": None} if parsed.format is CHAT else _legacy_logprobs(records)
 
     if body.stream:
-        return await streamed(request, answer, _chunks(answer, body, asked, head, lm, records))
-    texts = await serving.finished(request, answer)
+        return await stream_response(request, texts, _chunks(texts, body, parsed, head, lm, logprobs))
     choices = [
         {"index": i}
-        | asked.kind.choice(asked.before(i) + text.sent)
-        | {"logprobs": records(i, text), "finish_reason": text.finish}
-        for i, text in enumerate(texts)
+        | parsed.format.choice(parsed.prefix(i) + text.sent)
+        | {"logprobs": logprobs(i, text), "finish_reason": text.finish_reason}
+        for i, text in enumerate(await service.finish(request, texts))
     ]
-    return JSONResponse(head | {"object": asked.kind.whole_object, "choices": choices, "usage": answer.usage})
+    return JSONResponse(head | {"object": parsed.format.object, "choices": choices, "usage": texts.usage})
 
 
 async def _chunks(
-    answer: Answer,
-    body: OpenAI,
-    asked: Asked,
+    texts: JobTexts,
+    body: OpenAIFields,
+    parsed: ParsedRequest,
     head: dict[str, Any],
     lm: DiffusionLM,
-    records: Callable[[int, Text], dict[str, Any] | None],
+    logprobs: Callable[[int, TextStream], dict[str, Any] | None],
 ) -> AsyncIterator[str]:
-    """Deltas of settled text; with `denoise`, all steps between them."""
-    head = head | {"object": asked.kind.part_object}
-    events = Events(lm.tokenizer, closed=False)
-    ended: set[int] = set()
+    """Deltas of final text; with `denoise`, the events of all steps between them."""
+    head = head | {"object": parsed.format.chunk_object}
+    events = StepEvents(lm.tokenizer, has_end=False)
+    finished: set[int] = set()
 
     def chunk(choice: dict[str, Any], **more: Any) -> str:
-        return event(None, head | {"choices": [choice]} | more)
+        return sse_event(None, head | {"choices": [choice]} | more)
 
-    async for new, told in answer.grow():
+    async for new, update in texts.updates():
         if body.denoise:
-            for each in events.of(told):
-                yield each
-        for i, (text, added) in enumerate(zip(answer.texts, new, strict=True)):
-            rest = {"index": i, "logprobs": None, "finish_reason": None}
-            if isinstance(told, StartEvent):
-                first = asked.before(i)
-                if asked.kind is CHAT:
-                    yield chunk(rest | {"delta": {"role": "assistant", "content": "", "refusal": None}})
-                elif first:
-                    yield chunk(rest | asked.kind.piece(first))
+            for event in events.format(update):
+                yield event
+        for i, (text, added) in enumerate(zip(texts.texts, new, strict=True)):
+            choice = {"index": i, "logprobs": None, "finish_reason": None}
+            if isinstance(update, StartEvent):
+                prefix = parsed.prefix(i)
+                if parsed.format is CHAT:
+                    yield chunk(choice | {"delta": {"role": "assistant", "content": "", "refusal": None}})
+                elif prefix:
+                    yield chunk(choice | parsed.format.delta(prefix))
             if added:
-                yield chunk(rest | asked.kind.piece(added))
-            if text.finish and i not in ended:
-                ended.add(i)
-                last = {"delta": {}} if asked.kind is CHAT else {"text": ""}
-                yield chunk(rest | last | {"logprobs": records(i, text), "finish_reason": text.finish})
-    if body.usage_asked or body.denoise:
-        yield event(None, head | {"choices": [], "usage": answer.usage})
-    yield event(None, "[DONE]")
+                yield chunk(choice | parsed.format.delta(added))
+            if text.finish_reason and i not in finished:
+                finished.add(i)
+                last = {"delta": {}} if parsed.format is CHAT else {"text": ""}
+                yield chunk(choice | last | {"logprobs": logprobs(i, text), "finish_reason": text.finish_reason})
+    if body.include_usage or body.denoise:
+        yield sse_event(None, head | {"choices": [], "usage": texts.usage})
+    yield sse_event(None, "[DONE]")
 
 
-def _columns(told: list[dict[str, Any]]) -> dict[str, Any]:
-    """The older form of the record, in columns."""
-    offsets, at = [], 0
-    for one in told:
-        offsets.append(at)
-        at += len(one["token"])
+def _legacy_logprobs(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The logprobs object of /v1/completions, which has one list per field."""
+    offsets, offset = [], 0
+    for record in records:
+        offsets.append(offset)
+        offset += len(record["token"])
     return {
-        "tokens": [one["token"] for one in told],
-        "token_logprobs": [one["logprob"] for one in told],
-        # Parts of a letter look alike; the likeliest, which comes first, is kept.
-        "top_logprobs": [{each["token"]: each["logprob"] for each in reversed(one["top_logprobs"])} for one in told],
+        "tokens": [record["token"] for record in records],
+        "token_logprobs": [record["logprob"] for record in records],
+        # Incomplete characters have the same text; reversed, so that the most likely of them is kept.
+        "top_logprobs": [
+            {each["token"]: each["logprob"] for each in reversed(record["top_logprobs"])} for record in records
+        ],
         "text_offset": offsets,
     }

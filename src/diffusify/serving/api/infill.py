@@ -1,4 +1,4 @@
-"""Texts with holes anywhere: fill them, look at what else could stand there, and what tokens a text has."""
+"""Endpoints for infilling, for the alternatives at a position, and for the tokens of a text."""
 
 import time
 import uuid
@@ -13,131 +13,138 @@ from starlette.responses import JSONResponse, Response
 from diffusify.canvas import Canvas
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.generation import GenerationRun
-from diffusify.serving.api.responses import Answer, Events, event, row_tokens
+from diffusify.serving.api.responses import JobTexts, StepEvents, row_tokens, sse_event
 from diffusify.serving.api.schemas import AlternativesBody, InfillBody, TokenizeBody
-from diffusify.serving.api.service import service, streamed, unless_gone
-from diffusify.text.prompts import encode_holed, read_spans
+from diffusify.serving.api.service import get_service, stream_response, wait_or_cancel
+from diffusify.text.prompts import decode_spans, encode_infill_text
 
 router = APIRouter()
 
 
-@router.post("/v1/infill", summary="Fill the holes of a text, anywhere in it")
+@router.post("/v1/infill", summary="Fill the masked spans of a text")
 async def infill(body: InfillBody, request: Request) -> Response:
-    serving = service(request)
-    lm = await serving.models.get(body.model)
-    serving.check_length(lm, [body.tokens], body.text)
-    await serving.compile(lm, body.form)
-    closed = lm.config.sees_right_context
+    """Fills the masked spans of a text or of token ids. AR models take nulls at the end only."""
+    service = get_service(request)
+    lm = await service.models.get(body.model)
+    service.check_texts(lm, [body.tokens], body.text)
+    await service.compile(lm, body.constraint)
+    infills = lm.config.sees_right_context
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        settings = body.settings(lm, holes=closed)
+        config = body.sampling_config(lm, infilling=infills)
         if body.tokens is None:
-            return lm.prepare_infilling([body.text or ""], settings)
-        if closed:
-            return lm.prepare_infilling([_pieces(body.tokens)], settings)
-        return lm.prepare_generation([_beginning(lm, body.tokens)], body.tokens.count(None), settings)
+            return lm.prepare_infilling([body.text or ""], config)
+        if infills:
+            return lm.prepare_infilling([_spans(body.tokens)], config)
+        return lm.prepare_generation([_prompt(lm, body.tokens)], body.tokens.count(None), config)
 
-    ends = frozenset[int]() if closed else frozenset({lm.tokenizer.end_token_id})
-    answer = Answer(serving.submit(body.model, prepare, request), lambda ids: "", ends)
+    ends = frozenset[int]() if infills else frozenset({lm.tokenizer.end_token_id})
+    texts = JobTexts(service.submit(body.model, prepare, request), lambda ids: "", ends)
     head = {"id": f"infill-{uuid.uuid4().hex}", "object": "infill", "created": int(time.time()), "model": body.model}
     if body.stream:
-        return await streamed(request, answer, _parts(answer, body, head, lm))
-    await serving.finished(request, answer)
-    return JSONResponse(head | _result(answer, lm))
+        return await stream_response(request, texts, _events(texts, body, head, lm))
+    await service.finish(request, texts)
+    return JSONResponse(head | _result(texts, lm))
 
 
-async def _parts(answer: Answer, body: InfillBody, head: dict[str, Any], lm: DiffusionLM) -> AsyncIterator[str]:
-    events = Events(lm.tokenizer, closed=lm.config.sees_right_context)
-    async for _, told in answer.grow():
+async def _events(texts: JobTexts, body: InfillBody, head: dict[str, Any], lm: DiffusionLM) -> AsyncIterator[str]:
+    events = StepEvents(lm.tokenizer, has_end=lm.config.sees_right_context)
+    async for _, update in texts.updates():
         if body.denoise:
-            for each in events.of(told):
-                yield each
-    yield event(None, head | _result(answer, lm))
-    yield event(None, "[DONE]")
+            for event in events.format(update):
+                yield event
+    yield sse_event(None, head | _result(texts, lm))
+    yield sse_event(None, "[DONE]")
 
 
-def _result(answer: Answer, lm: DiffusionLM) -> dict[str, Any]:
-    writing: GenerationRun = answer.job.work
-    (row,) = writing.best
-    canvas = writing.canvas[row : row + 1]
+def _result(texts: JobTexts, lm: DiffusionLM) -> dict[str, Any]:
+    run: GenerationRun = texts.job.work
+    (row,) = run.best_rows
+    canvas = run.canvas[row : row + 1]
     choice = {
         "index": 0,
         "text": lm.read(canvas),
-        "spans": read_spans(lm.tokenizer, canvas)[0],
+        "spans": decode_spans(lm.tokenizer, canvas)[0],
         "candidate": row,
         "finish_reason": "stop",
-        "tokens": row_tokens(writing, row, lm.tokenizer, closed=lm.config.sees_right_context),
+        "tokens": row_tokens(run, row, lm.tokenizer, has_end=lm.config.sees_right_context),
     }
-    return {"choices": [choice], "usage": answer.usage}
+    return {"choices": [choice], "usage": texts.usage}
 
 
-def _pieces(tokens: list[int | None]) -> list[str | range | list[int]]:
-    """Token ids, and a hole of exactly as many tokens as there are nulls side by side."""
-    pieces: list[str | range | list[int]] = []
-    for open, run in groupby(tokens, key=lambda token: token is None):
-        some = list(run)
-        pieces.append(range(len(some), len(some) + 1) if open else [token for token in some if token is not None])
-    return pieces
+def _spans(tokens: list[int | None]) -> list[str | range | list[int]]:
+    """Token ids, with a masked span for each run of nulls, of the run's length."""
+    spans: list[str | range | list[int]] = []
+    for masked, run in groupby(tokens, key=lambda token: token is None):
+        span = list(run)
+        spans.append(range(len(span), len(span) + 1) if masked else [token for token in span if token is not None])
+    return spans
 
 
-def _beginning(lm: DiffusionLM, tokens: list[int | None]) -> list[int]:
-    """The prompt of a model that writes from left to right."""
+def _prompt(lm: DiffusionLM, tokens: list[int | None]) -> list[int]:
+    """The prompt for an AR model. Raises ValueError unless all nulls are at the end."""
     given = [token for token in tokens if token is not None]
     if tokens[: len(given)] != given or len(given) == len(tokens):
         raise ValueError(
-            "this model writes from left to right, so nulls stand at the end, one at least; give it no text behind them"
+            "this model generates from left to right, so it needs at least one null, and all nulls at the end; "
+            "leave out the tokens after them"
         )
     return [lm.tokenizer.start_token_id, *given]
 
 
-@router.post("/v1/tokenize", summary="The tokens of a text, null where it has holes")
+@router.post("/v1/tokenize", summary="The tokens of a text, with null in masked spans")
 async def tokenize(body: TokenizeBody, request: Request) -> Response:
-    serving = service(request)
-    lm = await serving.models.get(body.model)
-    serving.check_length(lm, [], body.text)
-    events, shown = Events(lm.tokenizer, closed=False), []
-    for piece in encode_holed(lm.tokenizer, body.text):
-        if isinstance(piece, range):
-            serving.check_room(lm, len(shown) + piece[-1])
-            shown += [{"id": None, "text": ""}] * piece[-1]
+    """Splits a text into tokens. A masked span has as many nulls as its largest length."""
+    service = get_service(request)
+    lm = await service.models.get(body.model)
+    service.check_texts(lm, [], body.text)
+    events, tokens = StepEvents(lm.tokenizer, has_end=False), []
+    for span in encode_infill_text(lm.tokenizer, body.text):
+        if isinstance(span, range):
+            service.check_length(lm, len(tokens) + span[-1])
+            tokens += [{"id": None, "text": ""}] * span[-1]
         else:
-            shown += [{"id": i, "text": events.text(i)} for i in piece]
-    return JSONResponse({"tokens": shown})
+            tokens += [{"id": i, "text": events.text(i)} for i in span]
+    return JSONResponse({"tokens": tokens})
 
 
-class Look:
-    """What the model thinks of one position, whatever stands there."""
+class Alternatives:
+    """The `top` most likely tokens at one position, whatever token is there; for `Job.work`.
+
+    After its only step, `found` has (token id, probability), most likely first.
+    """
 
     def __init__(self, lm: DiffusionLM, body: AlternativesBody) -> None:
         if body.position >= len(body.tokens):
             raise ValueError(f"position={body.position} is beyond the {len(body.tokens)} tokens")
-        closed = lm.config.sees_right_context
-        start, end, at = lm.tokenizer.start_token_id, lm.tokenizer.end_token_id, body.position
-        before: list[int | None] = [start, *body.tokens[:at], None]
-        after = [*body.tokens[at + 1 :], end] if closed else []
+        infills = lm.config.sees_right_context
+        start, end, position = lm.tokenizer.start_token_id, lm.tokenizer.end_token_id, body.position
+        before: list[int | None] = [start, *body.tokens[:position], None]
+        after = [*body.tokens[position + 1 :], end] if infills else []
         self.canvas = Canvas.from_tokens([before + after], noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)
         self._positions = torch.zeros_like(self.canvas.open)
-        self._positions[0, at + 1] = True
-        self._denoiser, self._never = lm.denoiser.infiller, [start, end] if closed else []
+        self._positions[0, position + 1] = True
+        self._denoiser, self._banned = lm.denoiser.infiller, [start, end] if infills else []
         self._top, self.found = body.top, []
 
     def __iter__(self) -> Iterator[None]:
         canvas, positions = self.canvas.to(self._denoiser.device), self._positions.to(self._denoiser.device)
         logits = self._denoiser.predict(canvas, positions=positions).logits[0]
-        logits[self._never] = -torch.inf
-        sure, ids = logits.softmax(-1).topk(min(self._top, len(logits)))
-        self.found = list(zip(ids.tolist(), sure.tolist(), strict=True))
+        logits[self._banned] = -torch.inf
+        probs, ids = logits.softmax(-1).topk(min(self._top, len(logits)))
+        self.found = list(zip(ids.tolist(), probs.tolist(), strict=True))
         yield
 
 
-@router.post("/v1/alternatives", summary="What could stand at a position, by everything that the model sees around it")
+@router.post("/v1/alternatives", summary="The most likely tokens at a position")
 async def alternatives(body: AlternativesBody, request: Request) -> Response:
-    serving = service(request)
-    lm = await serving.models.get(body.model)
-    serving.check_length(lm, [body.tokens])
-    serving.check_room(lm, len(body.tokens) + 2)
-    job = serving.submit(body.model, lambda lm: Look(lm, body), request, follow=False)
-    await unless_gone(request, job, job.done())
-    events = Events(lm.tokenizer, closed=False)
+    """The most likely tokens at a position, given all other tokens that the model attends to."""
+    service = get_service(request)
+    lm = await service.models.get(body.model)
+    service.check_texts(lm, [body.tokens])
+    service.check_length(lm, len(body.tokens) + 2)
+    job = service.submit(body.model, lambda lm: Alternatives(lm, body), request, progress=False)
+    await wait_or_cancel(request, job, job.result())
+    events = StepEvents(lm.tokenizer, has_end=False)
     found = [{"id": i, "text": events.text(i), "probability": round(p, 6)} for i, p in job.work.found]
     return JSONResponse({"alternatives": found})

@@ -1,4 +1,4 @@
-"""Who and what may come in: keys, sizes and patience; and a line in the log for each who did."""
+"""ASGI middleware: API keys, limits on a request's size and arrival time, security headers, and the request log."""
 
 import asyncio
 import json
@@ -10,12 +10,12 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from diffusify.serving.api.errors import Problem
+from diffusify.serving.api.errors import ErrorResponse
 from diffusify.serving.api.service import Service
 from diffusify.serving.limits import Limits
 
 log = logging.getLogger("diffusify.serving")
-OPEN = ("/", "/health", "/ready")
+PUBLIC_PATHS = ("/", "/health", "/ready")  # answered without a key
 _HEADERS = (
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -24,24 +24,25 @@ _HEADERS = (
 
 
 class RequestMiddleware:
-    """ASGI middleware around the whole server.
+    """Checks, limits and logs every request.
 
-    A request's body is read here, up to a size and for a time, so that nobody can hold the server with half a request.
+    The whole body is read here, up to `limits.body_bytes` and within `limits.receive_timeout`, so that an incomplete
+    request holds no resources.
     """
 
     def __init__(
-        self, app: ASGIApp, *, serving: Service, limits: Limits, keys: tuple[str, ...], log_prompts: bool
+        self, app: ASGIApp, *, service: Service, limits: Limits, keys: tuple[str, ...], log_prompts: bool
     ) -> None:
-        self.app, self.serving, self.limits, self.keys, self.log_prompts = app, serving, limits, keys, log_prompts
+        self.app, self.service, self.limits, self.keys, self.log_prompts = app, service, limits, keys, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = monotonic(), 0
+        started, status = monotonic(), 0
         body = b""
 
-        async def told(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -49,54 +50,55 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
-                body, refusal = await self._body(receive)
-            if refusal is not None:
-                answer = JSONResponse(refusal.body, refusal.status, refusal.headers)
-                await answer(scope, receive, told)
+            error = self._check(scope)
+            if error is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+                body, error = await self._read_body(receive)
+            if error is not None:
+                response = JSONResponse(error.body, error.status, error.headers)
+                await response(scope, receive, send_with_headers)
             else:
-                await self.app(scope, _again(body, receive), told)
+                await self.app(scope, _replay(body, receive), send_with_headers)
         finally:
-            self._note(scope, body, status, monotonic() - began)
+            self._log(scope, body, status, monotonic() - started)
 
-    def _refusal(self, scope: Scope) -> Problem | None:
-        """Why somebody has to stay outside."""
+    def _check(self, scope: Scope) -> ErrorResponse | None:
+        """The error for a request that is refused by its headers alone, else None."""
         path, headers = scope["path"], dict(scope["headers"])
-        if self.keys and path not in OPEN and not path.startswith("/playground/"):
+        if self.keys and path not in PUBLIC_PATHS and not path.startswith("/playground/"):
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not any([secrets.compare_digest(given, key.encode()) for key in self.keys]):
-                way = "send one as `Authorization: Bearer KEY`"
-                return Problem(401, f"this server asks for a key; {way}", code="invalid_api_key")
+                message = "this server requires an API key; send one as `Authorization: Bearer KEY`"
+                return ErrorResponse(401, message, code="invalid_api_key")
         size = headers.get(b"content-length", b"0")
-        if not size.isdigit() or int(size) > self.limits.body:
+        if not size.isdigit() or int(size) > self.limits.body_bytes:
             return self._too_large()
-        if not self.serving.ready and path.startswith("/v1/"):
-            return Problem(503, "the server is ending", "server_error", headers={"Retry-After": "1"})
+        if not self.service.ready and path.startswith("/v1/"):
+            return ErrorResponse(503, "the server is shutting down", "server_error", headers={"Retry-After": "1"})
         return None
 
-    def _too_large(self) -> Problem:
-        return Problem(413, f"the request is longer than {self.limits.body} bytes", headers={"Connection": "close"})
+    def _too_large(self) -> ErrorResponse:
+        message = f"the request body is longer than {self.limits.body_bytes} bytes"
+        return ErrorResponse(413, message, headers={"Connection": "close"})
 
-    async def _body(self, receive: Receive) -> tuple[bytes, Problem | None]:
-        parts, size = [], 0
+    async def _read_body(self, receive: Receive) -> tuple[bytes, ErrorResponse | None]:
+        chunks, size = [], 0
         try:
-            async with asyncio.timeout(self.limits.patience):
+            async with asyncio.timeout(self.limits.receive_timeout):
                 while True:
                     message = await receive()
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self.limits.body:
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self.limits.body_bytes:
                         return b"", self._too_large()
                     if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return b"".join(parts), None
+                        return b"".join(chunks), None
         except TimeoutError:
-            slow = f"the request did not arrive within {self.limits.patience:g} s"
-            return b"", Problem(408, slow, "timeout_error", headers={"Connection": "close"})
+            message = f"the request did not arrive within {self.limits.receive_timeout:g} s"
+            return b"", ErrorResponse(408, message, "timeout_error", headers={"Connection": "close"})
 
-    def _note(self, scope: Scope, body: bytes, status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, body: bytes, status: int, seconds: float) -> None:
         path = getattr(scope.get("route"), "path", "other")
-        self.serving.metrics.answered(path, status, seconds)
+        self.service.metrics.observe_request(path, status, seconds)
         job = scope.get("state", {}).get("job")
         line: dict[str, Any] = {
             "method": scope["method"],
@@ -111,11 +113,11 @@ class RequestMiddleware:
         log.info(json.dumps({key: value for key, value in line.items() if value is not None}))
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """The body, which has been read, and then whatever else comes."""
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body, which has been read already, and then later messages."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return left.pop() if left else await receive()
+        return messages.pop() if messages else await receive()
 
     return replay

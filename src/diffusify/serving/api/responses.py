@@ -1,4 +1,4 @@
-"""A job's texts as they grow, and how they are told: to OpenAI's clients, and to those who watch every step."""
+"""A job's texts while they are generated, and their JSON and server-sent events."""
 
 import json
 import math
@@ -8,138 +8,158 @@ from typing import Any
 
 from diffusify.sampling.generation import GenerationRun
 from diffusify.serving.api.logprobs import TopLogprobs
-from diffusify.serving.engine.generation_progress import StartEvent, StepEvent, Text, Written, written
+from diffusify.serving.engine.generation_progress import (
+    StartEvent,
+    StepEvent,
+    TextStream,
+    WrittenToken,
+    written_tokens,
+)
 from diffusify.serving.engine.job import Job
 from diffusify.text.tokenizer import TextTokenizer
 
 
 @dataclass
-class Answer:
-    """The texts that a job writes, as far as a client may know them."""
+class JobTexts:
+    """The texts of a job. `decode`, `end_token_ids` and `stops` are those of `TextStream`."""
 
     job: Job
-    read: Callable[[list[int]], str]
-    ends: frozenset[int]
+    decode: Callable[[list[int]], str]
+    end_token_ids: frozenset[int]
     stops: tuple[str, ...] = ()
-    texts: list[Text] = field(default_factory=list)
-    begun: StartEvent | None = None
+    texts: list[TextStream] = field(default_factory=list)
+    start: StartEvent | None = None
 
-    async def grow(self) -> AsyncIterator[tuple[list[str], StartEvent | StepEvent | None]]:
-        """What is new in each text, and what happened; at last what was held back."""
-        async for told in self.job:
-            if isinstance(told, StartEvent):
-                self.begun = told
-                rooms = told.room[:: told.beam]
-                self.texts = [Text(room, self.read, self.ends, self.stops) for room in rooms]
-                yield [""] * len(self.texts), told
+    async def updates(self) -> AsyncIterator[tuple[list[str], StartEvent | StepEvent | None]]:
+        """The new text of each text with the event that caused it; at the end what was held back, with None."""
+        async for event in self.job:
+            if isinstance(event, StartEvent):
+                self.start = event
+                positions = event.editable[:: event.num_candidates]
+                self.texts = [TextStream(each, self.decode, self.end_token_ids, self.stops) for each in positions]
+                yield [""] * len(self.texts), event
                 continue
-            live = self.begun is not None and self.begun.beam == 1  # else nobody knows yet which row it will be
+            live = (
+                self.start is not None and self.start.num_candidates == 1
+            )  # of several candidates the best is not known yet
             new = [
-                text.apply(told.write[row], told.settled[row]) if live else "" for row, text in enumerate(self.texts)
+                text.apply(event.write[row], event.settled[row]) if live else "" for row, text in enumerate(self.texts)
             ]
-            yield new, told
-            if all(text.finish == "stop" for text in self.texts):
+            yield new, event
+            if all(text.finish_reason == "stop" for text in self.texts):
                 self.job.cancel()
-        yield self._rest(), None
+        yield self._finish(), None
 
-    async def whole(self) -> list[Text]:
-        """The finished texts."""
-        async for _ in self.grow():
+    async def finished(self) -> list[TextStream]:
+        """Wait for the finished texts."""
+        async for _ in self.updates():
             pass
         return self.texts
 
-    def _rest(self) -> list[str]:
-        assert self.begun is not None
+    def _finish(self) -> list[str]:
+        assert self.start is not None
         if self.job.cancelled:
             return [""] * len(self.texts)
-        rows, new = written(self.job.work), []
-        for text, row in zip(self.texts, self.job.work.best, strict=True):
-            text.room = self.begun.room[row]
-            new.append(text.apply(rows[row], len(self.begun.rows[row]), last=True))
+        rows, new = written_tokens(self.job.work), []
+        for text, row in zip(self.texts, self.job.work.best_rows, strict=True):
+            text.positions = self.start.editable[row]
+            new.append(text.apply(rows[row], len(self.start.rows[row]), last=True))
         return new
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens as OpenAI counts them, and the forwards that they took."""
-        assert self.begun is not None
-        given = sum(len(row) - len(room) for row, room in zip(self.begun.rows, self.begun.room, strict=True))
-        wrote, forwards = sum(len(text.tokens) for text in self.texts), self.job.work.forwards
-        prompt = given // self.begun.beam
-        pace = round(wrote / max(1, forwards), 3)
-        totals = {"prompt_tokens": prompt, "completion_tokens": wrote, "total_tokens": prompt + wrote}
-        return totals | {"forwards": forwards, "tokens_per_forward": pace}
+        """Token counts as in OpenAI's API, with the number of forward passes."""
+        assert self.start is not None
+        given = sum(len(row) - len(each) for row, each in zip(self.start.rows, self.start.editable, strict=True))
+        prompt, completion = given // self.start.num_candidates, sum(len(text.tokens) for text in self.texts)
+        forwards = self.job.work.forwards
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return counts | {"forwards": forwards, "tokens_per_forward": round(completion / max(1, forwards), 3)}
 
 
-def told_tokens(
-    tokens: Sequence[Written], row: int, tokenizer: TextTokenizer, watched: TopLogprobs | None
+def logprob_records(
+    tokens: Sequence[WrittenToken], row: int, tokenizer: TextTokenizer, top_logprobs: TopLogprobs | None
 ) -> list[dict]:
-    """OpenAI's record of each written token: its text, log-probability and likeliest alternatives."""
+    """OpenAI's record of each generated token: its text, log-probability and most likely alternatives."""
 
-    def one(token: int, sure: float) -> dict[str, Any]:
+    def record(token: int, log_prob: float) -> dict[str, Any]:
         text = tokenizer.decode([token], continues=True)
-        return {"token": text, "logprob": _finite(sure), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(log_prob, -1e9), "bytes": list(text.encode())}  # JSON has no infinity
 
+    found = {} if top_logprobs is None else top_logprobs.found
     return [
-        one(token, sure)
-        | {"top_logprobs": [one(*pair) for pair in (watched.found.get((row, at), []) if watched else [])]}
-        for at, token, sure in tokens
+        record(token, log_prob) | {"top_logprobs": [record(*pair) for pair in found.get((row, position), [])]}
+        for position, token, log_prob in tokens
     ]
 
 
-class Events:
-    """Every step as server-sent events; positions are counted without the start token."""
+class StepEvents:
+    """Formats start and step events as server-sent events `canvas` and `denoise`.
 
-    def __init__(self, tokenizer: TextTokenizer, *, closed: bool) -> None:
-        self.tokenizer, self.closed = tokenizer, closed
+    Positions are counted without the start token; `has_end` says whether rows end in an end token, which is left out.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, has_end: bool) -> None:
+        self.tokenizer, self.has_end = tokenizer, has_end
         self._skip: list[int] = []
         self._steps = 0
 
-    def of(self, told: StartEvent | StepEvent | None) -> list[str]:
-        if isinstance(told, StartEvent):
-            self._skip = [int(bool(row) and row[0] == self.tokenizer.start_token_id) for row in told.rows]
-            return [event("canvas", {"candidate": i, "tokens": self._shown(i, row)}) for i, row in enumerate(told.rows)]
-        if told is None:
+    def format(self, event: StartEvent | StepEvent | None) -> list[str]:
+        """The server-sent events for an event; None has none."""
+        if isinstance(event, StartEvent):
+            self._skip = [int(bool(row) and row[0] == self.tokenizer.start_token_id) for row in event.rows]
+            return [
+                sse_event("canvas", {"candidate": i, "tokens": self._canvas(i, row)})
+                for i, row in enumerate(event.rows)
+            ]
+        if event is None:
             return []
         self._steps += 1
         return [
-            event("denoise", self._step(row, told))
-            for row in range(len(told.write))
-            if told.write[row] or told.erase[row]
+            sse_event("denoise", self._step(row, event))
+            for row in range(len(event.write))
+            if event.write[row] or event.erase[row]
         ]
 
-    def _shown(self, candidate: int, row: list[int | None]) -> list[dict[str, Any]]:
-        shown = row[self._skip[candidate] : len(row) - self.closed]
+    def _canvas(self, candidate: int, row: list[int | None]) -> list[dict[str, Any]]:
+        tokens = row[self._skip[candidate] : len(row) - self.has_end]
         return [
-            {"id": token, "text": self.text(token), "kind": "open" if token is None else "given"} for token in shown
+            {"id": token, "text": self.text(token), "kind": "open" if token is None else "given"} for token in tokens
         ]
 
-    def _step(self, row: int, told: StepEvent) -> dict[str, Any]:
+    def _step(self, row: int, event: StepEvent) -> dict[str, Any]:
         skip = self._skip[row]
         write = [
-            {"position": at - skip, "id": token, "text": self.text(token), "confidence": round(math.exp(sure), 4)}
-            for at, token, sure in told.write[row]
+            {
+                "position": position - skip,
+                "id": token,
+                "text": self.text(token),
+                "confidence": round(math.exp(log_prob), 4),
+            }
+            for position, token, log_prob in event.write[row]
         ]
-        erase = [at - skip for at in told.erase[row]]
-        return {"candidate": row, "step": self._steps, "forwards": told.forwards, "write": write, "erase": erase}
+        erase = [position - skip for position in event.erase[row]]
+        return {"candidate": row, "step": self._steps, "forwards": event.forwards, "write": write, "erase": erase}
 
     def text(self, token: int | None) -> str:
+        """The text of one token."""
         return "" if token is None else self.tokenizer.decode([token], continues=True)
 
 
-def event(name: str | None, data: Any) -> str:
-    """A server-sent event."""
+def sse_event(name: str | None, data: Any) -> str:
+    """A server-sent event; `data` that is not a string becomes JSON."""
     plain = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
     return (f"event: {name}\n" if name else "") + f"data: {plain}\n\n"
 
 
-def row_tokens(writing: GenerationRun, row: int, tokenizer: TextTokenizer, *, closed: bool) -> list[dict[str, Any]]:
-    """The tokens of a finished row, each with how sure it was when it was written."""
-    events, canvas = Events(tokenizer, closed=closed), writing.canvas
+def row_tokens(run: GenerationRun, row: int, tokenizer: TextTokenizer, *, has_end: bool) -> list[dict[str, Any]]:
+    """The tokens of a finished row, each with the probability it had when it was generated."""
+    events, canvas = StepEvents(tokenizer, has_end=has_end), run.canvas
     ids, open = canvas.tokens[row].tolist(), canvas.open[row].tolist()
-    real, editable, score = canvas.real[row].tolist(), canvas.editable[row].tolist(), writing.score[row].tolist()
-    cells = [i for i in range(sum(real)) if not open[i]]
-    cells = cells[int(ids[0] == tokenizer.start_token_id) : len(cells) - closed]
-    end = next((n for n, i in enumerate(cells) if editable[i] and ids[i] == tokenizer.end_token_id), len(cells))
+    real, editable, score = canvas.real[row].tolist(), canvas.editable[row].tolist(), run.score[row].tolist()
+    positions = [i for i in range(sum(real)) if not open[i]]
+    positions = positions[int(ids[0] == tokenizer.start_token_id) : len(positions) - has_end]
+    ends = (n for n, i in enumerate(positions) if editable[i] and ids[i] == tokenizer.end_token_id)
     return [
         {
             "id": ids[i],
@@ -147,10 +167,5 @@ def row_tokens(writing: GenerationRun, row: int, tokenizer: TextTokenizer, *, cl
             "kind": "written" if editable[i] else "given",
             "confidence": round(math.exp(score[i]), 4) if editable[i] else None,
         }
-        for i in cells[:end]
+        for i in positions[: next(ends, len(positions))]
     ]
-
-
-def _finite(value: float) -> float:
-    """JSON knows no infinity."""
-    return max(value, -1e9)

@@ -1,4 +1,4 @@
-"""What clients may send, with its bounds, and what it means for the sampler."""
+"""Request bodies with their bounds, and how they become a `SamplingConfig`."""
 
 import secrets
 from dataclasses import replace
@@ -14,138 +14,127 @@ from diffusify.sampling.sampling_config import Preset, SamplingConfig
 from diffusify.serving.api.logprobs import Penalties
 
 
-def letters(text: str) -> str:
-    """JSON can spell halves of letters, which no text has."""
+def check_unicode(text: str) -> str:
+    """The text itself. Raises ValueError for lone surrogates, which JSON can spell but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a letter at {error.start}; send text that is UTF-8") from error
+        raise ValueError(f"lone surrogate at character {error.start}; send text that is valid UTF-8") from error
     return text
 
 
-Words = Annotated[str, AfterValidator(letters)]
-TEXTS = 128  # at most in one request
-_PLAIN = (
-    *("steps", "threshold", "tolerance", "window", "guidance"),
-    *("repetition_penalty", "cache", "length_beam", "top_k"),
-)
-Id = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[Id], Field(min_length=1)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
+UnicodeText = Annotated[str, AfterValidator(check_unicode)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
+MAX_TEXTS = 128  # in one request
+_SAMPLING_FIELDS = (  # of the same name in `SamplingConfig`
+    "steps", "threshold", "tolerance", "window", "guidance", "repetition_penalty", "cache", "length_beam", "top_k",
+)  # fmt: skip
+
 
 class Body(BaseModel):
-    """A request. A field that nobody knows is an error, as at OpenAI's."""
+    """A request body. Unknown fields are errors, as in OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="One of GET /v1/models.")
+    model: str = Field(description="A model of GET /v1/models.")
 
 
 class SamplingFields(Body):
-    """How a text is to be written: OpenAI's words, and the sampler's own."""
+    """Sampling settings: OpenAI's fields, and those of `SamplingConfig`."""
 
-    seed: Seed | None = Field(None, description="The same seed gives the same text; unset: another one each time.")
+    seed: Seed | None = Field(None, description="The same seed gives the same text; default: a new seed each time.")
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Count | None = None
-    steps: Count | None = Field(None, description="Denoising steps in all.")
+    steps: Count | None = Field(None, description="Number of denoising steps.")
     threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Every token with a higher probability is written at once."
+        None, description="Each step decodes all tokens whose probability exceeds this threshold."
     )
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None,
-        description="Drafts are kept if they are so many nats less likely than the left-to-right choice; 0: lossless.",
+        description="Self-speculative decoding: accepts a draft token that is at most this many nats less likely than "
+        "the AR half's own choice; 0 is lossless.",
     )
-    policy: str | dict[str, Any] | None = Field(None, description="A decoding policy as in a model's card.")
-    window: Count | None = Field(None, description="So many tokens at a time, for models that see both ways.")
+    policy: str | dict[str, Any] | None = Field(None, description="A decoding policy, as in a diffusion_config.json.")
+    window: Count | None = Field(None, description="Number of tokens decoded at a time, for bidirectional models.")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     cache: Literal["exact", "prefix", "dual", "none"] | None = None
     length_beam: Annotated[int, Field(ge=1, le=16)] | None = None
-    preset: Preset | None = Field(None, description="Settings that suit the model; other fields change them.")
-    regex: Annotated[Words, Field(min_length=1, max_length=10_000)] | None = Field(
-        None, description="What is written matches it as a whole."
+    preset: Preset | None = Field(None, description="Settings that suit the model; other fields override them.")
+    regex: Annotated[UnicodeText, Field(min_length=1, max_length=10_000)] | None = Field(
+        None, description="A regular expression that the whole generated text matches."
     )
-    user: str | None = Field(None, description="Without effect.")
-    metadata: dict[str, str] | None = Field(None, description="Without effect.")
+    user: str | None = Field(None, description="Ignored.")
+    metadata: dict[str, str] | None = Field(None, description="Ignored.")
 
     @property
-    def form(self) -> str | None:
-        """The regular expression that is to be followed."""
+    def constraint(self) -> str | None:
+        """The regular expression that the generated text has to match."""
         return self.regex
 
-    def settings(self, lm: DiffusionLM, *, holes: bool = False) -> SamplingConfig:
-        """Of the first text, which is continued or has holes. ValueError for what does not go together."""
-        card = lm.config.infiller if holes else lm.config
-        start = SamplingConfig() if self.preset is None else SamplingConfig.preset(self.preset, card)
-        names = [
-            "steps",
-            "threshold",
-            "tolerance",
-            "window",
-            "guidance",
-            "repetition_penalty",
-            "cache",
-            "length_beam",
-            "top_k",
-        ]
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def sampling_config(self, lm: DiffusionLM, *, infilling: bool = False) -> SamplingConfig:
+        """The settings for a continuation, or for infilling. Raises ValueError for fields that exclude each other."""
+        config = lm.config.infiller if infilling else lm.config
+        start = SamplingConfig() if self.preset is None else SamplingConfig.preset(self.preset, config)
+        changes = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.policy is not None:
             changes["policy"] = from_plain(self.policy, Policy, "policy")
-        stepwise = {"regex": self.form, "logits_processor": self.penalties()}
+        stepwise = {"regex": self.constraint, "logits_processor": self.penalties()}
         if self.preset and any(stepwise.values()):
             start = replace(start, tolerance=None)
-        if isinstance(card.attention, Causal) and not any(stepwise.values()):
+        if isinstance(config.attention, Causal) and not any(stepwise.values()):
             changes = {name: value for name, value in changes.items() if name in ("top_k", "tolerance")}
             start = SamplingConfig(tolerance=0.0)
         seed = secrets.randbits(31) if self.seed is None else self.seed
-        heat = {"temperature": self.temperature, "top_p": self.top_p, "seed": seed}
-        return replace(start, **changes, **stepwise, **heat)
+        return replace(start, **changes, **stepwise, temperature=self.temperature, top_p=self.top_p, seed=seed)
 
     def penalties(self) -> Penalties | None:
+        """The logits processor, if there is one."""
         return None
 
 
 class InfillBody(SamplingFields):
-    """A text with holes, `[[8]]` or `[[3-12]]`, or its tokens, null where they are to be written."""
+    """A text with masked spans, `[[8]]` or `[[3-12]]`, or token ids with null where tokens are to be generated."""
 
-    text: Words | None = None
-    tokens: Annotated[list[Id | None], Field(min_length=1)] | None = None
+    text: UnicodeText | None = None
+    tokens: Annotated[list[TokenId | None], Field(min_length=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
     stream: bool = False
-    denoise: bool = False
+    denoise: bool = Field(False, description="With `stream`: also send an event for every denoising step.")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "InfillBody":
+    def _check(self) -> "InfillBody":
         if (self.text is None) == (self.tokens is None):
-            raise ValueError("give text with holes, or tokens with nulls; one of the two")
+            raise ValueError("give either text with masked spans, or tokens with nulls")
         if self.denoise and not self.stream:
-            raise ValueError("denoise tells of every step; it needs stream")
+            raise ValueError("denoise sends an event for every step; it needs stream")
         return self
 
 
 class TokenizeBody(Body):
-    """A text, which may have holes."""
+    """A text, which may have masked spans."""
 
-    text: Words
+    text: UnicodeText
 
 
 class AlternativesBody(Body):
-    """What else could stand at a position?"""
+    """A position, and the tokens around it. The token at the position itself is ignored."""
 
-    tokens: Annotated[list[Id | None], Field(min_length=1)]
-    position: Id
+    tokens: Annotated[list[TokenId | None], Field(min_length=1)]
+    position: TokenId
     top: Annotated[int, Field(ge=1, le=100)] = 10
 
 
 class ScoreBody(Body):
-    """How likely is a text, or what follows a prompt?"""
+    """A text to score, after a prompt if there is one."""
 
-    text: Annotated[Words, Field(min_length=1)]
-    prompt: Words = ""
+    text: Annotated[UnicodeText, Field(min_length=1)]
+    prompt: UnicodeText = ""
     measure: Literal["best", "exact", "bound"] = "best"
     draws: Annotated[int, Field(ge=1, le=64)] = 8
     seed: Seed = 0

@@ -1,4 +1,4 @@
-"""The server as a process: it listens, is patient but not too patient, and ends without losing an answer."""
+"""The HTTP server process: a header timeout, and a shutdown that answers all accepted requests."""
 
 import asyncio
 import socket
@@ -12,9 +12,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class Server(uvicorn.Server):
-    """Listens until SIGTERM or SIGINT; requests that have been taken in are answered first.
+    """A uvicorn server. On SIGTERM or SIGINT it answers the requests it has accepted, then ends.
 
-    A client that needs longer than `patience` seconds to say what it wants is hung up on.
+    A connection is closed if a request's headers have not arrived within `receive_timeout` seconds.
     """
 
     def __init__(
@@ -23,12 +23,12 @@ class Server(uvicorn.Server):
         host: str = "127.0.0.1",
         port: int = 8000,
         *,
-        patience: float = 30.0,
-        announce: Callable[[str], None] = lambda address: None,
+        receive_timeout: float = 30.0,
+        on_listening: Callable[[str], None] = lambda address: None,
     ) -> None:
-        """`announce` is told the address once the server listens; port 0 is any that is free."""
-        self.app, self.announce = app, announce
-        settings: dict[str, Any] = {"http": _protocol(patience), "timeout_keep_alive": 30}
+        """`on_listening` is called with the server's address once it listens; port 0 is any free port."""
+        self.app, self.on_listening = app, on_listening
+        settings: dict[str, Any] = {"http": _timeout_protocol(receive_timeout), "timeout_keep_alive": receive_timeout}
         logs: dict[str, Any] = {"access_log": False, "server_header": False, "log_config": _log_config()}
         super().__init__(uvicorn.Config(app, host, port, **settings, **logs))
 
@@ -36,49 +36,49 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port, *_ = self.servers[0].sockets[0].getsockname()
-            self.announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            self.on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.app.state.service.ready = False
         super().handle_exit(sig, frame)
 
 
-def _protocol(patience: float) -> type[H11Protocol]:
-    class Patient(H11Protocol):
-        """HTTP that hangs up on clients whose request line and headers do not come to an end."""
+def _timeout_protocol(seconds: float) -> type[H11Protocol]:
+    class TimeoutProtocol(H11Protocol):
+        """HTTP/1.1 that closes a connection whose request line and headers do not arrive in time."""
 
-        _slow: asyncio.TimerHandle | None = None
+        _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._await_headers()
+            self._start_timer()
 
         def data_received(self, data: bytes) -> None:
-            if self._slow is None and (self.cycle is None or self.cycle.response_complete):
-                self._await_headers()
+            if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._start_timer()
             super().data_received(data)
-            if self._slow is not None and self.cycle is not None and not self.cycle.response_complete:
-                self._slow.cancel()
-                self._slow = None
+            if self._timer is not None and self.cycle is not None and not self.cycle.response_complete:
+                self._timer.cancel()
+                self._timer = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._slow is not None:
-                self._slow.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
             super().connection_lost(exc)
 
-        def _await_headers(self) -> None:
-            self._slow = asyncio.get_running_loop().call_later(patience, self._hang_up)
+        def _start_timer(self) -> None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._close)
 
-        def _hang_up(self) -> None:
-            self._slow = None
+        def _close(self) -> None:
+            self._timer = None
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.close()
 
-    return Patient
+    return TimeoutProtocol
 
 
 def _log_config() -> dict[str, Any]:
-    """Plain lines on standard error: uvicorn's as they are, ours as JSON."""
+    """Logging to standard error: uvicorn's warnings as plain lines, the server's own lines as JSON."""
     handler = {"class": "logging.StreamHandler", "formatter": "plain"}
     return {
         "version": 1,

@@ -1,6 +1,6 @@
-"""A request's way through the server: models by name, work for the engine, and clients that vanish.
+"""What the endpoints share: checks, submitting jobs to the engine, streaming, and cancelling for clients that leave.
 
-All this runs beside the engine's thread, so it looks at tokenizers and cards and never at a network.
+All of this runs in the event loop, so it uses tokenizers and configs, but never a network.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from diffusify.sampling.diffusion_lm import DiffusionLM
-from diffusify.serving.api.errors import ClientDisconnected, problem
-from diffusify.serving.api.responses import Answer, event
+from diffusify.serving.api.errors import ClientDisconnected, to_error_response
+from diffusify.serving.api.responses import JobTexts, sse_event
 from diffusify.serving.engine.engine import Engine
-from diffusify.serving.engine.generation_progress import Follow, Text
+from diffusify.serving.engine.generation_progress import ProgressTracker, TextStream
 from diffusify.serving.engine.job import Job, Work
 from diffusify.serving.engine.metrics import Metrics
 from diffusify.serving.engine.model_pool import ModelPool
@@ -23,97 +23,105 @@ from diffusify.serving.engine.model_pool import ModelPool
 
 @dataclass
 class Service:
-    """What the endpoints stand on."""
+    """The state that all endpoints share. `timeout` is the longest time of a request in seconds."""
 
     engine: Engine
     models: ModelPool
     metrics: Metrics
-    seconds: float  # that a request may take
+    timeout: float
     ready: bool = True
 
     def __post_init__(self) -> None:
         self._compiling = asyncio.Lock()
 
-    def check_length(
+    def check_texts(
         self, lm: DiffusionLM, texts: Sequence[str | Sequence[int | None] | None], *more: str | None
     ) -> None:
-        """ValueError for what no tokenizer could make short enough: cheap to see, dear to tokenize."""
-        context = lm.denoiser.context
-        given = [len(text) for text in (*texts, *more) if isinstance(text, str)]
-        if context is not None and max(given, default=0) > context * lm.tokenizer.longest:
-            raise ValueError(f"a text of {max(given)} letters is more than the {context} tokens that the model can see")
-        rows = lm.denoiser.vocabulary
-        for token in (token for text in texts if isinstance(text, list) for token in text):
-            if token is not None and token >= rows:
-                raise ValueError(f"token {token} is beyond the {rows} that the model knows")
+        """Raises ValueError for unknown token ids, and for texts that are too long whatever the tokenizer does.
 
-    def check_room(self, lm: DiffusionLM, tokens: int) -> None:
-        """ValueError for more tokens than the model can see."""
-        if lm.denoiser.context is not None and tokens > lm.denoiser.context:
-            raise ValueError(f"{tokens} tokens are more than the {lm.denoiser.context} that the model can see")
+        The check is much cheaper than tokenizing a text that is too long.
+        """
+        context = lm.denoiser.context_length
+        lengths = [len(text) for text in (*texts, *more) if isinstance(text, str)]
+        if context is not None and max(lengths, default=0) > context * lm.tokenizer.max_token_length:
+            raise ValueError(
+                f"a text of {max(lengths)} characters does not fit the model's context length of {context} tokens"
+            )
+        vocab_size = lm.denoiser.vocab_size
+        for token in (token for text in texts if isinstance(text, list) for token in text):
+            if token is not None and token >= vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary of {vocab_size} tokens")
+
+    def check_length(self, lm: DiffusionLM, tokens: int) -> None:
+        """Raises ValueError for more tokens than the model's context length."""
+        if lm.denoiser.context_length is not None and tokens > lm.denoiser.context_length:
+            raise ValueError(f"{tokens} tokens exceed the model's context length of {lm.denoiser.context_length}")
 
     async def compile(self, lm: DiffusionLM, regex: str | None) -> None:
-        """Make a form's automaton beside the event loop and the engine, one at a time."""
+        """Compile a regular expression outside the event loop and the engine's thread, one at a time."""
         if regex is not None:
             async with self._compiling:
-                await asyncio.to_thread(lm.form, regex)
+                await asyncio.to_thread(lm.compile_regex, regex)
 
     def submit(
-        self, model: str, prepare: Callable[[DiffusionLM], Work], request: Request, *, follow: bool = True
+        self, model: str, prepare: Callable[[DiffusionLM], Work], request: Request, *, progress: bool = True
     ) -> Job:
-        job = self.engine.submit(Job(model, prepare, Follow() if follow else None, self.seconds))
+        """Submit a job to the engine; with `progress`, it yields the events of a `ProgressTracker`."""
+        job = self.engine.submit(Job(model, prepare, ProgressTracker() if progress else None, self.timeout))
         request.state.job = job
         return job
 
-    async def finished(self, request: Request, answer: Answer) -> list[Text]:
-        """The texts, once they are whole; if the client vanishes before, its work is given up."""
-        texts = await unless_gone(request, answer.job, answer.whole())
-        self.wrote(answer)
-        return texts
+    async def finish(self, request: Request, texts: JobTexts) -> list[TextStream]:
+        """Wait for the finished texts. The job is cancelled if the client disconnects."""
+        finished = await wait_or_cancel(request, texts.job, texts.finished())
+        self.count(texts)
+        return finished
 
-    def wrote(self, answer: Answer) -> None:
-        for text in answer.texts:
-            self.metrics.wrote(answer.job.model, len(text.tokens), answer.job.work.forwards)
+    def count(self, texts: JobTexts) -> None:
+        """Add finished texts to the metrics."""
+        for text in texts.texts:
+            self.metrics.observe_text(texts.job.model, len(text.tokens), texts.job.work.forwards)
 
 
-def service(request: Request) -> Service:
+def get_service(request: Request) -> Service:
+    """The service of a request's app."""
     return request.app.state.service
 
 
-async def unless_gone(request: Request, job: Job, waiting: Any) -> Any:
-    """What is waited for. Gone if the client vanishes first."""
-    task, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(_gone(request))
+async def wait_or_cancel(request: Request, job: Job, awaitable: Any) -> Any:
+    """The awaitable's result. Cancels the job and raises ClientDisconnected if the client disconnects first."""
+    task, disconnected = asyncio.ensure_future(awaitable), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         if not task.done():
             job.cancel()
             task.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def streamed(request: Request, answer: Answer, parts: AsyncIterator[str]) -> Response:
-    """Server-sent events. What goes wrong before the first is an answer of its own, later an event."""
-    first = await unless_gone(request, answer.job, anext(parts))
+async def stream_response(request: Request, texts: JobTexts, events: AsyncIterator[str]) -> Response:
+    """A response of server-sent events. An error before the first event is raised; a later one is sent as an event."""
+    first = await wait_or_cancel(request, texts.job, anext(events))
 
-    async def all_parts() -> AsyncIterator[str]:
+    async def body() -> AsyncIterator[str]:
         try:
             yield first
-            async for part in parts:
-                yield part
-            service(request).wrote(answer)
+            async for event in events:
+                yield event
+            get_service(request).count(texts)
         except Exception as error:
-            yield event("error", problem(error).body)
+            yield sse_event("error", to_error_response(error).body)
         finally:
-            answer.job.cancel()
+            texts.job.cancel()
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(all_parts(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)

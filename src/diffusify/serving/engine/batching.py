@@ -1,6 +1,9 @@
-"""Many loops, one network: each writes as if it were alone, and what they ask of the network is run together.
+"""Continuous batching of forward passes: many sampling loops share one network.
 
-Axes: k positions that are answered, d hidden size, v vocabulary.
+Each loop runs as if it were alone, in a greenlet. It is suspended where it calls the network, and the calls of all
+suspended loops run as one forward pass.
+
+Axes: k output positions, d hidden size, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,15 +17,15 @@ from torch import Tensor
 from transformers import Cache
 
 from diffusify.diffusion.attention import AttentionInputs, BatchedInputs
-from diffusify.diffusion.logits import TOGETHER
+from diffusify.diffusion.logits import CHUNK_SIZE
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.kv_cache import ColumnCache
 from diffusify.serving.engine.kv_pool import KVPool
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A loop waits for what the network's body makes of a scene."""
+class _BodyCall:
+    """A suspended call of the network's body."""
 
     inputs: AttentionInputs
     index: Tensor
@@ -30,14 +33,14 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class _Projection:
-    """A loop waits for the logits of hidden states."""
+class _HeadCall:
+    """A suspended call of the network's head."""
 
     hidden: Tensor
 
 
 class BatchedDenoiser(Denoiser):
-    """A denoiser for loops that `PassBatcher` runs: a loop that asks it anything waits there until all others ask too."""
+    """A denoiser for the loops of a `PassBatcher`: each call suspends its loop until the next shared forward pass."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.network, denoiser.diffusion_config)
@@ -47,29 +50,29 @@ class BatchedDenoiser(Denoiser):
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k d"]:
         assert past is None or isinstance(past, ColumnCache)
-        return _wait(_Pass(inputs, index, past))
+        return _suspend(_BodyCall(inputs, index, past))
 
-    def _head(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
-        return _wait(_Projection(hidden))
+    def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        return _suspend(_HeadCall(hidden))
 
 
-def _wait(ask: _Pass | _Projection) -> Any:
-    outside = getcurrent().parent
-    assert outside is not None, "a batched denoiser is asked by loops only"
-    return outside.switch(ask)
+def _suspend(call: _BodyCall | _HeadCall) -> Any:
+    batcher = getcurrent().parent
+    assert batcher is not None, "a BatchedDenoiser must be called from a loop of its PassBatcher"
+    return batcher.switch(call)
 
 
 @dataclass(eq=False)
 class Loop:
-    """A piece of work that asks a `BatchedDenoiser` denoiser."""
+    """A sampling loop that calls a `BatchedDenoiser`, and the call at which it is suspended."""
 
-    run: greenlet
-    ask: _Pass | _Projection | None = None
-    rows: dict[ColumnCache, list[int]] = field(default_factory=dict)  # of the pool, by who keeps something there
+    greenlet: greenlet
+    pending: _BodyCall | _HeadCall | None = None
+    rows: dict[ColumnCache, list[int]] = field(default_factory=dict)  # rows of the pool, by the loop's own caches
 
 
 class PassBatcher:
-    """Loops side by side: they join and leave between passes, and none knows of the others."""
+    """Runs loops side by side. They may join and leave between forward passes, and do not influence each other."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = BatchedDenoiser(denoiser)
@@ -78,82 +81,82 @@ class PassBatcher:
         self.passes = 0
 
     def join(self, work: Callable[[], None]) -> Loop:
-        """Begin some work, up to its first question. What it raises is raised here, or from `advance`."""
+        """Start a loop and run it up to its first call. What it raises is raised here, or later by `advance`."""
         loop = Loop(greenlet(work))
         self.loops.append(loop)
-        self._go_on(loop)
+        self._resume(loop)
         return loop
 
     def leave(self, loop: Loop) -> None:
-        """Give some work up."""
+        """Abort a loop."""
         if loop in self.loops:
-            loop.run.throw()
-            self._gone(loop)
+            loop.greenlet.throw()
+            self._remove(loop)
 
     def advance(self) -> None:
-        """One pass for every loop. Work that fails does so by itself: whoever began it has to catch."""
-        for group in _alike([loop for loop in self.loops if isinstance(loop.ask, _Pass)]):
-            self._pass(group)
-        while waiting := [loop for loop in self.loops if isinstance(loop.ask, _Projection)]:
-            self._project(_first(waiting))
+        """Run one forward pass for every loop. A loop has to catch its own errors: what it raises is raised here."""
+        for group in _groups([loop for loop in self.loops if isinstance(loop.pending, _BodyCall)]):
+            self._run_body(group)
+        while waiting := [loop for loop in self.loops if isinstance(loop.pending, _HeadCall)]:
+            self._run_head(_head_batch(waiting))
 
-    def _pass(self, loops: list[Loop]) -> None:
-        asks = [loop.ask for loop in loops if isinstance(loop.ask, _Pass)]
-        width = self._turn(loops, asks)
+    def _run_body(self, loops: list[Loop]) -> None:
+        calls = [loop.pending for loop in loops if isinstance(loop.pending, _BodyCall)]
+        width = self._prepare_pool(loops, calls)
         past = None if width is None else self.pool
-        inputs = BatchedInputs.of(tuple(ask.inputs for ask in asks), width)
-        index = torch.cat(list(_places(asks, inputs.tokens.shape[1])))
+        inputs = BatchedInputs.from_inputs(tuple(call.inputs for call in calls), width)
+        index = torch.cat(list(_batched_index(calls, inputs.tokens.shape[1])))
         self.passes += 1
         try:
             hidden = Denoiser.hidden_states(self.denoiser, inputs, index, past=past)
         except Exception as error:
             for loop in loops:
-                self._go_on(loop, error=error)
+                self._resume(loop, error=error)
             return
-        for loop, told in zip(loops, hidden.split([len(ask.index) for ask in asks]), strict=True):
-            self._go_on(loop, told)
+        for loop, result in zip(loops, hidden.split([len(call.index) for call in calls]), strict=True):
+            self._resume(loop, result)
 
-    def _turn(self, loops: list[Loop], asks: list[_Pass]) -> int | None:
-        """Let the pool know whose pass comes; how many columns it looks at, None where nobody keeps anything."""
-        pasts, rows = [ask.past for ask in asks if ask.past is not None], []
+    def _prepare_pool(self, loops: list[Loop], calls: list[_BodyCall]) -> int | None:
+        """Select the pool's rows for the next pass; its number of key columns, or None if no loop has a cache."""
+        pasts, rows = [call.past for call in calls if call.past is not None], []
         if not pasts:
             return None
         for loop, past in zip(loops, pasts, strict=True):
             if past not in loop.rows:
-                loop.rows[past] = self.pool.take(len(past.columns), past.n)
+                loop.rows[past] = self.pool.allocate(len(past.columns), past.n)
             rows += loop.rows[past]
-        return self.pool.turn(rows, pasts)
+        return self.pool.prepare(rows, pasts)
 
-    def _project(self, loops: list[Loop]) -> None:
-        hidden = [loop.ask.hidden for loop in loops if isinstance(loop.ask, _Projection)]
-        logits = Denoiser._head(self.denoiser, torch.cat(hidden))
-        for loop, told in zip(loops, logits.split([len(each) for each in hidden]), strict=True):
-            self._go_on(loop, told)
+    def _run_head(self, loops: list[Loop]) -> None:
+        hidden = [loop.pending.hidden for loop in loops if isinstance(loop.pending, _HeadCall)]
+        logits = Denoiser.project(self.denoiser, torch.cat(hidden))
+        for loop, result in zip(loops, logits.split([len(each) for each in hidden]), strict=True):
+            self._resume(loop, result)
 
-    def _go_on(self, loop: Loop, told: Tensor | None = None, *, error: Exception | None = None) -> None:
-        """Let a loop have its answer, and take down what it asks next."""
-        asked = loop.run.throw(error) if error else loop.run.switch(*[] if told is None else [told])
-        loop.ask = asked if isinstance(asked, _Pass | _Projection) else None
-        if loop.run.dead:
-            self._gone(loop)
+    def _resume(self, loop: Loop, result: Tensor | None = None, *, error: Exception | None = None) -> None:
+        """Return a result to a loop, and keep its next call."""
+        call = loop.greenlet.throw(error) if error else loop.greenlet.switch(*[] if result is None else [result])
+        loop.pending = call if isinstance(call, _BodyCall | _HeadCall) else None
+        if loop.greenlet.dead:
+            self._remove(loop)
 
-    def _gone(self, loop: Loop) -> None:
+    def _remove(self, loop: Loop) -> None:
         self.loops.remove(loop)
         for rows in loop.rows.values():
             self.pool.free(rows)
 
 
-def _alike(loops: list[Loop]) -> Iterator[list[Loop]]:
-    """Loops whose scenes go well together: none is more than twice as long as another, or remembers where it does not.
+def _groups(loops: list[Loop]) -> Iterator[list[Loop]]:
+    """Groups of loops for one forward pass each: all with a cache or all without, none over twice as long as another.
 
     Padding costs as much as text.
     """
-    for remembers in (False, True):
+    for cached in (False, True):
         group: list[Loop] = []
-        asks = [(loop, loop.ask) for loop in loops if isinstance(loop.ask, _Pass)]
-        some = [(loop, ask.inputs.tokens.shape[1]) for loop, ask in asks if (ask.past is not None) == remembers]
+        calls = [(loop, loop.pending) for loop in loops if isinstance(loop.pending, _BodyCall)]
+        lengths = [(loop, call.inputs.tokens.shape[1]) for loop, call in calls if (call.past is not None) == cached]
         longest = 0
-        for loop, m in sorted(some, key=lambda pair: -pair[1]):
+        for loop, m in sorted(lengths, key=lambda pair: -pair[1]):
             if group and 2 * m < longest:
                 yield group
                 group = []
@@ -163,22 +166,22 @@ def _alike(loops: list[Loop]) -> Iterator[list[Loop]]:
             yield group
 
 
-def _first(loops: list[Loop]) -> list[Loop]:
-    """As many as make `TOGETHER` positions, one at least."""
+def _head_batch(loops: list[Loop]) -> list[Loop]:
+    """The first loops that have at most `CHUNK_SIZE` positions together, at least one loop."""
     chosen, positions = [], 0
     for loop in loops:
-        assert isinstance(loop.ask, _Projection)
-        positions += len(loop.ask.hidden)
-        if chosen and positions > TOGETHER:
+        assert isinstance(loop.pending, _HeadCall)
+        positions += len(loop.pending.hidden)
+        if chosen and positions > CHUNK_SIZE:
             break
         chosen.append(loop)
     return chosen
 
 
-def _places(asks: list[_Pass], m: int) -> Iterator[Int[Tensor, " k"]]:
-    """Where each scene's wanted outputs stand when all scenes are rows of length m."""
-    above = 0
-    for ask in asks:
-        b, own = ask.inputs.tokens.shape
-        yield (ask.index // own + above) * m + ask.index % own
-        above += b
+def _batched_index(calls: list[_BodyCall], m: int) -> Iterator[Int[Tensor, " k"]]:
+    """The output index of each call, in a batch of all their rows padded to length m."""
+    first_row = 0
+    for call in calls:
+        b, length = call.inputs.tokens.shape
+        yield (call.index // length + first_row) * m + call.index % length
+        first_row += b

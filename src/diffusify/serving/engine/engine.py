@@ -1,4 +1,4 @@
-"""Many requests, one thread that runs the models: work joins and leaves between passes."""
+"""One thread that runs all models: requests join and leave between forward passes."""
 
 import threading
 from collections import deque
@@ -12,61 +12,64 @@ from diffusify.serving.engine.metrics import Metrics
 from diffusify.serving.engine.model_queue import ModelQueue
 
 
-class Busy(Exception):
-    """Too many requests wait; the client may come again after some seconds."""
+class QueueFull(Exception):
+    """Too many requests wait; the client may retry after some seconds."""
 
-    def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"{waiting} requests are waiting, which is all that may; come again in {seconds} s")
-        self.seconds = seconds
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting, which is the limit; retry after {retry_after} s")
+        self.retry_after = retry_after
 
 
 class Engine:
-    """All models in one thread of their own, beside the event loop that serves the clients.
+    """Runs all models in one thread, beside the event loop that serves the clients.
 
-    At most `waiting` requests wait; the rows at work hold at most `tokens` positions for each model.
+    At most `waiting` requests wait. The rows of all running requests have at most `tokens` positions for each model.
     """
 
     def __init__(
         self, models: Mapping[str, DiffusionLM], *, tokens: int = 16384, waiting: int = 256, metrics: Metrics
     ) -> None:
         self.queues = {name: ModelQueue(name, lm, tokens) for name, lm in models.items()}
-        self.tokens, self.most, self.metrics = tokens, waiting, metrics
+        self.tokens, self.max_waiting, self.metrics = tokens, waiting, metrics
         self._arrivals: deque[Job] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.watch(lambda: self.waiting, lambda: sum(queue.rows for queue in self.queues.values()))
+        metrics.set_gauges(lambda: self.waiting, lambda: sum(queue.rows for queue in self.queues.values()))
 
     @property
     def waiting(self) -> int:
+        """The number of requests that wait."""
         return len(self._arrivals) + sum(len(queue.waiting) for queue in self.queues.values())
 
     @property
     def alive(self) -> bool:
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Give up what is at work, and end the thread."""
+        """Abort all requests and end the thread."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
 
     def add(self, name: str, lm: DiffusionLM) -> None:
-        """Serve one model more."""
+        """Add a model."""
         self.queues = {**self.queues, name: ModelQueue(name, lm, self.tokens)}
 
     def remove(self, name: str) -> None:
-        """Serve a model no more; nobody must be using it."""
+        """Remove a model, which must have no requests."""
         self.queues = {other: queue for other, queue in self.queues.items() if other != name}
 
     def submit(self, job: Job) -> Job:
-        """Put a job in line. Busy if the line is too long."""
-        if self.waiting >= self.most:
+        """Add a job to the queue. Raises QueueFull if too many wait."""
+        if self.waiting >= self.max_waiting:
             self.metrics.refused.inc()
-            raise Busy(self.waiting, self.metrics.usual_seconds)
+            raise QueueFull(self.waiting, self.metrics.retry_after)
         self._arrivals.append(job)
         self._wake.set()
         return job
@@ -80,20 +83,20 @@ class Engine:
                     if job.model in self.queues:
                         self.queues[job.model].receive(job)
                     else:
-                        job.end(ValueError(f'model "{job.model}" has just been closed; ask again'))
+                        job.end(ValueError(f'model "{job.model}" has just been closed; send the request again'))
                 for queue in self.queues.values():
-                    self._turn(queue)
-                idle = not any(queue.working or queue.waiting for queue in self.queues.values())
+                    self._step(queue)
+                idle = not any(queue.running or queue.waiting for queue in self.queues.values())
                 if idle and not self._arrivals and not self._stopping:
                     self._wake.wait()
         for queue in self.queues.values():
-            for job in (*queue.waiting, *queue.working):
+            for job in (*queue.waiting, *queue.running):
                 job.end(TimeoutError("the server is stopping"))
 
-    def _turn(self, queue: ModelQueue) -> None:
-        queue.dismiss()
+    def _step(self, queue: ModelQueue) -> None:
+        queue.remove_ended()
         queue.admit()
-        if queue.working:
+        if queue.running:
             rows, passes = queue.rows, queue.batcher.passes
             queue.step()
-            self.metrics.passed(queue.name, rows, queue.batcher.passes - passes)
+            self.metrics.observe_step(queue.name, rows, queue.batcher.passes - passes)

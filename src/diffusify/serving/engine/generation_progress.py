@@ -1,4 +1,4 @@
-"""A text on its way to a client: what each step changed, and what of it will stay as it is.
+"""The progress of a generation as clients receive it: the changes of each step, and the text that is final.
 
 Axes: b rows, n positions.
 """
@@ -14,117 +14,122 @@ from diffusify.canvas import Canvas
 from diffusify.sampling.generation import GenerationRun
 from diffusify.sampling.sampler import Frame
 
-Written = tuple[int, int, float]  # position, token, log-probability
+WrittenToken = tuple[int, int, float]  # position, token id, log-probability
 
 
 @dataclass(frozen=True)
 class StartEvent:
-    """How each row begins, without padding: token ids, None where open; and the positions that are to be written.
+    """The rows of a generation before its first step, without padding.
 
-    Every `beam` neighbours are candidates for one text.
+    `rows` are token ids, None where open; `editable` are the positions that will be written. Every `num_candidates`
+    consecutive rows are candidates for one text.
     """
 
     rows: list[list[int | None]]
-    room: list[list[int]]
-    beam: int
+    editable: list[list[int]]
+    num_candidates: int
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What a step did to each row, and how much of the row is settled."""
+    """The changes of one step in each row, and how many positions at the start of each row are final (`settled`)."""
 
-    write: list[list[Written]]
+    write: list[list[WrittenToken]]
     erase: list[list[int]]
     settled: list[int]
     forwards: int
 
 
-class Follow:
-    """What happens to a text, as plain numbers. For `Job.listen`: it runs in the engine's thread."""
+class ProgressTracker:
+    """Turns the steps of a generation into events of plain numbers. For `Job.on_step`, so in the engine's thread."""
 
     def __init__(self) -> None:
-        self._before: Canvas | None = None
+        self._previous: Canvas | None = None
 
-    def __call__(self, told: GenerationRun | Frame) -> StartEvent | StepEvent:
-        before, self._before = self._before, told.canvas
-        if isinstance(told, GenerationRun):
-            return StartEvent(*_beginnings(told.canvas), told.beam)
+    def __call__(self, step: GenerationRun | Frame) -> StartEvent | StepEvent:
+        before, self._previous = self._previous, step.canvas
+        if isinstance(step, GenerationRun):
+            return StartEvent(*_initial_rows(step.canvas), step.num_candidates)
         assert before is not None
-        after = told.canvas
+        after = step.canvas
         changed = ~after.open & (before.open | (before.tokens != after.tokens))
-        erase = [[at for at, *_ in row] for row in _by_row(after.open & ~before.open, after.tokens, told.score)]
-        return StepEvent(_by_row(changed, after.tokens, told.score), erase, told.settled.tolist(), told.forwards)
+        erase = [[position for position, *_ in row] for row in _by_row(after.open & ~before.open, after, step.score)]
+        return StepEvent(_by_row(changed, after, step.score), erase, step.settled.tolist(), step.forwards)
 
 
-def written(writing: GenerationRun) -> list[list[Written]]:
-    """All that has been written, row by row."""
-    return _by_row(writing.canvas.written, writing.canvas.tokens, writing.score)
+def written_tokens(run: GenerationRun) -> list[list[WrittenToken]]:
+    """All generated tokens of each row."""
+    return _by_row(run.canvas.written, run.canvas, run.score)
 
 
-def _beginnings(canvas: Canvas) -> tuple[list[list[int | None]], list[list[int]]]:
+def _initial_rows(canvas: Canvas) -> tuple[list[list[int | None]], list[list[int]]]:
     cells = torch.where(canvas.open, -1, canvas.tokens).tolist()
     ids = [
         [None if cell < 0 else cell for cell, is_real in zip(row, real, strict=True) if is_real]
         for row, real in zip(cells, canvas.real.tolist(), strict=True)
     ]
-    return ids, [[at for at, can in enumerate(row) if can] for row in canvas.editable.tolist()]
+    return ids, [[i for i, editable in enumerate(row) if editable] for row in canvas.editable.tolist()]
 
 
-def _by_row(where: Bool[Tensor, "b n"], tokens: Tensor, score: Tensor) -> list[list[Written]]:
-    rows: list[list[Written]] = [[] for _ in where]
-    places = where.nonzero().tolist()
-    for (row, at), token, sure in zip(places, tokens[where].tolist(), score[where].tolist(), strict=True):
-        rows[row].append((at, token, sure))
+def _by_row(mask: Bool[Tensor, "b n"], canvas: Canvas, score: Tensor) -> list[list[WrittenToken]]:
+    rows: list[list[WrittenToken]] = [[] for _ in mask]
+    cells = zip(mask.nonzero().tolist(), canvas.tokens[mask].tolist(), score[mask].tolist(), strict=True)
+    for (row, position), token, log_prob in cells:
+        rows[row].append((position, token, log_prob))
     return rows
 
 
 @dataclass
-class Text:
-    """A continuation as a client sees it grow: only what is settled, never taken back, up to where it stops."""
+class TextStream:
+    """One text as it is sent to a client: only what is final, up to an end token or a stop string.
 
-    room: Sequence[int]  # its positions
-    read: Callable[[list[int]], str]
-    ends: frozenset[int]
+    `decode` turns token ids into text. `sent` is the text so far; `finish_reason` is None until the text is finished,
+    then "stop" or "length".
+    """
+
+    positions: Sequence[int]  # of its tokens in the row
+    decode: Callable[[list[int]], str]
+    end_token_ids: frozenset[int]
     stops: tuple[str, ...] = ()
     sent: str = ""
-    finish: str | None = None
+    finish_reason: str | None = None
     ids: dict[int, int] = field(default_factory=dict)
-    sure: dict[int, float] = field(default_factory=dict)
+    log_probs: dict[int, float] = field(default_factory=dict)
 
-    def apply(self, write: list[Written], settled: int, *, last: bool = False) -> str:
-        """Take in a step; the new text that can be sent. With the `last` one, all that was held back."""
-        for at, token, sure in write:
-            self.ids[at], self.sure[at] = token, sure
-        if self.finish is not None:
+    def apply(self, write: list[WrittenToken], settled: int, *, last: bool = False) -> str:
+        """Add the tokens of a step; the text that can be sent now. After the `last` step nothing is held back."""
+        for position, token, log_prob in write:
+            self.ids[position], self.log_probs[position] = token, log_prob
+        if self.finish_reason is not None:
             return ""
-        own = [self.ids[at] for at in self.room if at < settled and at in self.ids]
-        ended = next((i for i, token in enumerate(own) if token in self.ends), None)
-        text = self.read(own if ended is None else own[:ended])
-        cut = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
-        if cut >= 0:
-            text, self.finish = text[:cut], "stop"
-        elif ended is not None:
-            self.finish = "stop"
-        elif last or len(own) == len(self.room):
-            self.finish = "length"
+        ids = [self.ids[position] for position in self.positions if position < settled and position in self.ids]
+        end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), None)
+        text = self.decode(ids if end is None else ids[:end])
+        stop_at = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
+        if stop_at >= 0:
+            text, self.finish_reason = text[:stop_at], "stop"
+        elif end is not None:
+            self.finish_reason = "stop"
+        elif last or len(ids) == len(self.positions):
+            self.finish_reason = "length"
         else:
-            text = self._certain(text)
+            text = self._without_partial_end(text)
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""
         self.sent += new
         return new
 
     @property
-    def tokens(self) -> list[tuple[int, int, float]]:
-        """Position, token and log-probability of what was written, up to the end token."""
+    def tokens(self) -> list[WrittenToken]:
+        """The generated tokens up to the end token."""
         found = []
-        for at in self.room:
-            if at not in self.ids or self.ids[at] in self.ends:
+        for position in self.positions:
+            if position not in self.ids or self.ids[position] in self.end_token_ids:
                 break
-            found.append((at, self.ids[at], self.sure[at]))
+            found.append((position, self.ids[position], self.log_probs[position]))
         return found
 
-    def _certain(self, text: str) -> str:
-        """Without an unfinished letter at its end, or the beginning of a stop."""
+    def _without_partial_end(self, text: str) -> str:
+        """The text without an incomplete character or the beginning of a stop string at its end."""
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
         for stop in self.stops:
             held = next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-k:])), 0)

@@ -12,7 +12,7 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 
 
 class Work(Protocol):
-    """Something to be done step by step on a canvas, such as a `GenerationRun`."""
+    """An iterator of steps on a canvas, such as a `GenerationRun`."""
 
     canvas: Canvas
 
@@ -21,55 +21,59 @@ class Work(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """A request's work on its way through the engine: iterate over what `listen` makes of it, then `work` is done.
+    """The work of one request. Iterating over a job yields what `on_step` returns, until `work` is finished.
 
-    `prepare` and `listen` run in the engine's thread; `listen` hears of the work when it begins, then of each step. A
-    job ends with what goes wrong: ValueError for a request that cannot be served, TimeoutError past its deadline.
+    `prepare` makes the work. `on_step` is called with the work before its first step and with each step after it;
+    None is not passed on. Both run in the engine's thread. Iterating raises ValueError for a request that cannot be
+    served and TimeoutError after `timeout` seconds.
     """
 
     model: str
     prepare: Callable[[DiffusionLM], Work]
-    listen: Callable[[Any], Any] | None = None
-    seconds: float = math.inf
+    on_step: Callable[[Any], Any] | None = None
+    timeout: float = math.inf
     work: Any = None
-    began: float = field(default_factory=monotonic)
+    started: float = field(default_factory=monotonic)
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self._home = asyncio.get_running_loop()
-        self._inbox: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
+        self._event_loop = asyncio.get_running_loop()
+        self._messages: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while True:
-            ended, told = await self._inbox.get()
-            if isinstance(told, BaseException):
-                raise told
+            ended, message = await self._messages.get()
+            if isinstance(message, BaseException):
+                raise message
             if ended:
                 return
-            yield told
+            yield message
 
-    async def done(self) -> Any:
-        """The work, finished."""
+    async def result(self) -> Any:
+        """Wait for the finished work."""
         async for _ in self:
             pass
         return self.work
 
     def cancel(self) -> None:
-        """Nobody waits any more: its rows are free before the next pass."""
+        """Stop the work. Its rows are freed before the next forward pass."""
         self.cancelled = True
 
     @property
-    def late(self) -> bool:
-        return monotonic() - self.began > self.seconds
+    def timed_out(self) -> bool:
+        """Whether the job has taken longer than `timeout`."""
+        return monotonic() - self.started > self.timeout
 
-    def tell(self, step: Any) -> None:
-        told = None if self.listen is None else self.listen(step)
-        if told is not None:
-            self._post((False, told))
+    def notify(self, step: Any) -> None:
+        """Report a step to whoever iterates over the job."""
+        message = None if self.on_step is None else self.on_step(step)
+        if message is not None:
+            self._post((False, message))
 
     def end(self, error: BaseException | None = None) -> None:
+        """End the job, with an error if there is one."""
         self._post((True, error))
 
     def _post(self, item: tuple[bool, Any]) -> None:
-        if not self._home.is_closed():
-            self._home.call_soon_threadsafe(self._inbox.put_nowait, item)
+        if not self._event_loop.is_closed():
+            self._event_loop.call_soon_threadsafe(self._messages.put_nowait, item)

@@ -1,6 +1,6 @@
-"""The keys and values of all texts that are being written, in one place.
+"""The keys and values of all texts that are being generated, in one KV cache.
 
-Axes: b rows of a pass, m positions that are run, w columns that are looked at, d head size.
+Axes: b rows of a pass, h heads, m query positions, w key columns, d head size.
 """
 
 import torch
@@ -13,46 +13,49 @@ from diffusify.sampling.kv_cache import ColumnCache, ColumnCacheLayer
 
 
 class KVPool(ColumnCache):
-    """Columns for texts that come and go: each has rows of its own, for as long as it is written.
+    """A KV cache whose rows are allocated to texts and freed when they are finished.
 
-    It grows with what it holds, and lets go of everything when nobody is left.
+    It grows with the texts that it holds. All memory is released when no row is allocated.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser, 0)
         self.layers = [_KVPoolLayer(self) for _ in self.layers]
-        self._taken: set[int] = set()
+        self._allocated: set[int] = set()
         self.height = 0
         self.rows = torch.empty(0, dtype=torch.long)
 
-    def take(self, count: int, n: int) -> list[int]:
-        """Rows of `n` columns for a newcomer, the first that are free."""
-        free = (row for row in range(len(self._taken) + count) if row not in self._taken)
+    def allocate(self, count: int, n: int) -> list[int]:
+        """Reserve the first `count` free rows for texts of `n` columns."""
+        free = (row for row in range(len(self._allocated) + count) if row not in self._allocated)
         rows = [next(free) for _ in range(count)]
-        self._taken.update(rows)
+        self._allocated.update(rows)
         self.height, self.n = max(self.height, max(rows) + 1), max(self.n, n)
         return rows
 
     def free(self, rows: list[int]) -> None:
-        self._taken.difference_update(rows)
-        if not self._taken:
+        """Give rows back."""
+        self._allocated.difference_update(rows)
+        if not self._allocated:
             self.height = self.n = 0
             for layer in self.layers:
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
-    def turn(self, rows: list[int], parts: list[ColumnCache]) -> int:
-        """The next pass is of these rows, each part as its own columns say. How many columns it looks at."""
-        m = max(part.columns.shape[1] for part in parts)
-        columns = [part.columns.masked_fill(part.columns == part.n, self.n) for part in parts]
+    def prepare(self, rows: list[int], caches: list[ColumnCache]) -> int:
+        """Select the rows of the next pass and the columns that `caches` write to; the number of key columns."""
+        m = max(cache.columns.shape[1] for cache in caches)
+        columns = [cache.columns.masked_fill(cache.columns == cache.n, self.n) for cache in caches]
         columns = [functional.pad(each, (0, m - each.shape[1]), value=self.n) for each in columns]
-        self.write(torch.cat(columns), max(part.width for part in parts))
+        self.set_columns(torch.cat(columns), max(cache.width for cache in caches))
         self.rows = torch.tensor(rows, device=self.columns.device)
-        self.whole = rows == list(range(len(rows)))
+        self.contiguous = rows == list(range(len(rows)))
         return self.width
 
 
 class _KVPoolLayer(ColumnCacheLayer):
+    """The keys and values of one layer."""
+
     store: KVPool
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -66,19 +69,16 @@ class _KVPoolLayer(ColumnCacheLayer):
     ) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w e"]]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = (self._write(kept, new) for kept, new in self._both(key_states, value_states))
-        rows = slice(len(self.store.rows)) if self.store.whole else self.store.rows
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self._write(self.keys, key_states), self._write(self.values, value_states)
+        rows = slice(len(self.store.rows)) if self.store.contiguous else self.store.rows
         return self.keys[rows, :, : self.store.width], self.values[rows, :, : self.store.width]
 
-    def _both(self, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-        assert self.keys is not None and self.values is not None
-        return [(self.keys, keys), (self.values, values)]
-
-    def _write(self, kept: Tensor, new: Float[Tensor, "b h m d"]) -> Tensor:
-        """What is kept, made larger where need be, with the new in its places."""
+    def _write(self, stored: Tensor, new: Float[Tensor, "b h m d"]) -> Tensor:
+        """The stored states, enlarged if necessary, with the new ones written to their rows and columns."""
         store = self.store
-        taller, wider = store.height - kept.shape[0], store.n + 1 - kept.shape[2]
+        taller, wider = store.height - stored.shape[0], store.n + 1 - stored.shape[2]
         if taller > 0 or wider > 0:
-            kept = functional.pad(kept, (0, 0, 0, max(0, wider), 0, 0, 0, max(0, taller)))
-        kept[store.rows[:, None], :, store.columns] = new.transpose(1, 2)
-        return kept
+            stored = functional.pad(stored, (0, 0, 0, max(0, wider), 0, 0, 0, max(0, taller)))
+        stored[store.rows[:, None], :, store.columns] = new.transpose(1, 2)
+        return stored

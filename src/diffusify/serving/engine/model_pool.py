@@ -1,4 +1,4 @@
-"""Models by name: those that are served from the start, and folders that are opened when somebody asks for one."""
+"""The models of a server by name: fixed ones, and folders that are opened on request."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,11 @@ class UnknownModel(Exception):
 
 
 class ModelPool:
-    """What an engine can serve. A new model in `folder` is there at once; at most `keep` of its models stay open."""
+    """The models of an engine, and those in `folder`, which are opened on request.
+
+    A model that is added to `folder` is available at once. At most `keep` models of the folder stay open; the least
+    recently used one is closed first. Raises ValueError if `keep` is below 1.
+    """
 
     def __init__(
         self,
@@ -26,29 +30,29 @@ class ModelPool:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1 model")
         self.engine, self.folder, self.keep, self._opener = engine, folder, keep, opener
-        self._recent: list[str] = []  # of those from the folder, the latest last
-        self._opening = asyncio.Lock()
+        self._opened: list[str] = []  # models of the folder, least recently used first
+        self._lock = asyncio.Lock()
 
     @property
-    def closed(self) -> dict[str, DiffusionConfig]:
-        """The cards of models in the folder that are not open."""
+    def unopened(self) -> dict[str, DiffusionConfig]:
+        """The diffusion configs of the models in the folder that are not open."""
         return {
             name: DiffusionConfig.load(path) for name, path in self._folders.items() if name not in self.engine.queues
         }
 
     async def get(self, name: str) -> DiffusionLM:
-        """The model of that name, opened if need be. UnknownModel if there is none."""
+        """The model of that name, opened if necessary. Raises UnknownModel if there is none."""
         if name not in self.engine.queues and name not in self._folders:
             raise UnknownModel(f'model "{name}" is not served{nearest(name, {**self.engine.queues, **self._folders})}')
-        async with self._opening:
+        async with self._lock:
             if name not in self.engine.queues:
                 lm = await asyncio.to_thread(self._opener, str(self._folders[name]))
                 self.engine.add(name, lm)
-                self._recent.append(name)
-            elif name in self._recent:
-                self._recent.remove(name)
-                self._recent.append(name)
-            self._close_some(but=name)
+                self._opened.append(name)
+            elif name in self._opened:
+                self._opened.remove(name)
+                self._opened.append(name)
+            self._close_idle(but=name)
             return self.engine.queues[name].lm
 
     @property
@@ -58,10 +62,10 @@ class ModelPool:
         found = sorted(self.folder.iterdir())
         return {path.name: path for path in found if (path / "diffusion_config.json").is_file()}
 
-    def _close_some(self, but: str) -> None:
-        """Let go of those that nobody has asked for the longest, and nobody uses."""
-        for name in [name for name in self._recent if name != but]:
+    def _close_idle(self, but: str) -> None:
+        """Close the least recently used models beyond `keep` that have no requests."""
+        for name in [name for name in self._opened if name != but]:
             queue = self.engine.queues[name]
-            if len(self._recent) > self.keep and not queue.waiting and not queue.working:
-                self._recent.remove(name)
+            if len(self._opened) > self.keep and not queue.waiting and not queue.running:
+                self._opened.remove(name)
                 self.engine.remove(name)

@@ -1,4 +1,4 @@
-"""A served model with the requests that wait for it and those that run on it."""
+"""The requests of one model: those that wait and those that are running."""
 
 from collections import deque
 
@@ -8,28 +8,32 @@ from diffusify.serving.engine.job import Job
 
 
 class ModelQueue:
-    """A model and its requests: those that wait, in order, and those that are at work."""
+    """A model with its waiting jobs, in order of arrival, and its running jobs.
+
+    The rows of all running jobs, padded to the longest, have at most `tokens` positions.
+    """
 
     def __init__(self, name: str, lm: DiffusionLM, tokens: int) -> None:
         self.name, self.tokens = name, tokens
         self.batcher = PassBatcher(lm.denoiser)
         self.lm = DiffusionLM(self.batcher.denoiser, lm.tokenizer)
         self.waiting: deque[Job] = deque()
-        self.working: dict[Job, Loop] = {}
+        self.running: dict[Job, Loop] = {}
 
     @property
     def rows(self) -> int:
-        return sum(len(job.work.canvas.tokens) for job in self.working)
+        """The number of rows of all running jobs."""
+        return sum(len(job.work.canvas.tokens) for job in self.running)
 
     def receive(self, job: Job) -> None:
-        """Read the request; whether it can be served at all is told at once."""
+        """Prepare a job and add it to the queue. A job that cannot be served ends at once with its error."""
         try:
             job.work = job.prepare(self.lm)
             rows, n = job.work.canvas.tokens.shape
             if rows * n > self.tokens:
                 raise ValueError(
-                    f"the request needs {rows} texts of {n} tokens, but there is room for {self.tokens} in all; "
-                    "ask for fewer or shorter texts"
+                    f"the request needs {rows} x {n} tokens (texts x length), and the server takes at most "
+                    f"{self.tokens}; request fewer or shorter texts"
                 )
         except Exception as error:
             job.end(error)
@@ -37,39 +41,39 @@ class ModelQueue:
             self.waiting.append(job)
 
     def admit(self) -> None:
-        """Begin what fits, strictly in order, so that nobody waits for ever."""
+        """Start waiting jobs as long as they fit, strictly in order, so that no job starves."""
         while self.waiting and self._fits(self.waiting[0]):
             job = self.waiting.popleft()
-            loop = self.batcher.join(lambda job=job: _do(job))
+            loop = self.batcher.join(lambda job=job: _run(job))
             if loop in self.batcher.loops:
-                self.working[job] = loop
+                self.running[job] = loop
 
-    def _fits(self, newcomer: Job) -> bool:
-        """Whether the rows of all at work, each as long as the longest, stay within the budget."""
-        shapes = [job.work.canvas.tokens.shape for job in (*self.working, newcomer)]
+    def _fits(self, new: Job) -> bool:
+        """Whether the rows of all running jobs and a new one, padded to the longest, stay within the budget."""
+        shapes = [job.work.canvas.tokens.shape for job in (*self.running, new)]
         return sum(rows for rows, _ in shapes) * max(n for _, n in shapes) <= self.tokens
 
-    def dismiss(self) -> None:
-        """Let go of what nobody waits for any more, and of what took too long."""
-        for job in [job for job in (*self.waiting, *self.working) if job.cancelled or job.late]:
-            if job in self.working:
-                self.batcher.leave(self.working.pop(job))
+    def remove_ended(self) -> None:
+        """Remove jobs that were cancelled or have timed out."""
+        for job in [job for job in (*self.waiting, *self.running) if job.cancelled or job.timed_out]:
+            if job in self.running:
+                self.batcher.leave(self.running.pop(job))
             else:
                 self.waiting.remove(job)
-            job.end(TimeoutError(f"not done within {job.seconds:g} s") if not job.cancelled else None)
+            job.end(TimeoutError(f"not finished within {job.timeout:g} s") if not job.cancelled else None)
 
     def step(self) -> None:
-        """One pass for everybody."""
+        """Run one forward pass for all running jobs."""
         self.batcher.advance()
-        for job in [job for job, loop in self.working.items() if loop not in self.batcher.loops]:
-            del self.working[job]
+        for job in [job for job, loop in self.running.items() if loop not in self.batcher.loops]:
+            del self.running[job]
 
 
-def _do(job: Job) -> None:
+def _run(job: Job) -> None:
     try:
-        job.tell(job.work)
+        job.notify(job.work)
         for step in job.work:
-            job.tell(step)
+            job.notify(step)
     except Exception as error:
         job.end(error)
     else:

@@ -1,13 +1,13 @@
-// Talks to the server, and writes requests down for other programs.
+// Requests to the server, and the same requests as code for other programs.
 
 let key = sessionStorage.getItem("key");
 
-export function unlock(value) {
+export function setKey(value) {
   key = value;
   sessionStorage.setItem("key", value);
 }
 
-export class Refusal extends Error {
+export class APIError extends Error {
   constructor({ message, param }, status) {
     super(message);
     this.param = param;
@@ -15,29 +15,29 @@ export class Refusal extends Error {
   }
 }
 
-async function call(path, body, signal) {
+async function send(path, body, signal) {
   const headers = body ? { "Content-Type": "application/json" } : {};
   if (key) headers.Authorization = `Bearer ${key}`;
-  const request = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };
-  const response = await fetch(path, request).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("The server does not answer.");
+  const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };
+  const response = await fetch(path, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server does not respond.");
   });
   if (response.ok) return response;
-  const told = await response.json().catch(() => null);
-  throw new Refusal(told?.error ?? { message: `${response.status} ${response.statusText}` }, response.status);
+  const answer = await response.json().catch(() => null);
+  throw new APIError(answer?.error ?? { message: `${response.status} ${response.statusText}` }, response.status);
 }
 
-export async function ask(path, body, signal) {
-  return (await call(path, body, signal)).json();
+export async function request(path, body, signal) {
+  return (await send(path, body, signal)).json();
 }
 
-/** The events of a request while it is answered; the answer itself has no event name. */
-export async function* watch({ path, body }, signal) {
-  const response = await call(path, { ...body, stream: true, denoise: true }, signal);
+/** The events of a streamed request. Step events have a name; the final answer has none. */
+export async function* streamEvents({ path, body }, signal) {
+  const response = await send(path, { ...body, stream: true, denoise: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("The server closed the connection before the text was done.");
+    if (done) throw new Error("The server closed the connection before the text was finished.");
     const blocks = (rest + value).split(/\r?\n\r?\n/);
     rest = blocks.pop();
     for (const block of blocks) {
@@ -46,7 +46,7 @@ export async function* watch({ path, body }, signal) {
       if (text === "[DONE]") return;
       if (!text) continue;
       const data = JSON.parse(text);
-      if (data.error) throw new Refusal(data.error);
+      if (data.error) throw new APIError(data.error);
       yield { event, data };
     }
   }
@@ -59,7 +59,7 @@ export function asCurl({ path, body }) {
   return lines.join(" \\\n  ");
 }
 
-const NATIVE = new Set(["model", "prompt", "max_tokens", "temperature", "seed"]); // what OpenAI's client knows
+const OPENAI_FIELDS = new Set(["model", "prompt", "max_tokens", "temperature", "seed"]); // parameters of OpenAI's client
 
 export function asPython({ path, body }) {
   const secret = key ? 'os.environ["DIFFUSIFY_KEY"]' : '"none"';
@@ -69,9 +69,9 @@ client = OpenAI(base_url="${location.origin}/v1", api_key=${secret})\n`;
     return `import httpx\n${head}answer = client.post("${path.slice(3)}", cast_to=httpx.Response, body=${python(body)})
 print(answer.json()["choices"][0]["text"])\n`;
   }
-  const ours = Object.entries(body).filter(([name]) => !NATIVE.has(name));
-  const lines = Object.entries(body).filter(([name]) => NATIVE.has(name)).map(([name, value]) => `${name}=${python(value)}`);
-  if (ours.length) lines.push(`extra_body=${python(Object.fromEntries(ours))}`);
+  const extra = Object.entries(body).filter(([name]) => !OPENAI_FIELDS.has(name));
+  const lines = Object.entries(body).filter(([name]) => OPENAI_FIELDS.has(name)).map(([name, value]) => `${name}=${python(value)}`);
+  if (extra.length) lines.push(`extra_body=${python(Object.fromEntries(extra))}`);
   return `${head}answer = client.completions.create(\n${lines.map((line) => `    ${line},\n`).join("")})
 print(answer.choices[0].text)\n`;
 }

@@ -1,4 +1,4 @@
-// A text of tokens on the page: it is drawn, walked through and selected.
+// The tokens of a text on the page: drawing, keyboard navigation and selection.
 
 export function percent(share) {
   if (share < 0.001) return "<0.1 %";
@@ -6,7 +6,7 @@ export function percent(share) {
   return `${(100 * share).toFixed(share < 0.01 || share > 0.99 ? 1 : 0)} %`;
 }
 
-/** A token's letters, with those that leave no ink made visible. */
+/** A token's text with visible symbols for whitespace and control characters. */
 export function visible(text) {
   if (!text.trim()) return [...text].map((letter) => ({ "\n": "↵\n", "\t": "⇥\t", " ": "␣" })[letter] ?? "·").join("") || "·";
   return text.replace(/[^\P{C}\n\t]/gu, "·");
@@ -14,24 +14,24 @@ export function visible(text) {
 
 export function describe(token) {
   if (token.id === null) return "open";
-  const told = [];
-  if (token.kind === "given") told.push("given");
-  if (token.confidence != null) told.push(`${percent(token.confidence)} sure`);
-  if (token.step) told.push(`written in step ${token.step}`);
-  if (token.pinned) told.push("pinned");
-  return told.join(", ");
+  const facts = [];
+  if (token.kind === "given") facts.push("given");
+  if (token.confidence != null) facts.push(`probability ${percent(token.confidence)}`);
+  if (token.step) facts.push(`decoded in step ${token.step}`);
+  if (token.pinned) facts.push("pinned");
+  return facts.join(", ");
 }
 
 export class Canvas {
   selection = new Set();
-  several = false; // whether a plain click adds to the selection
+  multiple = false; // whether a plain click adds to the selection
   shown = [];
   focus = 0;
-  anchor = 0; // where a selection began
+  anchor = 0; // where a selection starts
 
-  /** `asked` does what is asked for here: inspect(position), again(), pin(), undo(), redo(), paintTools(). */
-  constructor(list, asked) {
-    Object.assign(this, { list, asked });
+  /** `actions` handles the commands: inspect(position), regenerate(), pin(), undo(), redo(), paintTools(). */
+  constructor(list, actions) {
+    Object.assign(this, { list, actions });
     list.addEventListener("keydown", (event) => this.onKey(event));
     list.addEventListener("click", (event) => this.onClick(event));
     list.addEventListener("pointerdown", (event) => this.onDown(event));
@@ -46,7 +46,7 @@ export class Canvas {
     while (this.list.children.length > tokens.length) this.list.lastChild.remove();
     tokens.forEach((token, position) => {
       const cell = this.list.children[position] ?? this.list.appendChild(newCell());
-      if (token !== before[position]) dress(cell, token, before[position]?.id === null);
+      if (token !== before[position]) paintCell(cell, token, before[position]?.id === null);
     });
     this.selection = new Set([...this.selection].filter((position) => position < tokens.length));
     this.moveTo(Math.max(0, Math.min(this.focus, tokens.length - 1)));
@@ -60,7 +60,7 @@ export class Canvas {
   select(positions) {
     this.selection = new Set(positions);
     this.paintSelection();
-    this.asked.paintTools();
+    this.actions.paintTools();
   }
 
   toggle(position) {
@@ -77,10 +77,10 @@ export class Canvas {
   inspect(position) {
     this.anchor = position;
     this.select([position]);
-    this.asked.inspect(position);
+    this.actions.inspect(position);
   }
 
-  /** One token can be reached with Tab; the arrows go on from there. */
+  /** Makes one token reachable with Tab (a roving tabindex). */
   moveTo(position) {
     this.list.children[this.focus]?.setAttribute("tabindex", -1);
     this.focus = position;
@@ -95,7 +95,7 @@ export class Canvas {
     const position = this.positionOf(event);
     if (position < 0 || this.dragged) return;
     if (event.shiftKey) this.selectTo(position);
-    else if (event.ctrlKey || event.metaKey || this.several) this.toggle(position);
+    else if (event.ctrlKey || event.metaKey || this.multiple) this.toggle(position);
     else this.inspect(position);
   }
 
@@ -114,42 +114,43 @@ export class Canvas {
 
   onKey(event) {
     const command = event.ctrlKey || event.metaKey;
-    const does = command ? { z: event.shiftKey ? "redo" : "undo", y: "redo" } : { delete: "again", backspace: "again", p: "pin" };
-    const wanted = does[event.key.toLowerCase()];
-    const position = this.towards(event.key);
-    if (wanted) this.asked[wanted]();
+    const commands = { z: event.shiftKey ? "redo" : "undo", y: "redo" };
+    const keys = { delete: "regenerate", backspace: "regenerate", p: "pin" };
+    const action = (command ? commands : keys)[event.key.toLowerCase()];
+    const position = this.destination(event.key);
+    if (action) this.actions[action]();
     else if (command && event.key === "a") this.select(this.shown.keys());
     else if (event.key === "Enter" && !command) this.inspect(this.focus);
     else if (event.key === " ") this.toggle(this.focus);
     else if (event.key === "Escape") this.select([]);
-    else if (position !== undefined) this.walk(position, event.shiftKey);
+    else if (position !== undefined) this.focusOn(position, event.shiftKey);
     else return;
     event.preventDefault();
   }
 
-  walk(position, selecting) {
+  focusOn(position, selecting) {
     this.list.children[position].focus();
     if (selecting) this.selectTo(position);
     else this.anchor = position;
   }
 
-  towards(key) {
+  destination(key) {
     const last = this.shown.length - 1;
     if (key === "ArrowLeft") return Math.max(0, this.focus - 1);
     if (key === "ArrowRight") return Math.min(last, this.focus + 1);
-    if (key === "ArrowUp") return this.across(-1);
-    if (key === "ArrowDown") return this.across(1);
+    if (key === "ArrowUp") return this.onNextLine(-1);
+    if (key === "ArrowDown") return this.onNextLine(1);
     return { Home: 0, End: last }[key];
   }
 
   /** The token nearest to the focused one on the line above (-1) or below (1). */
-  across(direction) {
+  onNextLine(direction) {
     const boxes = [...this.list.children].map((cell) => cell.lastChild.getClientRects()[0]);
-    const here = boxes[this.focus];
-    const away = (box) => direction * (box.bottom - here.bottom);
-    const distance = (box) => 10 * away(box) + Math.abs(box.left + box.right - here.left - here.right);
-    const there = [...boxes.keys()].filter((i) => away(boxes[i]) > here.height / 2);
-    return there.reduce((best, i) => (best === this.focus || distance(boxes[i]) < distance(boxes[best]) ? i : best), this.focus);
+    const current = boxes[this.focus];
+    const offset = (box) => direction * (box.bottom - current.bottom);
+    const distance = (box) => 10 * offset(box) + Math.abs(box.left + box.right - current.left - current.right);
+    const candidates = [...boxes.keys()].filter((i) => offset(boxes[i]) > current.height / 2);
+    return candidates.reduce((best, i) => (best === this.focus || distance(boxes[i]) < distance(boxes[best]) ? i : best), this.focus);
   }
 }
 
@@ -161,14 +162,13 @@ function newCell() {
   return cell;
 }
 
-function dress(cell, token, wasOpen) {
+function paintCell(cell, token, wasOpen) {
   const open = token.id === null;
-  const ink = token.text.trimStart();
-  const lead = ink && token.text.slice(0, -ink.length); // blanks before a word are not coloured
-  cell.firstChild.data = lead;
-  cell.lastChild.textContent = open ? "" : visible(ink || token.text);
+  const word = token.text.trimStart();
+  cell.firstChild.data = word && token.text.slice(0, -word.length); // spaces before a word are not coloured
+  cell.lastChild.textContent = open ? "" : visible(word || token.text);
   cell.className = token.kind;
-  cell.classList.toggle("blank", !ink);
+  cell.classList.toggle("blank", !word);
   cell.classList.toggle("pinned", Boolean(token.pinned));
   cell.classList.toggle("fresh", wasOpen && !open);
   cell.style.setProperty("--confidence", token.confidence ?? 1);

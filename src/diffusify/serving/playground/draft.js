@@ -1,19 +1,20 @@
-// A text and how it came to be. A frame is the text at one moment; a track is the frames of one size of the holes; a take
-// is the tracks of one request, or of an edit by hand. Finished takes do not change, so undoing is going back to one.
+// The history of a text. A frame is the text after one step; a track is all frames of one candidate (one length of the
+// masked spans); a version is all tracks of one request, or of a manual edit. Finished versions do not change, so undo
+// goes back to the previous one.
 
 const OPEN = Object.freeze({ id: null, text: "", kind: "open" });
 
 export class Draft {
-  takes = [];
-  now = -1;
-  at = 0;
+  versions = [];
+  current = -1;
+  step = 0;
 
-  get take() {
-    return this.takes[this.now];
+  get version() {
+    return this.versions[this.current];
   }
 
   get frames() {
-    return this.take?.tracks[this.take.track] ?? [];
+    return this.version?.tracks[this.version.track] ?? [];
   }
 
   get last() {
@@ -21,55 +22,55 @@ export class Draft {
   }
 
   get tokens() {
-    return this.frames[this.at]?.tokens ?? [];
+    return this.frames[this.step]?.tokens ?? [];
   }
 
   get text() {
     return this.tokens.map(({ text }) => text).join("");
   }
 
-  push(take) {
-    this.takes = [...this.takes.slice(0, this.now + 1), take];
-    this.travel(1);
+  push(version) {
+    this.versions = [...this.versions.slice(0, this.current + 1), version];
+    this.move(1);
   }
 
-  /** Undoes (-1) or does again (1). */
-  travel(by) {
-    if (!this.takes[this.now + by]) return;
-    this.now += by;
-    this.at = this.last;
+  /** Goes to the previous version (-1) or the next one (1). */
+  move(by) {
+    if (!this.versions[this.current + by]) return;
+    this.current += by;
+    this.step = this.last;
   }
 
-  look(track) {
-    this.take.track = track;
-    this.at = this.last;
+  show(track) {
+    this.version.track = track;
+    this.step = this.last;
   }
 
-  /** Takes in an event of the server. `sent` are the tokens that it was given, which know more than it says of them. */
-  receive(take, { event, data }, sent, seconds) {
-    const following = this.at === this.last;
+  /** Applies an event of the server. `sent` are the tokens of the request, which have more fields than those returned. */
+  receive(version, { event, data }, sent, seconds) {
+    const following = this.step === this.last;
     if (event === "canvas") {
-      take.tracks[data.candidate] = [{ tokens: data.tokens.map(knownFrom(sent)), written: 0, forwards: 0, seconds }];
-      take.room = data.tokens.length;
-      if (this.take !== take) this.push(take);
+      version.tracks[data.candidate] = [{ tokens: data.tokens.map(withFieldsOf(sent)), written: 0, forwards: 0, seconds }];
+      version.length = data.tokens.length;
+      if (this.version !== version) this.push(version);
     } else if (event === "denoise") {
-      const track = take.tracks[data.candidate];
+      const track = version.tracks[data.candidate];
       track.push(nextFrame(track.at(-1), data, seconds));
     } else if (data.usage) {
-      take.track = take.kept = data.choices[0]?.candidate ?? take.track;
+      version.track = version.kept = data.choices[0]?.candidate ?? version.track;
       this.frames.splice(-1, 1, lastFrame(this.frames, data, seconds));
     }
-    if (following) this.at = this.last;
+    if (following) this.step = this.last;
   }
 
-  /** Puts these tokens in place of the shown ones; what came later is gone until this is undone. */
+  /** Replaces the shown tokens; later steps are dropped until the edit is undone. */
   edit(tokens) {
-    const frames = [...this.frames.slice(0, this.at), { ...this.frames[this.at], tokens }];
-    this.push({ ...this.take, tracks: [frames], track: 0, room: Math.max(this.take.room, tokens.length) });
+    const frames = [...this.frames.slice(0, this.step), { ...this.frames[this.step], tokens }];
+    this.push({ ...this.version, tracks: [frames], track: 0, length: Math.max(this.version.length, tokens.length) });
   }
 
-  /** Puts alternatives or the user's own words in place of a token. */
-  put(position, tokens) {
+  /** Replaces a token by an alternative or the user's own text. */
+  replace(position, tokens) {
     this.edit(this.tokens.toSpliced(position, 1, ...tokens.map(pinnedFrom)));
   }
 
@@ -77,16 +78,16 @@ export class Draft {
     this.edit(this.tokens.map((token, i) => (positions.has(i) && token.id !== null ? { ...token, pinned } : token)));
   }
 
-  /** The tokens with some of them open. */
-  without(drop) {
+  /** The tokens with some of them masked. */
+  mask(drop) {
     return this.tokens.map((token, i) => (drop(token, i) ? OPEN : token));
   }
 
-  /** The tokens up to the first open one or one to drop, and room behind them: how a left-to-right model writes. */
-  before(drop) {
+  /** The tokens with everything masked from the first open or dropped one on, for autoregressive models. */
+  maskFrom(drop) {
     const first = this.tokens.findIndex((token, i) => token.id === null || drop(token, i));
     const kept = first < 0 ? this.tokens : this.tokens.slice(0, first);
-    return [...kept, ...Array(Math.max(this.take.room, this.tokens.length) - kept.length).fill(OPEN)];
+    return [...kept, ...Array(Math.max(this.version.length, this.tokens.length) - kept.length).fill(OPEN)];
   }
 }
 
@@ -95,23 +96,23 @@ function pinnedFrom({ id, text, probability }) {
   return { id, text, kind: probability === undefined ? "given" : "written", confidence: probability, pinned: true };
 }
 
-const knownFrom = (sent) => (token, i) => (token.id === null ? OPEN : token.id === sent?.[i]?.id ? sent[i] : token);
+const withFieldsOf = (sent) => (token, i) => (token.id === null ? OPEN : token.id === sent?.[i]?.id ? sent[i] : token);
 
 function nextFrame(frame, { step, forwards, write, erase }, seconds) {
   const tokens = [...frame.tokens];
-  const anew = write.filter(({ position }) => tokens[position]?.kind === "written");
+  const revised = write.filter(({ position }) => tokens[position]?.kind === "written");
   for (const position of erase) tokens[position] = OPEN;
   for (const { position, ...token } of write) {
     while (tokens.length < position) tokens.push(OPEN);
     tokens[position] = { ...token, kind: "written", step };
   }
-  return { tokens, written: frame.written + write.length - anew.length - erase.length, forwards, seconds };
+  return { tokens, written: frame.written + write.length - revised.length - erase.length, forwards, seconds };
 }
 
-/** What an answer says last: the tokens, or how many of a continuation come before its end. */
+/** The final answer: its tokens, or those of a continuation up to its end. */
 function lastFrame(frames, { choices: [choice], usage }, seconds) {
-  const [first, now] = [frames[0].tokens, frames.at(-1).tokens];
+  const [first, last] = [frames[0].tokens, frames.at(-1).tokens];
   const given = first.filter(({ id }) => id !== null).length;
-  const tokens = choice?.tokens?.map(knownFrom(now)) ?? now.slice(0, given + usage.completion_tokens);
+  const tokens = choice?.tokens?.map(withFieldsOf(last)) ?? last.slice(0, given + usage.completion_tokens);
   return { tokens, written: usage.completion_tokens, forwards: usage.forwards, seconds };
 }

@@ -1,25 +1,25 @@
-// One model's text on the page: how it is written, and what is done to it.
+// One model's text on the page: generating it, editing it and going back through its steps.
 
-import { asCurl, asPython, watch } from "./api.js";
+import { asCurl, asPython, streamEvents } from "./api.js";
 import { Canvas } from "./canvas.js";
 import { Draft } from "./draft.js";
 import { Settings } from "./settings.js";
 
-export const hasHoles = (text) => /(?<!\\)\[\[\d+(-\d+)?\]\]/.test(text);
+const hasSpans = (text) => /(?<!\\)\[\[\d+(-\d+)?\]\]/.test(text);
 
 export class Pane {
   draft = new Draft();
   run = null;
-  rewrites = 0;
+  regenerations = 0;
 
   constructor(page, element) {
     Object.assign(this, { page, element });
     this.canvas = new Canvas(this.find(".canvas"), this);
     this.settings = new Settings(element, page.models);
     element.addEventListener("change", ({ target }) => this.changed(target));
-    element.addEventListener("click", ({ target }) => this[target.dataset.do]?.());
-    this.find("[type=range]").addEventListener("input", ({ target }) => this.scrub(Number(target.value)));
-    this.offer();
+    element.addEventListener("click", ({ target }) => this[target.dataset.action]?.());
+    this.find("[type=range]").addEventListener("input", ({ target }) => this.showStep(Number(target.value)));
+    this.update();
   }
 
   find = (selector) => this.element.querySelector(selector);
@@ -33,65 +33,65 @@ export class Pane {
   }
 
   changed({ name, value }) {
-    if (name === "size") this.draft.look(Number(value));
-    if (name === "model") this.forget();
-    this.offer();
+    if (name === "length") this.draft.show(Number(value));
+    if (name === "model") this.reset();
+    this.update();
     this.page.changed();
   }
 
-  offer() {
-    this.settings.offer(hasHoles(this.page.prompt));
+  update() {
+    this.settings.update(hasSpans(this.page.prompt));
     this.paint();
   }
 
-  // Writing
+  // Generating
 
-  ask() {
+  generate() {
     const [model, text, sampling] = [this.model.id, this.page.prompt, this.settings.sampling()];
     this.canvas.select([]);
-    if (hasHoles(text)) return this.write({ path: "/v1/infill", body: { model, text, ...sampling } });
+    if (hasSpans(text)) return this.send({ path: "/v1/infill", body: { model, text, ...sampling } });
     const body = { model, prompt: text, max_tokens: this.settings.number("max_tokens"), ...sampling };
-    return this.write({ path: "/v1/completions", body });
+    return this.send({ path: "/v1/completions", body });
   }
 
-  /** Opens the tokens to drop and writes what is open; with another seed each time, so that each draw is a new one. */
-  async rewrite(drop) {
-    if (this.run || !this.draft.take) return;
-    const tokens = this.infills ? this.draft.without(drop) : this.draft.before(drop);
+  /** Masks the tokens to drop and fills all open positions. The seed changes each time, so that the text does. */
+  async refill(drop) {
+    if (this.run || !this.draft.version) return;
+    const tokens = this.infills ? this.draft.mask(drop) : this.draft.maskFrom(drop);
     const ids = tokens.map(({ id }) => id);
-    if (!ids.includes(null)) return this.note("There is nothing to write: all tokens are kept.");
+    if (!ids.includes(null)) return this.note("Nothing to generate: all tokens are kept.");
     const before = this.draft.text;
     const sampling = this.settings.sampling();
-    this.rewrites += 1;
-    if (sampling.seed !== undefined) sampling.seed += this.rewrites;
+    this.regenerations += 1;
+    if (sampling.seed !== undefined) sampling.seed += this.regenerations;
     const body = { model: this.model.id, tokens: ids, ...sampling };
-    const done = await this.write({ path: "/v1/infill", body }, tokens);
+    const done = await this.send({ path: "/v1/infill", body }, tokens);
     if (done && this.draft.text === before && !sampling.temperature) {
-      this.note("The same text came back: at temperature 0 the model takes its first choice. Raise it, or pick an alternative.");
+      this.note("The text did not change: temperature 0 always takes the most likely token. Raise it, or choose an alternative.");
     }
   }
 
-  /** Says whether all was written. */
-  async write(request, sent) {
-    const take = { request, tracks: [], track: 0, room: 0 };
-    const began = performance.now();
+  /** Sends a request and shows its events. Returns whether it finished. */
+  async send(request, sent) {
+    const version = { request, tracks: [], track: 0, length: 0 };
+    const started = performance.now();
     this.run = new AbortController();
-    this.complain();
+    this.showError();
     this.note("");
     this.paint();
     this.page.changed();
-    this.page.announce(`${this.model.id} writes.`);
+    this.page.announce(`${this.model.id} is generating.`);
     try {
-      for await (const told of watch(request, this.run.signal)) {
-        this.draft.receive(take, told, sent, (performance.now() - began) / 1000);
+      for await (const event of streamEvents(request, this.run.signal)) {
+        this.draft.receive(version, event, sent, (performance.now() - started) / 1000);
         this.paintSoon();
       }
       const { written, forwards } = this.draft.frames.at(-1);
-      this.page.announce(`${this.model.id} is done: ${written} tokens in ${forwards} forwards.`);
+      this.page.announce(`${this.model.id} finished: ${written} tokens in ${forwards} forward passes.`);
       return true;
     } catch (error) {
       if (error.name === "AbortError") this.page.announce("Stopped.");
-      else this.complain(error);
+      else this.showError(error);
       return false;
     } finally {
       this.run.abort();
@@ -101,21 +101,21 @@ export class Pane {
     }
   }
 
-  // What is done to the text; most of these are named by the buttons
+  // Editing; the buttons name these methods
 
-  again() {
+  regenerate() {
     const chosen = this.canvas.selection;
-    if (chosen.size) this.rewrite((_, i) => chosen.has(i));
+    if (chosen.size) this.refill((_, i) => chosen.has(i));
   }
 
-  rest() {
+  regenerateRest() {
     const keep = (token, i) => token.pinned || this.canvas.selection.has(i);
     const last = this.draft.tokens.findLastIndex(keep);
-    this.rewrite((token, i) => (this.infills ? token.kind === "written" && !keep(token, i) : i > last));
+    this.refill((token, i) => (this.infills ? token.kind === "written" && !keep(token, i) : i > last));
   }
 
-  goOn() {
-    this.rewrite(() => false);
+  fillOpen() {
+    this.refill(() => false);
   }
 
   get allPinned() {
@@ -126,33 +126,33 @@ export class Pane {
     if (!this.run && this.canvas.selection.size) this.change(() => this.draft.pin(this.canvas.selection, !this.allPinned));
   }
 
-  put(position, tokens) {
-    this.change(() => this.draft.put(position, tokens));
+  replace(position, tokens) {
+    this.change(() => this.draft.replace(position, tokens));
   }
 
   undo() {
-    if (!this.run) this.change(() => this.draft.travel(-1));
+    if (!this.run) this.change(() => this.draft.move(-1));
   }
 
   redo() {
-    if (!this.run) this.change(() => this.draft.travel(1));
+    if (!this.run) this.change(() => this.draft.move(1));
   }
 
-  change(how) {
+  change(edit) {
     this.pause();
     this.note("");
-    how();
+    edit();
     this.paint();
   }
 
-  forget() {
+  reset() {
     this.draft = new Draft();
-    this.complain();
+    this.showError();
     this.pause();
   }
 
-  several() {
-    this.canvas.several = !this.canvas.several;
+  selectSeveral() {
+    this.canvas.multiple = !this.canvas.multiple;
     this.paintTools();
   }
 
@@ -161,24 +161,24 @@ export class Pane {
   }
 
   copyText = () => this.page.copy(this.draft.text);
-  copyCurl = () => this.page.copy(asCurl(this.draft.take.request));
-  copyPython = () => this.page.copy(asPython(this.draft.take.request));
+  copyCurl = () => this.page.copy(asCurl(this.draft.version.request));
+  copyPython = () => this.page.copy(asPython(this.draft.version.request));
 
-  // Looking back
+  // Going back through the steps
 
-  scrub(at) {
+  showStep(step) {
     this.pause();
-    this.draft.at = at;
+    this.draft.step = step;
     this.paint();
   }
 
   play() {
     const draft = this.draft;
     if (this.timer) return this.pause();
-    if (draft.at === draft.last) draft.at = 0;
+    if (draft.step === draft.last) draft.step = 0;
     this.timer = setInterval(() => {
-      draft.at += 1;
-      if (draft.at >= draft.last) this.pause();
+      draft.step += 1;
+      if (draft.step >= draft.last) this.pause();
       this.paint();
     }, Math.max(40, Math.min(250, 6000 / draft.frames.length)));
   }
@@ -189,17 +189,17 @@ export class Pane {
     this.paintTimeline();
   }
 
-  // Telling
+  // Showing
 
   note(text) {
     this.find(".note").textContent = text;
   }
 
-  /** Shows a refusal next to what caused it, or clears what was refused before. */
-  complain(error) {
+  /** Shows an error next to the field that caused it, or clears earlier errors. */
+  showError(error) {
     for (const place of this.element.querySelectorAll(".error")) place.textContent = "";
     for (const field of this.element.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
-    if (!error || this.page.refused(error)) return;
+    if (!error || this.page.showError(error)) return;
     const field = this.find(`[name="${CSS.escape(error.param ?? "")}"]`);
     field?.setAttribute("aria-invalid", "true");
     if (field?.closest("details")) field.closest("details").open = true;
@@ -213,60 +213,61 @@ export class Pane {
   paint() {
     cancelAnimationFrame(this.soon);
     this.soon = null;
-    const begun = Boolean(this.draft.take);
-    this.find(".empty").hidden = begun;
-    for (const part of this.element.querySelectorAll(".canvas, .under")) part.hidden = !begun;
+    const started = Boolean(this.draft.version);
+    this.find(".empty").hidden = started;
+    for (const part of this.element.querySelectorAll(".canvas, .under")) part.hidden = !started;
     this.find("[name=model]").disabled = Boolean(this.run);
     this.element.setAttribute("aria-busy", Boolean(this.run));
     this.canvas.draw(this.draft.tokens);
-    this.paintSizes();
+    this.paintLengths();
     this.paintTimeline();
     this.paintCounters();
     this.paintTools();
   }
 
-  paintSizes() {
-    const { tracks = [], track, kept } = this.draft.take ?? {};
-    const room = ([{ tokens }]) => tokens.filter(({ id }) => id === null).length;
-    const name = (frames, i) => `room for ${room(frames)}${i === kept ? ", kept" : ""}`;
-    this.find(".sizes").hidden = tracks.length < 2;
-    this.find("[name=size]").replaceChildren(...tracks.map((frames, i) => new Option(name(frames, i), i, false, i === track)));
+  paintLengths() {
+    const { tracks = [], track, kept } = this.draft.version ?? {};
+    const length = ([{ tokens }]) => tokens.filter(({ id }) => id === null).length;
+    const name = (frames, i) => `${length(frames)} tokens${i === kept ? ", kept" : ""}`;
+    this.find(".lengths").hidden = tracks.length < 2;
+    this.find("[name=length]").replaceChildren(...tracks.map((frames, i) => new Option(name(frames, i), i, false, i === track)));
   }
 
   paintTimeline() {
-    const [slider, { at, last }] = [this.find("[type=range]"), this.draft];
+    const [slider, { step, last }] = [this.find("[type=range]"), this.draft];
     slider.max = last;
-    slider.value = at;
-    slider.setAttribute("aria-valuetext", `step ${at} of ${last}`);
-    this.find("output").textContent = `step ${at} of ${last}`;
-    this.find("[data-do=play]").setAttribute("aria-label", this.timer ? "Pause" : "Play");
+    slider.value = step;
+    slider.setAttribute("aria-valuetext", `step ${step} of ${last}`);
+    this.find("output").textContent = `step ${step} of ${last}`;
+    this.find("[data-action=play]").setAttribute("aria-label", this.timer ? "Pause" : "Play");
   }
 
   paintCounters() {
-    const { written = 0, forwards = 0, seconds = 0 } = this.draft.frames[this.draft.at] ?? {};
+    const { written = 0, forwards = 0, seconds = 0 } = this.draft.frames[this.draft.step] ?? {};
     const rate = forwards ? (written / forwards).toFixed(2) : "–";
     const counts = { tokens: written, forwards, rate, seconds: seconds.toFixed(1) };
     for (const [name, count] of Object.entries(counts)) this.find(`[data-count=${name}]`).textContent = count;
   }
 
-  /** The canvas asks for this when the selection changes. */
+  /** Called by the canvas when the selection changes. */
   paintTools() {
-    const [{ tokens, now, takes }, chosen] = [this.draft, this.canvas.selection.size];
+    const [{ tokens, current, versions }, selected] = [this.draft, this.canvas.selection.size];
     const open = tokens.filter(({ id }) => id === null).length;
-    const tool = (does, offered, text) => {
-      const button = this.find(`[data-do=${does}]`);
-      button.disabled = Boolean(this.run) || !offered;
+    const tool = (action, enabled, text) => {
+      const button = this.find(`[data-action=${action}]`);
+      button.disabled = Boolean(this.run) || !enabled;
       button.textContent = text;
     };
-    tool("again", chosen, this.infills ? "Write again" : "Write anew from here");
-    tool("pin", chosen, chosen && this.allPinned ? "Unpin" : "Pin");
-    tool("rest", chosen || tokens.some(({ pinned }) => pinned), this.infills ? "Write the rest anew" : "Write all behind anew");
-    tool("goOn", open, `Write the ${open} open`);
-    tool("undo", now > 0, "Undo");
-    tool("redo", now < takes.length - 1, "Redo");
-    this.find("[data-do=goOn]").hidden = !open || Boolean(this.run);
-    this.find("[data-do=several]").setAttribute("aria-pressed", this.canvas.several);
-    this.find("[data-chosen]").textContent = chosen ? `${chosen} selected` : "Click a token, or drag over several.";
-    this.find(".onward").hidden = this.infills || !chosen;
+    tool("regenerate", selected, this.infills ? "Regenerate" : "Regenerate from here");
+    tool("pin", selected, selected && this.allPinned ? "Unpin" : "Pin");
+    const keeps = selected || tokens.some(({ pinned }) => pinned);
+    tool("regenerateRest", keeps, this.infills ? "Regenerate the rest" : "Regenerate all after");
+    tool("fillOpen", open, `Fill open positions (${open})`);
+    tool("undo", current > 0, "Undo");
+    tool("redo", current < versions.length - 1, "Redo");
+    this.find("[data-action=fillOpen]").hidden = !open || Boolean(this.run);
+    this.find("[data-action=selectSeveral]").setAttribute("aria-pressed", this.canvas.multiple);
+    this.find("[data-selected]").textContent = selected ? `${selected} selected` : "Click a token, or drag over several.";
+    this.find(".onward").hidden = this.infills || !selected;
   }
 }

@@ -1,11 +1,11 @@
-// The page: a prompt, one model or two beside each other, and what they share.
+// The page: a prompt, and one model or two side by side.
 
-import { ask, unlock } from "./api.js";
+import { request, setKey } from "./api.js";
 import { inspect } from "./inspector.js";
-import { Pane, hasHoles } from "./pane.js";
-import { tokenByToken } from "./settings.js";
+import { Pane } from "./pane.js";
+import { isAutoregressive } from "./settings.js";
 
-const part = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const panes = [];
 
 const page = {
@@ -13,31 +13,31 @@ const page = {
   inspect,
 
   get prompt() {
-    return part("prompt").value;
+    return byId("prompt").value;
   },
 
   announce(text) {
-    part("status").textContent = text;
+    byId("status").textContent = text;
   },
 
-  /** A pane has other settings, or begins or ends to write. */
+  /** Updates the page after a pane changed its settings, or started or finished a request. */
   changed() {
-    const writing = panes.some((pane) => pane.run);
+    const running = panes.some((pane) => pane.run);
     const infills = panes.some((pane) => pane.infills);
-    part("run").textContent = writing ? "Stop" : "Write";
-    part("compare").disabled = writing;
-    part("compare").setAttribute("aria-pressed", panes.length > 1);
-    for (const id of ["hole", "holes"]) part(id).hidden = !infills;
+    byId("run").textContent = running ? "Stop" : "Generate";
+    byId("compare").disabled = running;
+    byId("compare").setAttribute("aria-pressed", panes.length > 1);
+    for (const id of ["insert-span", "span-help"]) byId(id).hidden = !infills;
   },
 
-  /** Shows a refusal that is about the prompt or the key, and says whether it was one. */
-  refused(error) {
+  /** Shows an error about the prompt or the key. Returns whether the error is of that kind. */
+  showError(error) {
     const key = error.status === 401;
     if (!key && !["prompt", "text"].includes(error.param)) return false;
-    part("unlock").hidden = !key;
-    part(key ? "key-error" : "prompt-error").textContent = error.message;
-    part(key ? "key" : "prompt").setAttribute("aria-invalid", "true");
-    part(key ? "key" : "prompt").focus();
+    byId("unlock").hidden = !key;
+    byId(key ? "key-error" : "prompt-error").textContent = error.message;
+    byId(key ? "key" : "prompt").setAttribute("aria-invalid", "true");
+    byId(key ? "key" : "prompt").focus();
     return true;
   },
 
@@ -46,9 +46,9 @@ const page = {
       await navigator.clipboard.writeText(text);
       page.announce("Copied.");
     } catch {
-      part("copy").querySelector("textarea").value = text; // where the page may not touch the clipboard
-      part("copy").showModal();
-      part("copy").querySelector("textarea").select();
+      byId("copy").querySelector("textarea").value = text; // if the page may not use the clipboard
+      byId("copy").showModal();
+      byId("copy").querySelector("textarea").select();
     }
   },
 };
@@ -56,26 +56,26 @@ const page = {
 async function open() {
   clear("prompt");
   try {
-    page.models = (await ask("/v1/models")).data;
+    page.models = (await request("/v1/models")).data;
     addPane();
   } catch (error) {
-    if (!page.refused(error)) part("prompt-error").textContent = error.message;
+    if (!page.showError(error)) byId("prompt-error").textContent = error.message;
   }
 }
 
 function clear(id) {
-  part(id).removeAttribute("aria-invalid");
-  part(`${id}-error`).textContent = "";
+  byId(id).removeAttribute("aria-invalid");
+  byId(`${id}-error`).textContent = "";
 }
 
 function addPane() {
-  const element = part("pane").content.firstElementChild.cloneNode(true);
-  const own = (ids) => ids.split(" ").map((id) => `${id}-${panes.length + 1}`).join(" ");
+  const element = byId("pane").content.firstElementChild.cloneNode(true);
+  const numbered = (ids) => ids.split(" ").map((id) => `${id}-${panes.length + 1}`).join(" ");
   for (const name of ["id", "for", "aria-describedby"]) {
-    for (const each of element.querySelectorAll(`[${name}]`)) each.setAttribute(name, own(each.getAttribute(name)));
+    for (const each of element.querySelectorAll(`[${name}]`)) each.setAttribute(name, numbered(each.getAttribute(name)));
   }
   element.setAttribute("aria-label", panes.length ? "Second text" : "Text");
-  part("panes").append(element);
+  byId("panes").append(element);
   panes.push(new Pane(page, element));
   page.changed();
   return panes.at(-1);
@@ -88,39 +88,39 @@ function compare() {
   }
   const [first] = panes;
   const others = page.models.filter((model) => model !== first.model);
-  const other = others.find(tokenByToken) ?? others[0];
+  const other = others.find(isAutoregressive) ?? others[0];
   const second = addPane();
-  second.settings.choose((other ?? first.model).id, other ? "balanced" : "quality");
-  second.offer();
+  second.settings.set((other ?? first.model).id, other ? "balanced" : "quality");
+  second.update();
   page.changed();
 }
 
-function write(event) {
+function generate(event) {
   event.preventDefault();
   if (panes.some((pane) => pane.run)) return panes.forEach((pane) => pane.run?.abort());
   clear("prompt");
-  for (const pane of panes) pane.ask();
+  for (const pane of panes) pane.generate();
 }
 
-function insertHole() {
-  const prompt = part("prompt");
+function insertSpan() {
+  const prompt = byId("prompt");
   prompt.focus();
   prompt.setRangeText("[[8]]", prompt.selectionStart, prompt.selectionEnd, "end");
   prompt.dispatchEvent(new Event("input"));
 }
 
-part("ask").addEventListener("submit", write);
-part("hole").addEventListener("click", insertHole);
-part("compare").addEventListener("click", compare);
-part("prompt").addEventListener("input", () => panes.forEach((pane) => pane.offer()));
-part("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) part("ask").requestSubmit();
+byId("generate").addEventListener("submit", generate);
+byId("insert-span").addEventListener("click", insertSpan);
+byId("compare").addEventListener("click", compare);
+byId("prompt").addEventListener("input", () => panes.forEach((pane) => pane.update()));
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("generate").requestSubmit();
 });
-part("unlock").addEventListener("submit", (event) => {
+byId("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
-  unlock(part("key").value);
+  setKey(byId("key").value);
   clear("key");
-  part("unlock").hidden = true;
+  byId("unlock").hidden = true;
   open();
 });
 open();

@@ -1,8 +1,8 @@
-// Which model writes, and how.
+// The model and its sampling settings.
 
-const WAYS = ["steps", "threshold", "tolerance"]; // the others are presets
+const PARAMETERS = ["steps", "threshold", "tolerance"]; // methods with a parameter of this name; the others are presets
 
-export const tokenByToken = ({ diffusion }) => diffusion.attention === "Causal()";
+export const isAutoregressive = ({ diffusion }) => diffusion.attention === "Causal()";
 
 export class Settings {
   constructor(element, models) {
@@ -24,33 +24,33 @@ export class Settings {
   }
 
   get stepwise() {
-    return !tokenByToken(this.model);
+    return !isAutoregressive(this.model);
   }
 
-  choose(model, way) {
+  set(model, method) {
     this.field("model").value = model;
-    this.field("way").value = way;
+    this.field("method").value = method;
   }
 
-  /** Shows only what makes sense for the model and the prompt. */
-  offer(holes) {
-    const [way, { lossless }] = [this.field("way"), this.model.diffusion];
-    const show = (name, offered) => (this.element.querySelector(`[data-field=${name}]`).hidden = !offered);
-    if (way.value === "tolerance" && !lossless) way.value = "balanced";
-    way.querySelector("[value=tolerance]").hidden = !lossless;
-    show("way", this.stepwise);
-    for (const name of WAYS) show(name, this.stepwise && way.value === name);
-    show("max_tokens", !holes);
-    const [chosen] = way.selectedOptions;
-    const told = this.stepwise ? chosen.text.toLowerCase() : "token by token";
-    this.element.querySelector("[id^=way-help]").textContent = chosen.dataset.help;
-    this.element.querySelector(".summary").textContent = `${told}, temperature ${this.number("temperature")}`;
+  /** Shows only the settings that apply to the model and the prompt. */
+  update(hasSpans) {
+    const [method, { lossless }] = [this.field("method"), this.model.diffusion];
+    const show = (name, visible) => (this.element.querySelector(`[data-field=${name}]`).hidden = !visible);
+    if (method.value === "tolerance" && !lossless) method.value = "balanced";
+    method.querySelector("[value=tolerance]").hidden = !lossless;
+    show("method", this.stepwise);
+    for (const name of PARAMETERS) show(name, this.stepwise && method.value === name);
+    show("max_tokens", !hasSpans);
+    const [chosen] = method.selectedOptions;
+    const summary = this.stepwise ? chosen.text.toLowerCase() : "token by token";
+    this.element.querySelector("[id^=method-help]").textContent = chosen.dataset.help;
+    this.element.querySelector(".summary").textContent = `${summary}, temperature ${this.number("temperature")}`;
   }
 
   /** The fields of a request. */
   sampling() {
-    const way = this.field("way").value;
-    const how = WAYS.includes(way) ? { [way]: this.number(way) } : { preset: way };
-    return { ...(this.stepwise && how), temperature: this.number("temperature"), seed: this.number("seed") };
+    const method = this.field("method").value;
+    const decoding = PARAMETERS.includes(method) ? { [method]: this.number(method) } : { preset: method };
+    return { ...(this.stepwise && decoding), temperature: this.number("temperature"), seed: this.number("seed") };
   }
 }

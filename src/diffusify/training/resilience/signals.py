@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, saves, and says by its exit code who asked."""
+"""A callback that turns stop signals into a checkpoint and the signal's exit code."""
 
 import os
 import signal
@@ -10,52 +10,52 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from diffusify.training.resilience.distributed import agreed, alone
+from diffusify.training.resilience.distributed import all_reduce_max, is_single_process
 
-# Ctrl-C, the polite kill, and what Slurm is told to send before it takes a machine away.
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, the default of `kill`, and the signal that Slurm sends before preemption (--signal=USR1).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Signals(TrainerCallback):
-    """Ends a run after the step at hand, with a checkpoint, when any of its processes is asked to stop."""
+class StopOnSignal(TrainerCallback):
+    """Ends a run after the current step, with a checkpoint, when any of its processes receives a stop signal."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
-        self.caught = self._watcher = 0
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self.notify = notify
+        self.received = self._pid = 0
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Signals are waited for, also those that a background job's shell had it ignore."""
-        if threading.current_thread() is not threading.main_thread():  # where Python forbids handlers
+    def installed(self) -> Iterator[None]:
+        """Handle the stop signals, including those that the shell set to be ignored in a background job."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             yield
             return
-        self._watcher = os.getpid()
-        before = {number: signal.signal(number, self._note) for number in NUMBERS}
+        self._pid = os.getpid()
+        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._watcher:  # a reader of data, which goes on as long as it is asked
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a data loader's worker, which stops when the training process does
             return
-        if number == self.caught == signal.SIGINT and alone():
+        if number == self.received == signal.SIGINT and is_single_process():
             raise KeyboardInterrupt
-        if not self.caught:
-            self.caught = number
-            hint = "; again to stop at once" if number == signal.SIGINT and alone() else ""
-            with suppress(RuntimeError):  # it came in the middle of printing
-                self.tell(f"{signal.Signals(number).name}: saving after this step{hint}")
+        if not self.received:
+            self.received = number
+            hint = "; press Ctrl-C again to stop at once" if number == signal.SIGINT and is_single_process() else ""
+            with suppress(RuntimeError):  # the signal may interrupt another write to the same stream
+                self.notify(f"{signal.Signals(number).name}: saving a checkpoint after this step{hint}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.caught = int(agreed(self.caught)[0])
-        if self.caught:
+        self.received = int(all_reduce_max(self.received)[0])
+        if self.received:
             control.should_save = control.should_training_stop = True
 
-    def leave(self) -> None:
-        """Raise what ends the process as the signal would have: exit code 128 and the signal's number."""
-        if self.caught == signal.SIGINT:
+    def raise_received(self) -> None:
+        """Raise KeyboardInterrupt after SIGINT, and SystemExit(128 + number) after another stop signal."""
+        if self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.caught:
-            raise SystemExit(128 + self.caught)
+        if self.received:
+            raise SystemExit(128 + self.received)

@@ -1,0 +1,89 @@
+"""`diffusify bench`: measure decoding speed and text quality."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffusify.cli.options import AsJson, Model
+from diffusify.cli.sampling_options import load_model
+from diffusify.cli.terminal import console, report_errors
+
+TITLES = {
+    "way": "decoding",
+    "tokens_per_second": "tok/s",
+    "speedup": "x AR",
+    "tokens_per_forward": "tok/fwd",
+    "agreement": "agree",
+    "perplexity": "ppl",
+    "distinct_2": "dist-2",
+    "entropy": "entropy",
+}
+
+
+def bench(
+    model: Model,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="AR model that scores the perplexity of the generated texts.",
+            show_default="the base model of the diffusion model",
+        ),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Texts whose first 32, 64, 128 or 256 tokens (in turn) are the prompts.")
+    ] = "builtin:pydoc",
+    prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate per prompt.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the weights of all models: float32 or bfloat16.")
+    ] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for bench.json and the plot bench.png.", show_default="not saved")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the speed and text quality of all decoding methods, next to AR decoding.
+
+    Columns: tokens per second, speedup over AR decoding, tokens per forward pass, share of tokens equal to one token
+    per forward pass, perplexity under --base, distinct 2-grams, and entropy of the texts.
+    """
+    with report_errors():
+        from dataclasses import asdict
+
+        import torch
+
+        from diffusify.evaluation.bench import bench as run
+        from diffusify.evaluation.bench import cut_prompts, decoding_settings, plot
+        from diffusify.models.loading import load_base
+        from diffusify.text.sources import load_texts
+
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {dtype} must be float32 or bfloat16")
+        lm = load_model(model, dtype=getattr(torch, dtype))
+        source = load_base(base or lm.config.base_model, dtype=lm.denoiser.network.dtype)
+        if source.masked:
+            raise ValueError(f"{source.source} is a masked language model; give an AR model to score texts with --base")
+        texts = (dict(row)["text"] for row in load_texts(data))
+        chosen = cut_prompts(lm, texts, prompts)
+        with console.status("generating") as status:
+            settings, base_network = decoding_settings(lm), source.network.eval()
+            rows = run(lm, base_network, chosen, settings, max_new_tokens=max_new_tokens, progress=status.update)
+        plain = [asdict(row) for row in rows]
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "bench.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            plot(rows, out / "bench.png")
+            console.print(f"saved {out / 'bench.json'} and {out / 'bench.png'}", soft_wrap=True)
+        if as_json:
+            print(json.dumps(plain))
+            return
+        table = Table(box=None, pad_edge=False)
+        for name, title in TITLES.items():
+            table.add_column(title, justify="left" if name == "way" else "right", no_wrap=True)
+        for row in plain:
+            table.add_row(*("" if row[name] is None else str(row[name]) for name in TITLES))
+        Console().print(table)

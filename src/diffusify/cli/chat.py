@@ -1,0 +1,81 @@
+"""`diffusify chat`: chat with a local model or with one on a server."""
+
+from typing import Annotated
+
+import typer
+
+from diffusify.cli.chat_client import SERVER_OPTIONS, ChatClient
+from diffusify.cli.sampling_options import (
+    Cache,
+    Guidance,
+    Lossless,
+    MaxNewTokens,
+    Policy,
+    Preset,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Settings,
+    Steps,
+    Temperature,
+    Threshold,
+    Tolerance,
+    TopK,
+    TopP,
+    Window,
+    load_model,
+    sampling_config,
+)
+from diffusify.cli.terminal import chat_loop, print_answer, report_errors
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or bundled name of a diffusion model. With --url, the name of a model on the server.",
+            show_default="with --url, the first model of the server",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Address of a `diffusify serve` server, such as http://127.0.0.1:8000."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="DIFFUSIFY_KEY")] = None,
+    preset: Preset = None,
+    settings: Settings = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    guidance: Guidance = None,
+    regex: Regex = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    threshold: Threshold = None,
+    policy: Policy = None,
+    window: Window = None,
+    cache: Cache = None,
+    lossless: Lossless = False,
+    tolerance: Tolerance = None,
+) -> None:
+    """Chat with a model in the terminal.
+
+    The model runs in this process, or on a server with --url. Answers are shown while they are generated.
+    """
+    with report_errors():
+        options = locals()
+        if url is not None:
+            client = ChatClient(url, key)
+            fields = {name: options[name] for name in SERVER_OPTIONS if options[name] is not None}
+            fields |= {"tolerance": 0.0} if lossless else {}
+            fields |= {"max_tokens": max_new_tokens} if max_new_tokens else {}
+            name = model or client.models()[0]
+            chat_loop(lambda messages: client.answer(messages, model=name, **fields), system)
+            return
+        if model is None:
+            raise ValueError("no model; give a folder or bundled name, or the --url of a server")
+        chosen, lm = sampling_config(model, options), load_model(model)
+        chat_loop(lambda messages: print_answer(lm, messages, max_new_tokens, chosen), system)

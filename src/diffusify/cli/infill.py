@@ -1,0 +1,66 @@
+"""`diffusify infill`: fill the masked spans of a text."""
+
+from typing import Annotated
+
+import typer
+
+from diffusify.cli.options import AsJson, Model
+from diffusify.cli.sampling_options import (
+    Cache,
+    Guidance,
+    Policy,
+    Preset,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Settings,
+    Steps,
+    Temperature,
+    Threshold,
+    TopK,
+    TopP,
+    Watch,
+    Window,
+    load_model,
+    sampling_config,
+)
+from diffusify.cli.terminal import print_generation, report_errors
+
+
+def infill(
+    model: Model,
+    text: Annotated[
+        str,
+        typer.Argument(
+            help=r"Text with masked spans: [[8]] is a span of 8 tokens, [[3-12]] a span of 3 to 12 tokens. Write \\[[ "
+            "for two literal brackets."
+        ),
+    ],
+    watch: Watch = False,
+    as_json: AsJson = False,
+    preset: Preset = None,
+    settings: Settings = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    guidance: Guidance = None,
+    regex: Regex = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    threshold: Threshold = None,
+    policy: Policy = None,
+    window: Window = None,
+    cache: Cache = None,
+) -> None:
+    """Fill the masked spans of a text, using the context on both sides.
+
+    The model must be bidirectional: adapted with --recipe ar or mlm, or with --recipe block and -o infilling=0.25.
+    """
+    with report_errors():
+        from diffusify.text.prompts import parse_masked_spans
+
+        chosen = sampling_config(model, locals(), infilling=True)
+        parse_masked_spans(text)  # reports a malformed span before the weights are read
+        lm = load_model(model)
+        print_generation(lm, lm.prepare_infilling([text], chosen), watch=watch, as_json=as_json)

