@@ -21,7 +21,12 @@ from diffusify.training import run_folder
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
 from diffusify.training.metrics_log import MetricsLog
-from diffusify.training.resilience.checkpoints import commit_checkpoint, find_corruption, newest_valid_checkpoint
+from diffusify.training.resilience.checkpoints import (
+    MANIFEST,
+    commit_checkpoint,
+    find_corruption,
+    newest_valid_checkpoint,
+)
 from diffusify.training.resilience.lock import locked
 from diffusify.training.resilience.nonfinite import NonFiniteGuard
 from diffusify.training.trainer import DiffusionTrainer
@@ -228,6 +233,27 @@ def test_the_guard_restores_its_counts() -> None:
         state.stateful_callbacks = saved  # pyright: ignore[reportAttributeAccessIssue]
         guard.on_train_begin(TrainingArguments(use_cpu=True, report_to="none"), state, TrainerControl())
         assert (guard.skipped, guard.in_a_row) == (3, 2)
+
+
+def test_a_checkpoint_that_lacks_a_callback_is_resumed_and_saved_again(run: Run) -> None:
+    """As those of earlier versions, whose guard had another name."""
+    run.at(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run()
+    checkpoint = run.out / "checkpoint-2"
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["Guard"] = state["stateful_callbacks"].pop("NonFiniteGuard")
+    file.write_text(json.dumps(state))
+    (checkpoint / MANIFEST).unlink()
+    commit_checkpoint(checkpoint.rename(run.out / "edited"), checkpoint)
+    assert find_corruption(checkpoint) is None
+    run.at(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run()
+    assert run.checkpoints[-1] == "checkpoint-3"
+    state = json.loads((run.out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["NonFiniteGuard"]["attributes"] == {"skipped": 0, "in_a_row": 0}
 
 
 def test_the_log_averages_over_steps_that_were_not_skipped(run: Run, undisturbed: Run) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from diffusify.models.denoiser import Denoiser
@@ -143,6 +144,10 @@ class ResilientTrainer(Trainer):
         if checkpoint == self._last_saved:
             return
         staged, self._save_error = self.folder / STAGING / checkpoint.name, None
+        states: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:  # a checkpoint of an earlier version may not have them all
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, {})
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
