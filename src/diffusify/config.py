@@ -59,6 +59,14 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
     raise ValueError(f"{where}: {plain!r} must be one of {', '.join(map(str, allowed))}")
 
 
+def to_current(plain: Any, hint: Any) -> Any:
+    """A saved value with the current names and all fields of its classes; unchanged if it cannot be read."""
+    try:
+        return to_plain(from_plain(plain, hint))
+    except ValueError:
+        return plain
+
+
 def nearest(name: str, known: Any) -> str:
     """The end of an error message about an unknown name: the closest known name, or all of them."""
     close = get_close_matches(name, list(known), n=1)

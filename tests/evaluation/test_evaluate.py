@@ -19,7 +19,7 @@ from diffusify.evaluation.html_report import calibration_curve, scores_table
 from diffusify.evaluation.likelihood import MonteCarlo, TokenByToken
 from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import ItemScore
-from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded, checksum
+from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded, item_checksum
 from diffusify.models.recipes import ar
 from diffusify.training.adapt import adapt
 from tests.evaluation.test_tasks import RECORDS, write
@@ -94,7 +94,7 @@ def test_items_keep_their_checksums() -> None:
         "Answer(prompt='1+1=', golds=('2',), match='number', room=3, stop='\\n')",
         "Hole(before='a', middle='b', after='c', check='check()')",
     ]
-    assert [checksum(item) for item in items] == [zlib.crc32(text.encode()) for text in former]
+    assert [item_checksum(item) for item in items] == [zlib.crc32(text.encode()) for text in former]
 
 
 def test_an_evaluation_of_an_earlier_version_is_resumed(model: str, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from diffusify.config import DiffusionConfig, from_plain, to_plain
+from diffusify.config import DiffusionConfig, to_current, to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
 from diffusify.evaluation.open_model import settings_for
 from diffusify.evaluation.scoring import ItemScore, score
-from diffusify.evaluation.tasks import Item, checksum
-from diffusify.models.saving import checksum as weights_checksum
+from diffusify.evaluation.tasks import Item, item_checksum
+from diffusify.models.saving import checksum
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 
@@ -62,11 +62,11 @@ def evaluate(
     measure, sampling = measure or best_measure(lm.denoiser), settings_for(lm, sampling)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
     plain = {name: to_plain(value) for name, value in settings.items()}
-    _check_settings(folder, plain | {"weights": weights_checksum(lm.denoiser)})
+    _check_settings(folder, plain | {"weights": checksum(lm.denoiser)})
     results = {}
     for name, items in tasks.items():
         file = folder / f"{name}.jsonl"
-        done, checksums = _read_scores(file)[: len(items)], [checksum(item) for item in items]
+        done, checksums = _read_scores(file)[: len(items)], [item_checksum(item) for item in items]
         if [one.item for one in done] != checksums[: len(done)]:
             raise ValueError(f"{file} holds the scores of other items; give another folder, or delete it")
         progress(name, len(done))
@@ -89,21 +89,13 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
     saved = json.loads(file.read_text(encoding="utf-8"))
-    saved |= {name: _current(saved.get(name), hint) for name, hint in _HINTS.items()}
+    saved |= {name: to_current(saved.get(name), hint) for name, hint in _HINTS.items()}
     if saved != settings:
         differing = ", ".join(key for key in settings if saved.get(key) != settings[key])
         raise ValueError(f"{folder} holds an evaluation with another {differing}; give another folder, or delete it")
 
 
 _HINTS = {"card": DiffusionConfig, "measure": Measure, "sampling": SamplingConfig}
-
-
-def _current(plain: Any, hint: Any) -> Any:
-    """Saved settings with the current names of classes and fields; unchanged if they cannot be read."""
-    try:
-        return to_plain(from_plain(plain, hint))
-    except ValueError:
-        return plain
 
 
 def _read_scores(file: Path) -> list[ItemScore]:

@@ -65,7 +65,7 @@ _CHECKSUM_NAMES = {
 }  # fmt: skip
 
 
-def checksum(item: Item) -> int:
+def item_checksum(item: Item) -> int:
     """The checksum that identifies an item in saved scores."""
     values = ", ".join(f"{_CHECKSUM_NAMES.get(f.name, f.name)}={getattr(item, f.name)!r}" for f in fields(item))
     return zlib.crc32(f"{_CHECKSUM_NAMES[type(item).__name__]}({values})".encode())

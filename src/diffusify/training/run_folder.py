@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from diffusify.config import from_plain, nearest, to_plain
+from diffusify.config import from_plain, nearest, to_current
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe
@@ -123,9 +123,8 @@ def _check_same_settings(out: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds other files; give an empty or new folder")
     saved, given = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     for name, kind in (("recipe", Recipe), ("lora", Lora)):
-        if saved.get(name) not in (None, given.get(name)):  # an earlier version has fewer fields, or other names
-            with suppress(ValueError):  # a user's own class cannot be read back
-                saved[name] = to_plain(from_plain(saved[name], kind, name))
+        if name in saved:  # an earlier version has fewer fields, or other names; a user's own class cannot be read
+            saved[name] = to_current(saved[name], kind)
     for run in (saved, given):
         run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _BATCH_SPLIT}
     differing = [name for name in given if saved.get(name) != given[name]]
