@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -39,7 +39,7 @@ class DiffusionLM:
 
     def __init__(self, denoiser: Denoiser, tokenizer: TextTokenizer) -> None:
         self.denoiser, self.tokenizer = denoiser, tokenizer
-        self.compile_regex = lru_cache(16)(self._compile_regex)
+        self.compile_regex = lru_cache(16)(partial(compile_regex, tokenizer))
 
     @classmethod
     def from_pretrained(
@@ -140,19 +140,13 @@ class DiffusionLM:
 
         banned = tuple(sorted({self.tokenizer.start_token_id, self.tokenizer.end_token_id}))
         denoiser = self.denoiser.infiller
-        per_text, choices = (
-            _settings_per_text(settings, len(texts), denoiser.diffusion_config),
-            count_length_candidates(texts),
-        )
+        per_text = _settings_per_text(settings, len(texts), denoiser.diffusion_config)
+        choices = count_length_candidates(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context_length, candidates=choices)
         automata = self._automata(per_text)
         return GenerationRun(
             denoiser, canvas, per_text, decode, banned=banned, num_candidates=choices, automata=automata
         )
-
-    def _compile_regex(self, regex: str) -> Automaton:
-        """The automaton over tokens of a regular expression. Raises ValueError if the expression is not supported."""
-        return compile_regex(self.tokenizer, regex)
 
     def _automata(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
         return {each.regex: self.compile_regex(each.regex) for each in settings if each.regex is not None}
