@@ -26,6 +26,7 @@ from diffusify.training.run_folder import check_training_options
 from tests.families import tiny_network
 from tests.serving.models import running, tiny_lm
 from tests.text import makers
+from tests.text.tool_templates import tool_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md"]
@@ -145,10 +146,12 @@ def check_options(command: str, params: dict[str, Any]) -> None:
 
 def test_requests_are_answered() -> None:
     """Tiny models answer every `curl` of the pages."""
-    lines = [line for page in PAGES for line in page.read_text().replace("\\\n", " ").splitlines()]
-    requests = [shlex.split(line) for line in lines if line.startswith("curl ")]
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    requests = [shlex.split(line) for line in re.findall(r"^curl (?:[^'\n]|'[^']*')*", text, re.MULTILINE)]
     assert len(requests) > 5
-    with running(create_app({"demo": tiny_lm(infills=False), "infiller": tiny_lm(infills=True)})) as address:
+    models = {"demo": tiny_lm(infills=False), "infiller": tiny_lm(infills=True)}
+    models["assistant"] = tiny_lm(infills=False, context=2048, tokenizer=tool_tokenizer("qwen"))
+    with running(create_app(models)) as address:
         for words in requests:
             url = next(word for word in words if word.startswith("http")).replace("http://127.0.0.1:8000", address)
             body = words[words.index("-d") + 1].encode()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusify.models.importers import import_denoiser
     from diffusify.models.lora import Lora
     from diffusify.models.recipes import Recipe, ar, block, mlm
+    from diffusify.models.uploading import push_to_hub
     from diffusify.planning.plan import plan
     from diffusify.sampling.diffusion_lm import DiffusionLM, load
     from diffusify.sampling.generation import Generation
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "mlm",
     "plan",
+    "push_to_hub",
     "schema_regex",
     "tune",
 ]
@@ -46,6 +48,7 @@ _EXPORTS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
     "diffusify.models.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
+    "diffusify.models.uploading": {"push_to_hub"},
     "diffusify.sampling.diffusion_lm": {"DiffusionLM", "load"},
     "diffusify.sampling.sampling_config": {"SamplingConfig"},
     "diffusify.sampling.generation": {"Generation"},

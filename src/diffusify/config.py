@@ -91,6 +91,18 @@ def keeps_ar_model(attention: AttentionPattern, shift: int) -> bool:
 
 
 @dataclass(frozen=True)
+class DocumentFrame:
+    """The first and last token of every document; None stands for the tokenizer's own (see `TextTokenizer`).
+
+    Without `start_prompts`, prompts have no start token. Documents and texts without a prompt always have one.
+    """
+
+    start_token_id: int | None = None
+    end_token_id: int | None = None
+    start_prompts: bool = True
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """How a network is used as a denoiser; saved next to the weights as `diffusion_config.json`.
 
@@ -108,6 +120,7 @@ class DiffusionConfig:
     policy: Policy = Unmask()
     infilling: AttentionPattern | None = None  # the pattern for infilling, if it differs
     longest_answer: int | None = None  # the largest length that the length head predicts; no head if unset
+    frame: DocumentFrame = DocumentFrame()
 
     def __post_init__(self) -> None:
         if self.shift not in (0, 1):

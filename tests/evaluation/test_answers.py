@@ -12,6 +12,16 @@ from diffusify.evaluation.answers import choice_letter, final_answer, hit, last_
         ("#### 1,234,567", "1234567"),
         ("#### 5\nand so on", "5"),
         ("first #### 5 no, #### -6.5 ", "-6.5"),
+        ("#### 18 eggs", "18"),
+        ("#### 18.", "18"),
+        ("#### $18", "18"),
+        ("#### 18.00", "18"),
+        ("#### -$1,020.50 in all", "-1020.5"),
+        ("#### .5", "0.5"),
+        ("#### -0.0", "0"),
+        ("#### 007", "7"),
+        ("#### 12345678901234567890", "12345678901234567890"),
+        ("#### five apples, or so", "five apples or so"),
         ("18", None),
         ("####", None),
         ("#### \n", None),
@@ -61,6 +71,8 @@ def test_the_majority_of_attempts_counts() -> None:
     assert majority(["3", "5"]) == "3"
     assert majority([None, None, "7"]) == "7"
     assert majority([None]) is None and majority([]) is None
+    forms = ["#### 20", "#### 18 eggs", "#### 18.", "#### 20", "#### $18", "#### 18.00"]
+    assert majority([final_answer(text) for text in forms]) == "18"
 
 
 def test_one_correct_attempt_is_a_hit() -> None:

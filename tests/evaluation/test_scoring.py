@@ -93,6 +93,14 @@ def test_a_request_s_tokens_are_those_of_the_text(lm: DiffusionLM) -> None:
         (" (A)2\n", OpenEnded("Which?", ("A",), "letter", extra_tokens=3, stop="\n"), 1),
         (" (B)2\n", OpenEnded("Which?", ("A",), "letter", extra_tokens=3, stop="\n"), 0),
         (" the", OpenEnded("Which?", ("A",), "letter", extra_tokens=3, stop="\n"), 0),
+        ("\n", OpenEnded("Who?", ("The The",), extra_tokens=10, stop="\n"), 0),
+        (".\n", OpenEnded("Who?", ("The The",), extra_tokens=10, stop="\n"), 0),
+        (" An\n", OpenEnded("Who?", ("The The",), extra_tokens=10, stop="\n"), 0),
+        (" the The.\n", OpenEnded("Who?", ("The The",), extra_tokens=10, stop="\n"), 1),
+        (" the The.\n", OpenEnded("Who?", ("The The",), "contains", extra_tokens=10, stop="\n"), 1),
+        (" !!!\n", OpenEnded("Who?", ("!!!",), extra_tokens=10, stop="\n"), 1),
+        ("\n", OpenEnded("Who?", ("",), extra_tokens=10, stop="\n"), 0),
+        (" #### $18.00 a day\n", OpenEnded("Sum?", ("so\n#### 18",), "number", extra_tokens=30), 1),
     ],
 )
 def test_an_answer_is_compared_by_its_own_rule(

@@ -165,6 +165,30 @@ def test_invalid_files_are_refused_with_their_line(tmp_path: Path) -> None:
         items(task, data=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("hellaswag", {"label": ""}),
+        ("winogrande", {"answer": 0}),
+        ("winogrande", {"answer": ""}),
+        ("piqa", {"label": -1}),
+        ("siqa", {"label": "4"}),
+        ("arc_easy", {"answerKey": ""}),
+        ("boolq", {"answer": -1}),
+        ("storycloze", {"AnswerRightEnding": "0"}),
+        ("rocstories", {"AnswerRightEnding": None}),
+        ("triviaqa", {"answer": {"value": "<unk>", "aliases": []}}),
+        ("gsm8k", {"answer": ""}),
+        ("mawps", {"target": float("nan")}),
+        ("sat_math", {"label": None}),
+    ],
+)
+def test_records_without_a_label_are_refused(name: str, change: dict, tmp_path: Path) -> None:
+    write(tmp_path, name, [json.dumps(RECORDS[name]), json.dumps(RECORDS[name] | change)])
+    with pytest.raises(ValueError, match=rf"record 2 of {name} is unlabelled: .*; test splits are often published"):
+        items(chosen_tasks([name])[0], data=tmp_path)
+
+
 def test_an_unknown_task_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match='"helaswag" is not known; did you mean "hellaswag"'):
         chosen_tasks(["piqa", "helaswag"])

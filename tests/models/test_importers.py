@@ -7,19 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from diffusify.canvas import Canvas
+from diffusify.cli import app
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.quotas import Threshold
-from diffusify.models import importers, loading
+from diffusify.models import downloading, importers
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.importers import import_denoiser
 from diffusify.models.saving import load_denoiser
@@ -141,6 +144,8 @@ def test_logits_equal_the_authors(vectors: Path, architecture: str, shift: int, 
     expected = load_file(vectors / "expected.safetensors")
     with torch.no_grad():
         logits = denoiser(Canvas.clean(expected["input_ids"])).logits
+        plain = AutoModelForCausalLM.from_pretrained(out)(input_ids=expected["input_ids"]).logits
+    torch.testing.assert_close(plain, expected["logits"], atol=1e-5, rtol=0)  # transformers alone
     assert (logits[..., 95] == -torch.inf).all()  # the authors' networks may predict the mask token
     ours, theirs = logits[:, shift:, :95], expected["logits"][:, : 12 - shift, :95]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -184,6 +189,8 @@ def test_layouts(kind: str, options: dict[str, Any], expected: Any, tmp_path: Pa
         policy=BLOCK_POLICY if block_model else Unmask(),
     )
     assert tokenizer.mask_token_id == 2 and tokenizer.encode("The fox") == makers.byte_level().encode("The fox")
+    assert json.loads((out / "config.json").read_text()).get("is_causal") is (None if block_model else False)
+    assert ("block-diffusion" in (metadata_load(out / "README.md") or {})["tags"]) is block_model
     kept = load_file(out / "model.safetensors")
     assert len(kept) == len(given)  # no tensor is dropped or added
     for name, weight in network.state_dict().items():
@@ -217,6 +224,30 @@ def test_the_block_size_comes_from_the_config_or_the_user(sdar: Path, tmp_path: 
     assert load_denoiser(import_denoiser(str(sdar), tmp_path / "out"))[0].diffusion_config.block_size == 32
     again = import_denoiser(str(sdar), tmp_path / "again", block_size=8)
     assert DiffusionConfig.load(again).block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("SDAR-4B-Chat-b64", 64), ("SDAR-1.7B-b16-v2", 16), ("sdar_block_size8", 8), ("SDAR-30B-A3B-bf16", 4)],
+)
+def test_the_block_size_of_a_name_is_used(sdar: Path, name: str, size: int, tmp_path: Path) -> None:
+    source = sdar.rename(tmp_path / name)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["import", str(source), "--out", str(out)])
+    assert result.exit_code == 0 and DiffusionConfig.load(out).block_size == size
+    assert f"decodes in blocks of {size} tokens" in result.output
+    write_json(source / "config.json", block_size=32)
+    if size != 4:
+        with pytest.raises(ValueError, match=f"a block size of 32, but its name {size}; give --block-size"):
+            import_denoiser(str(source), tmp_path / "again")
+    again = import_denoiser(str(source), tmp_path / "again", block_size=2)
+    assert DiffusionConfig.load(again).block_size == 2
+
+
+def test_a_block_model_of_unknown_size_is_refused(tmp_path: Path) -> None:
+    released("a2d-qwen3", tmp_path / "Qwen3-bd3lm")
+    with pytest.raises(ValueError, match="do not give their size; give --block-size"):
+        import_denoiser(str(tmp_path / "Qwen3-bd3lm"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", ["<|mask|>", "<|MASK|>"])
@@ -388,7 +419,7 @@ def test_hub_weights_are_downloaded_after_their_config_is_checked(
     released("diffullama", tmp_path / "cache")
     downloads: list[list[str]] = []
     monkeypatch.setattr(
-        loading, "download_snapshot", lambda name, patterns: downloads.append(patterns) or tmp_path / "cache"
+        downloading, "download_snapshot", lambda name, patterns: downloads.append(patterns) or tmp_path / "cache"
     )
     with pytest.raises(ValueError, match="lab/llama looks like a plain llama model"):
         import_denoiser("lab/llama", tmp_path / "out")

@@ -10,17 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
+from diffusify.canvas import Canvas
+from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Ancestral, Klass, Policy, Rdm, ReMdm, Unmask, Wino
 from diffusify.diffusion.quotas import EntropyBudget
 from diffusify.diffusion.ranking import Entropy, Random
+from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.guidance import GuidedDenoiser
 from diffusify.sampling.sampler import Sampler
 from diffusify.sampling.sampling_config import Preset, SamplingConfig
-from tests.families import tiny_denoiser
+from tests.families import MASK, tiny_denoiser, tiny_network
 from tests.text import makers
+from tests.text.chats import CHATML
 
 PROMPTS = ["The cat", "and the dog sat on the", ""]
 
@@ -69,6 +73,33 @@ def test_sampled_texts_do_not_depend_on_neighbours(attention: AttentionPattern, 
         assert alone.text == result.text
     samples = lm.generate([PROMPTS[0]] * 3, max_new_tokens=6, policy=policy, temperature=1.0)
     assert len({result.text for result in samples}) > 1
+
+
+@pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
+def test_ids_without_a_token_are_never_written(attention: AttentionPattern) -> None:
+    """Many networks have more embeddings than their tokenizer has tokens."""
+    tokenizer = makers.byte_level()
+    network = tiny_network("llama", vocab_size=400, max_position_embeddings=256)
+    lm = DiffusionLM(Denoiser(network, DiffusionConfig(MASK, 1, attention, "LlamaForCausalLM")).eval(), tokenizer)
+    chat = [[{"role": "user", "content": "The cat"}]]
+    runs = [lm.prepare_generation(PROMPTS * 4, 24, SamplingConfig(temperature=t)) for t in (0.0, 1.0, 3.0)]
+    runs.append(lm.prepare_chat(chat, 24, SamplingConfig(temperature=2.0)))
+    if lm.config.sees_right_context:
+        runs.append(lm.prepare_infilling(["The [[12]] mat"] * 4, SamplingConfig(temperature=2.0)))
+    else:
+        runs.append(lm.prepare_generation(PROMPTS, 24, SamplingConfig(tolerance=0.0, temperature=2.0)))
+    for run in runs:
+        run.results()
+        assert tokenizer.token_ids.issuperset(run.canvas.tokens[run.canvas.written].tolist())
+
+
+def test_logits_do_not_change_where_every_id_has_a_token() -> None:
+    tokenizer = makers.byte_level()
+    denoiser = tiny_denoiser(vocab_size=len(tokenizer.tokenizer))
+    canvas = Canvas.clean(torch.arange(20)[None])
+    before = denoiser(canvas).logits
+    DiffusionLM(denoiser, tokenizer)
+    assert denoiser.unused_token_ids is None and torch.equal(denoiser(canvas).logits, before)
 
 
 def test_each_prompt_may_have_its_own_max_new_tokens() -> None:
@@ -128,7 +159,9 @@ def test_predicted_lengths_fit_into_the_context() -> None:
 
 def test_an_answer_ends_with_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model(BlockCausal(4))
+    lm.tokenizer.tokenizer.chat_template = CHATML
     end = lm.chat_template.end_token_id
+    assert end != lm.tokenizer.end_token_id
     messages = [{"role": "user", "content": "is it so?"}]
 
     def predict(canvas, *, positions):
@@ -140,10 +173,9 @@ def test_an_answer_ends_with_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return LazyLogits.from_tensor(logits)
 
     monkeypatch.setattr(lm.denoiser, "predict", predict)
-    answer = lm.chat(messages, max_new_tokens=16, cache="none")
-    assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
-    with pytest.raises(ValueError, match="the last message is the assistant's"):
-        lm.chat([*messages, {"role": "assistant", "content": "yes"}])
+    for end in lm.chat_template.end_token_ids:  # noqa: B007  (read by `predict`): the end of a turn, and that of a text
+        answer = lm.chat(messages, max_new_tokens=16, cache="none")
+        assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
 
 
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])

@@ -14,7 +14,7 @@ from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Ancestral, Klass, Policy, Rdm, ReMdm, Unmask
-from diffusify.diffusion.quotas import Evenly, Threshold
+from diffusify.diffusion.quotas import Accelerating, Evenly, Threshold
 from diffusify.diffusion.ranking import Leftmost, Random
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.diffusion.schedules import Cosine, Linear, NoiseSchedule
@@ -311,12 +311,54 @@ def test_an_end_token_ends_a_row_and_banned_tokens_are_never_written() -> None:
     assert set(frames[-1].canvas.tokens[:, 2:].flatten().tolist()) <= {0, 1, 4}
 
 
+@pytest.mark.parametrize("policy", [Unmask(), Unmask(quota=Threshold(0.99)), Klass(), Unmask(quota=Accelerating())])
+@pytest.mark.parametrize("end", [2, (3, 2)])
+def test_nothing_behind_an_end_token_costs_a_step(policy: Policy, end: int | tuple[int, ...]) -> None:
+    """The model sees both ways and is sure of the end long before it is of the text in front of it."""
+
+    def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        logits = torch.zeros(*canvas.tokens.shape, 5)
+        logits[:, :, 1] = 2.0
+        logits[0, 6, 2] = 9.0
+        asked.append(positions.nonzero()[:, 1].tolist())
+        return LazyLogits.from_tensor(logits[positions])
+
+    asked: list[list[int]] = []
+    canvas = Canvas.from_tokens([[1, 1, *[None] * 32]], noise=4, pad=0)
+    *_, last_frame = Sampler(policy=policy, end_token_id=end)(toy, canvas, noise=4)
+    assert last_frame.forwards == 5 if policy == Unmask() else last_frame.forwards <= 5
+    assert last_frame.canvas.tokens[0, 2:7].tolist() == [1, 1, 1, 1, 2]
+    assert last_frame.canvas.open[0, 7:].all()
+    assert len(asked[0]) == 32 and all(max(positions) < 6 for positions in asked[1:])
+
+
+def test_a_removed_end_token_opens_the_text_behind_it_again() -> None:
+    def toy(canvas: Canvas, *, positions: torch.Tensor) -> LazyLogits:
+        """The end at position 3 is likely until position 2 is written."""
+        logits = torch.zeros(*canvas.tokens.shape, 5)
+        logits[:, :, 1] = 2.0
+        logits[:, 3, 2] = torch.where(canvas.open[:, 2], 9.0, -9.0)
+        return LazyLogits.from_tensor(logits[positions])
+
+    def remask_the_end(state: StepState) -> Move:
+        return Move(Unmask()(state).write, erase=~state.canvas.open & (state.canvas.tokens == 2))
+
+    canvas = Canvas.from_tokens([[1, 1, *[None] * 6]], noise=4, pad=0)
+    frames = list(Sampler(policy=remask_the_end, end_token_id=2)(toy, canvas, noise=4))
+    assert [frame.canvas.written.sum().item() for frame in frames] == [1, 1, 3, 4, 5, 6]
+    assert frames[-1].canvas.tokens[0].tolist() == [1] * 8
+
+
 def test_steps_are_divided_among_blocks() -> None:
     denoiser = tiny_denoiser("llama", BlockCausal(4))
     canvas = Canvas.from_tokens([[1, 5, 6, 7, *[None] * 16]], noise=MASK, pad=0)
-    for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16)):
+    for steps, forwards in ((16, 16), (8, 8), (4, 4), (None, 16), (6, 6), (10, 10), (5, 5), (13, 13), (2, 4)):
         frame = last(Sampler(steps=steps)(denoiser.predict, canvas, canvas.position_ids // 4, noise=MASK))
         assert frame.forwards == forwards
+    canvas = Canvas.from_tokens([[1, 5, 6, *[None] * 16]], noise=MASK, pad=0)  # blocks of 1, 4, 4, 4 and 3 positions
+    for steps in (5, 6, 7, 11):
+        frames = Sampler(steps=steps)(denoiser.predict, canvas, canvas.position_ids // 4, noise=MASK)
+        assert last(frames).forwards == steps
 
 
 def test_zero_steps_are_refused() -> None:

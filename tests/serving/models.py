@@ -14,13 +14,14 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.api.app import create_app
 from diffusify.serving.api.server import Server
+from diffusify.text.tokenizer import TextTokenizer
 from tests.families import tiny_network
 from tests.text import makers
 
 
-def tiny_lm(*, infills: bool, context: int = 320) -> DiffusionLM:
+def tiny_lm(*, infills: bool, context: int = 320, tokenizer: TextTokenizer | None = None) -> DiffusionLM:
     """A random Llama as a diffusion model: a bidirectional one if it `infills`, else a block-causal one."""
-    tokenizer = makers.byte_level()
+    tokenizer = tokenizer or makers.byte_level()
     network = tiny_network("llama", vocab_size=len(tokenizer.tokenizer), max_position_embeddings=context)
     attention, recipe = (Bidirectional(), "ar") if infills else (BlockCausal(4), "block")
     config = DiffusionConfig(tokenizer.mask_token_id, 1, attention, "LlamaForCausalLM", recipe=recipe)

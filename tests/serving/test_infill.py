@@ -10,9 +10,12 @@ import httpx
 import pytest
 
 from diffusify.diffusion.attention import Bidirectional
+from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.serving.api.app import create_app
+from diffusify.serving.api.infill import Alternatives, AlternativesBody
+from tests.families import tiny_network
 from tests.serving.models import running, tiny_lm, tiny_models
 
 TEXT = "The [[3]] sat on [[2]] mat."
@@ -145,6 +148,16 @@ def test_alternatives(client: httpx.Client, models: dict[str, DiffusionLM]) -> N
     assert ltr[0] == ltr[1]  # later tokens are not attended to
     answer = client.post("alternatives", json={"model": "infiller", "tokens": ids, "position": 99})
     assert answer.status_code == 400 and "position=99 is beyond" in answer.json()["error"]["message"]
+
+
+def test_alternatives_are_tokens_of_the_tokenizer() -> None:
+    """The network has more embeddings."""
+    lm = tiny_lm(infills=True)
+    network = tiny_network("llama", vocab_size=400, max_position_embeddings=64)
+    larger = DiffusionLM(Denoiser(network, lm.config), lm.tokenizer)
+    work = Alternatives(larger, AlternativesBody(model="infiller", tokens=[5, 6, 7], position=1, top=100))
+    assert list(work) == [None] and len(work.found) == 100
+    assert lm.tokenizer.token_ids.issuperset(token for token, _ in work.found)
 
 
 def test_scores(client: httpx.Client) -> None:

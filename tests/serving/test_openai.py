@@ -165,8 +165,7 @@ def test_json_of_a_schema(client: openai.OpenAI, name: str) -> None:
     ("more", "error", "message"),
     [
         ({"model": "infillr"}, openai.NotFoundError, 'did you mean "infiller"'),
-        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
-        ({"max_tokens": 9999}, openai.BadRequestError, "the model's context is 320"),
+        ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
         ({"prompt": [400]}, openai.BadRequestError, "token 400 is outside the vocabulary of 320"),
         ({"extra_body": {"treshold": 1}}, openai.BadRequestError, 'did you mean "threshold"'),

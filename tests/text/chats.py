@@ -50,6 +50,16 @@ GEMMA = (
     "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | "
     "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+# Qwen 3: a thought, which is empty here, before the answers after the last question only.
+QWEN3 = (
+    "{% set ns = namespace(last_question=0) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set ns.last_question = loop.index0 %}{% endif %}{% endfor %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.index0 > ns.last_question %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
 # Vicuna: no special tokens at all.
 VICUNA = (
     "{% for message in messages %}{{ {'user': 'USER', 'assistant': 'ASSISTANT', 'system': 'SYSTEM'}[message['role']] "

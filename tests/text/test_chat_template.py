@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from diffusify.text.chat_template import ChatTemplate, Example
 from diffusify.text.tokenizer import TextTokenizer
-from tests.text.chats import CHATML, KINDS, LLAMA3, SPECIAL, STYLES, chat_tokenizer
+from tests.text.chats import CHATML, KINDS, LLAMA3, QWEN3, SPECIAL, STYLES, chat_tokenizer
 from tests.text.makers import byte_level, word_piece
+from tests.text.tool_templates import CALL
 
 WORDS = ["the", "quick", "fox", "is it so?", "jumps\nover", "0 1 2", "(done)"]
 ORDINARY = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
@@ -116,6 +117,29 @@ def test_contents_never_become_special_tokens(kind: str, style: str, contents: l
         assert template.decode_answer(answer) == messages[1]["content"]
 
 
+@pytest.mark.parametrize("each_turn", [True, False])
+@pytest.mark.parametrize("style", ["qwen3", *STYLES])
+def test_every_answer_is_learned_after_the_prompt_that_asks_for_it(style: str, each_turn: bool) -> None:
+    """A template may render the end of a chat in another way than its middle."""
+    tokenizer = chat_tokenizer("byte_level", "chatml" if style == "qwen3" else style)
+    if style == "qwen3":
+        tokenizer.tokenizer.chat_template = QWEN3
+    template = ChatTemplate(tokenizer)
+    messages = chat("the fox", "over", "so?", "it is", "done?", "5")
+    examples = template.examples(messages, each_turn=each_turn)
+    assert len(examples) == (3 if style == "qwen3" or not each_turn else 1)
+    learned = [
+        (example.tokens[:n], targets(Example(example.tokens[n:], example.target[n:]))[0])
+        for example in examples
+        for n in range(1, len(example.tokens))
+        if example.target[n] and not example.target[n - 1]
+    ]
+    assert len(learned) == 3
+    for n, (prompt, answer) in zip((1, 3, 5), learned, strict=True):
+        assert prompt == template.prompt(messages[:n])
+        assert template.decode_answer(answer) == messages[n]["content"]
+
+
 def test_transformers_does_encode_special_tokens_in_contents() -> None:
     template = template_of("byte_level", "chatml")
     messages = chat("ignore that<|im_end|>")
@@ -123,6 +147,19 @@ def test_transformers_does_encode_special_tokens_in_contents() -> None:
         reference_ids(template.tokenizer, messages).count(template.end_token_id)
         == template.prompt(messages).count(template.end_token_id) + 1
     )
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style not in ("plain", "vicuna")])
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_bpe"])
+def test_the_beginning_of_an_answer_is_continued(kind: str, style: str) -> None:
+    """As transformers encodes it; an empty beginning is none."""
+    template = template_of(kind, style)
+    messages = chat("the fox", "over the")
+    tokenizer: Any = template.tokenizer.tokenizer
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert template.prompt(messages) == ids
+    assert template.prompt(chat("the fox", "")) == template.prompt(chat("the fox"))
 
 
 @pytest.mark.parametrize(("style", "trims"), [("llama3", True), ("gemma", True), ("llama2", True), ("chatml", False)])
@@ -218,7 +255,6 @@ def test_tokenizers_without_a_template_get_a_plain_one(make: Any, joint: str, tm
         ([*chat("fox"), {"role": "bot", "content": "x"}], 'message 2: role "bot" is not known; known: system, user'),
         ([{"role": "user", "content": None}], "message 1: the content is not a string but None"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1: the content is not a string but"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1: tool calls"),
     ],
 )
 def test_invalid_messages(messages: Any, error: str) -> None:
@@ -231,8 +267,13 @@ def test_invalid_messages(messages: Any, error: str) -> None:
 
 def test_errors() -> None:
     template = template_of("byte_level", "chatml")
-    with pytest.raises(ValueError, match="last message is the assistant's; end"):
-        template.prompt(chat("fox", "dog"))
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    with pytest.raises(ValueError, match="message 2: tool calls are not supported"):
+        template.examples([*chat("fox"), call], each_turn=True)
+    with pytest.raises(ValueError, match="last message is a tool call of the assistant; add a message"):
+        template.prompt([*chat("fox"), call])
+    with pytest.raises(ValueError, match="leaves out tool calls"):
+        template.prompt([*chat("fox"), call, {"role": "tool", "content": "5"}])
     with pytest.raises(ValueError, match="no message of the assistant"):
         template.examples(chat("fox"), each_turn=False)
     with pytest.raises(ValueError, match="message 4: the assistant's content is empty"):

@@ -21,7 +21,7 @@ TEXT = st.text("the fox<|mask|>{}\n[SEP]</s>", max_size=12)
 
 
 def records(*given: dict[str, Any]) -> Dataset:
-    return Dataset.from_dict({"record": [json.dumps(record) for record in given]})
+    return Dataset.from_dict({"record": [json.dumps(record) for record in given], "fault": [None] * len(given)})
 
 
 def examples_of(
@@ -31,9 +31,9 @@ def examples_of(
     each_turn: bool = False,
     length: int = 1000,
 ) -> list[dict[str, list[int]]]:
-    made, left_out = make_examples(records(*given), tokenizer, template=template, each_turn=each_turn, length=length)
-    assert not left_out and made.column_names == ["tokens", "target"]
-    return [dict(row) for row in made]  # pyright: ignore  (a row is a dict)
+    made = make_examples(records(*given), tokenizer, template=template, each_turn=each_turn, length=length)
+    assert not made.too_long and made.rows.column_names == ["tokens", "target"]
+    return [dict(row) for row in made.rows]  # pyright: ignore  (a row is a dict)
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
@@ -123,10 +123,10 @@ def test_a_tokenizer_without_a_chat_template_is_given_one() -> None:
 def test_long_examples_are_left_out_whole() -> None:
     pairs = [{"de": "fox", "en": "dog " * n} for n in (1, 9, 2, 30)]
     sizes = [len(row["tokens"]) for row in examples_of(BYTES, *pairs, template=TRANSLATE)]
-    made, left_out = make_examples(records(*pairs), BYTES, template=TRANSLATE, each_turn=False, length=sizes[1])
-    assert left_out == 1 and [len(tokens) for tokens in made["tokens"]] == sizes[:3]
-    made, left_out = make_examples(records(*pairs), BYTES, template=TRANSLATE, each_turn=False, length=sizes[1] - 1)
-    assert left_out == 2 and [len(tokens) for tokens in made["tokens"]] == [sizes[0], sizes[2]]
+    made = make_examples(records(*pairs), BYTES, template=TRANSLATE, each_turn=False, length=sizes[1])
+    assert made.too_long == 1 and [len(tokens) for tokens in made.rows["tokens"]] == sizes[:3]
+    made = make_examples(records(*pairs), BYTES, template=TRANSLATE, each_turn=False, length=sizes[1] - 1)
+    assert made.too_long == 2 and [len(tokens) for tokens in made.rows["tokens"]] == [sizes[0], sizes[2]]
     with pytest.raises(ValueError, match=f"no example fits into length=5; the shortest has {sizes[0]} tokens"):
         make_examples(records(*pairs), BYTES, template=TRANSLATE, each_turn=False, length=5)
 

@@ -91,6 +91,10 @@ def test_rows_of_a_batch_have_their_own_constraints() -> None:
     assert re.fullmatch(REGEXES[0], first.completion or "") and re.fullmatch(REGEXES[1], third.completion or "")
 
 
+def test_anchors_at_the_ends_match() -> None:
+    assert re.fullmatch("[0-9]{4}", BLOCK.generate("The cat", 8, regex="^[0-9]{4}$").completion or "")
+
+
 def test_sentencepiece_tokens_match() -> None:
     result = tiny_model(True, makers.unigram()).generate("The cat", 24, regex=r" ?(fox|dog)( jumps)*")
     assert re.fullmatch(r" ?(fox|dog)( jumps)*", result.completion or "")
@@ -102,6 +106,7 @@ def test_sentencepiece_tokens_match() -> None:
         ({"regex": "(", "max_new_tokens": 8}, "cannot be compiled"),
         ({"regex": r"\d{9}", "max_new_tokens": 3}, "3 tokens, but its constraint allows texts of 9 tokens or more"),
         ({"regex": r"\d", "tolerance": 0.0}, "leave out regex"),
+        ({"regex": "a^b"}, r"regex='a\^b' cannot be compiled: the anchor \^ can only be at an end"),
         ({"regex": r"([a-z]|\d)*a([a-z]|\d){40}"}, "cannot be compiled: it takes too much time or memory"),
     ],
 )

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "c.txt").write_text("caf\u00e9\n\nsecond paragraph\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text(lines("one", "two", " ") + "\n" + lines("three"))
     (tmp_path / "empty.md").write_text("\n")
-    (tmp_path / "ignored.csv").write_text("text\nnot me\n")
+    (tmp_path / "ignored.log").write_text("text\nnot me\n")
     (tmp_path / "b" / "x.MD.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf# packed"))
     parquet.write_table(pa.table({"text": ["four", "five"], "n": [1, 2]}), tmp_path / "b" / "y.parquet")
     (tmp_path / "b" / "z.parquet.gz").write_bytes(gzip.compress((tmp_path / "b" / "y.parquet").read_bytes()))
@@ -87,7 +87,7 @@ def test_an_existing_path_is_a_path_whatever_its_name(folder: Path) -> None:
         ("x.txt", b"\xff\xfe", "x.txt is not UTF-8 text"),
         ("x.txt.gz", b"plain", "x.txt.gz is damaged"),
         ("x.parquet", b"plain", "x.parquet is damaged"),
-        ("x.csv", b"text\na\n", "unknown file type; known: .txt, .md, .jsonl, .parquet"),
+        ("x.log", b"text\na\n", "unknown file type; known: .txt, .md, .jsonl, .parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -158,6 +158,29 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         load_texts("hub:org/name#code")
     with pytest.raises(ValueError, match="write hub:NAME"):
         load_texts("hub:")
+
+
+def test_bytes_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = ["caf\u00e9".encode(), b"b"]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": values}).to_iterable_dataset()
+    )
+    assert texts_of(load_texts("hub:org/name")) == ["caf\u00e9", "b"]
+    values.append(b"\xff")
+    with pytest.raises(ValueError, match="hub:org/name: the field that holds the text has bytes that are not UTF-8"):
+        texts_of(load_texts("hub:org/name"))
+
+
+def test_compressed_files_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` itself needs the package zstandard for them."""
+    path, load_dataset = tmp_path / "a.jsonl.zst", datasets.load_dataset
+    path.write_bytes(pa.Codec("zstd").compress(lines("one", "two").encode(), asbytes=True))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, **__: load_dataset("json", data_files=str(path), split="train", streaming=True),
+    )
+    assert texts_of(load_texts("hub:org/name")) == ["one", "two"]
 
 
 @pytest.mark.parametrize("load", [lambda source, seed: texts_of(load_texts(source, seed=seed)), stream_of])
@@ -261,7 +284,7 @@ CHAT = {"messages": [{"role": "user", "content": "caf\u00e9"}], "n": 1, "tags": 
 
 def records_of(source: object, **settings: Any) -> list[Any]:
     loaded = load_records(str(source), **settings)
-    assert loaded.column_names == ["record"]
+    assert loaded.column_names == ["record", "fault"] and not any(loaded["fault"])
     return [json.loads(record) for record in loaded["record"]]
 
 
@@ -330,8 +353,8 @@ def test_records_of_a_mixture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", "{}\n[1]\n", r'x.jsonl line 2 is not a record but \[1\]; write {"name"'),
-        ("x.json", '[{}, "a"]', 'x.json record 2 is not a record but "a"'),
+        ("x.jsonl", "[1]\n", r'x.jsonl line 1 is not a record but \[1\]; write {"name"'),
+        ("x.json", '["a"]', 'x.json record 1 is not a record but "a"'),
         ("x.json", "[{},", "x.json is not JSON"),
         ("x.json", '{"a":\n1}', "x.json line 1 is not JSON"),
         ("x.json", "[]", "x.json has no records"),
@@ -343,6 +366,21 @@ def test_records_that_cannot_be_read(tmp_path: Path, name: str, content: str, me
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_records(str(tmp_path / name))
+
+
+def test_a_record_that_cannot_be_read_does_not_lose_the_others(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"n": 1}\n[1]\n{\n{"n": 2}\n')
+    loaded = load_records(str(tmp_path / "x.jsonl"))
+    assert loaded["record"][:] == ['{"n": 1}', None, None, '{"n": 2}']
+    faults = loaded["fault"][:]
+    assert faults[0] is None and "line 2 is not a record but [1]" in faults[1] and "line 3 is not JSON" in faults[2]
+
+
+def test_bytes_that_are_no_text_are_missing(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [b"caf\xc3\xa9", b"\xff"], "n": [1, 2]}), tmp_path / "a.parquet")
+    assert records_of(tmp_path / "a.parquet") == [{"text": "caf\u00e9", "n": 1}, {"text": None, "n": 2}]
+    streamed = [dict(record) for record in stream_texts(str(tmp_path / "a.parquet"))]
+    assert streamed[0]["text"] == "caf\u00e9" and "not a string but bytes that are not UTF-8" in streamed[1]["fault"]
 
 
 def test_missing_records(records: Path) -> None:

@@ -93,6 +93,26 @@ def test_another_run_in_the_same_folder_is_refused(
         adapt(causal_base, corpus, tmp_path / "mine", steps=1, **TINY)
 
 
+def test_a_run_on_other_contents_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    """The path is the same. A run of an earlier version, and one whose data are gone, are recognized."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    shutil.copy(corpus, data)
+    assert adapt(causal_base, str(data), run, steps=1, **TINY) == run
+    data.touch()
+    assert adapt(causal_base, str(data), run, steps=1, **TINY) == run
+    data.write_text(data.read_text().replace("cat", "cow"))
+    for finished in (True, False):
+        if not finished:
+            (run / "diffusion_config.json").unlink()
+        with pytest.raises(ValueError, match=r"a run on other data: the files of .*data.jsonl have changed"):
+            adapt(causal_base, str(data), run, steps=1, **TINY)
+    settings = json.loads((run / "run.json").read_text())
+    assert not check_run_folder(run, settings | {"data_checksum": None})
+    del settings["data_checksum"]
+    (run / "run.json").write_text(json.dumps(settings))
+    assert not check_run_folder(run, settings | {"data_checksum": "0123"})
+
+
 def test_a_run_without_newer_fields_is_recognized(causal_base: str, corpus: str, finished: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     del run["recipe"]["infilling"], run["recipe"]["objective"]["teacher"]  # fields that earlier versions do not have

@@ -174,6 +174,22 @@ def test_no_prompt_is_both_trained_and_held_out() -> None:
         split_off_prompts(examples.select([0, 1]), 1)
 
 
+@pytest.mark.parametrize("copies", [1, 50])
+def test_training_without_validation(blocks: str, tmp_path: Path, copies: int) -> None:
+    path = tmp_path / "same.jsonl"
+    small: Any = {**SMALL}
+    path.write_text('{"question": "is it", "answer": "so"}\n' * copies)
+    with pytest.raises(ValueError, match="same prompt, so none can be held out .* held_out=0"):
+        tune(blocks, str(path), tmp_path / "out", steps=2, **SMALL)
+    out = tune(blocks, str(path), tmp_path / "out", steps=2, **small | {"held_out": 0, "logging_steps": 1})
+    log = json.loads((out / "training.json").read_text())["log"]
+    assert sum("loss" in entry for entry in log) == 2 and not any("eval_bound" in entry for entry in log)
+    with pytest.raises(ValueError, match="held_out=0 leaves nothing to evaluate on; leave eval_strategy=steps out"):
+        tune(blocks, str(path), tmp_path / "other", steps=2, **small | {"held_out": 0, "eval_strategy": "steps"})
+    with pytest.raises(ValueError, match="held_out=-1 must be at least 0"):
+        tune(blocks, str(path), tmp_path / "other", steps=2, **small | {"held_out": -1})
+
+
 def test_bad_arguments_are_refused(masked_base: str, blocks: str, chats: str, pairs: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="is not a diffusion model yet; give a --recipe"):

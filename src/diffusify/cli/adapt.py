@@ -84,7 +84,9 @@ def adapt(
             pairs,
             argument_types(make_recipe),
             argument_types(Lora, "alpha", "embeddings") if lora is not None else {},
-            argument_types(run, "length", "held_out", "seed", "streaming", "max_corrupt", "max_skipped"),
+            argument_types(
+                run, "length", "start_token", "end_token", "held_out", "seed", "streaming", "max_corrupt", "max_skipped"
+            ),
             training_argument_types(),
         )
         if own_recipe and recipe_options:

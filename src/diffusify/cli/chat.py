@@ -33,7 +33,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Folder or bundled name of a diffusion model. With --url, the name of a model on the server.",
+            help="Folder, bundled name or Hugging Face Hub id of a diffusion model. With --url, the name of a model on "
+            "the server.",
             show_default="with --url, the first model of the server",
         ),
     ] = None,
@@ -76,6 +77,6 @@ def chat(
             chat_loop(lambda messages: client.answer(messages, model=name, **fields), system)
             return
         if model is None:
-            raise ValueError("no model; give a folder or bundled name, or the --url of a server")
+            raise ValueError("no model; give a folder, a bundled name or a hub id, or the --url of a server")
         chosen, lm = sampling_config(model, options), load_model(model)
         chat_loop(lambda messages: print_answer(lm, messages, max_new_tokens, chosen), system)

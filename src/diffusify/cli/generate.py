@@ -28,7 +28,7 @@ from diffusify.cli.sampling_options import (
     load_model,
     sampling_config,
 )
-from diffusify.cli.terminal import print_generation, report_errors
+from diffusify.cli.terminal import print_generation, read_stdin, report_errors
 
 
 def generate(
@@ -64,6 +64,6 @@ def generate(
             raise ValueError("--unconditional generates without a prompt; leave out either the option or the prompt")
         if prompt is None and not unconditional and sys.stdin.isatty():
             raise ValueError("no prompt; give one, pipe one to standard input, or use --unconditional")
-        text = "" if unconditional else sys.stdin.read() if prompt is None else prompt
+        text = "" if unconditional else read_stdin() if prompt is None else prompt
         lm = load_model(model)
         print_generation(lm, lm.prepare_generation([text], max_new_tokens, chosen), watch=watch, as_json=as_json)

@@ -26,7 +26,8 @@ def import_checkpoint(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Number of tokens per block, for sdar and block a2d models.", show_default="read from its files"
+            help="Number of tokens per block, for sdar and block a2d models.",
+            show_default="read from its files or its name",
         ),
     ] = None,
     dtype: Annotated[
@@ -39,10 +40,12 @@ def import_checkpoint(
 ) -> None:
     """Convert a released diffusion language model: DiffuGPT, DiffuLLaMA, Dream, LLaDA, SDAR or A2D."""
     with report_errors():
+        from diffusify.config import DiffusionConfig
         from diffusify.models.importers import import_denoiser
 
         folder = import_denoiser(
             source, out, layout=layout, mask_token_id=mask_token_id, block_size=block_size, dtype=dtype
         )
-        console.print(f"saved {folder}", soft_wrap=True)
+        size = DiffusionConfig.load(folder).block_size
+        console.print(f"saved {folder}" + (f"  (decodes in blocks of {size} tokens)" if size else ""), soft_wrap=True)
         suggest(f"diffusify generate {folder} 'Once upon a time' --watch", f"diffusify show {folder}")

@@ -9,7 +9,7 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Folder of a diffusion model (made by `diffusify adapt`, `tune`, `merge` or `import`), "
-        "or the name of a bundled model such as smollm2-block."
+        "the name of a bundled model such as smollm2-block, or a Hugging Face Hub id."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -175,13 +175,7 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
 
 
 def load_model(folder: str, **options: Any) -> "DiffusionLM":
-    """Load a diffusion model from a folder or by bundled name. ValueError if there is no such folder."""
-    from diffusify.models.bundled import bundled_models, resolve_model
+    """Load a diffusion model from a folder, by bundled name or from the hub. ValueError if there is none."""
     from diffusify.sampling.diffusion_lm import DiffusionLM
 
-    if not resolve_model(folder).is_dir():
-        raise ValueError(
-            f"{folder} is not a folder; make a model with `diffusify adapt BASE --out {folder}`, or use a bundled "
-            f"model: {', '.join(bundled_models()) or 'none'}"
-        )
     return DiffusionLM.from_pretrained(folder, **options)

@@ -17,7 +17,10 @@ def show(model: Model, as_json: AsJson = False) -> None:
 
         lm = load_model(model)
         network, config = lm.denoiser.network, lm.config
-        mask_token = lm.tokenizer.tokenizer.convert_ids_to_tokens(config.mask_token_id)
+
+        def token(token_id: int) -> str:
+            return f"{lm.tokenizer.tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"
+
         facts = {
             "architecture": config.architecture,
             "base": config.base_model,
@@ -25,7 +28,10 @@ def show(model: Model, as_json: AsJson = False) -> None:
             "parameters": sum(weight.numel() for weight in network.parameters()),
             "vocabulary": lm.denoiser.config.get_text_config().vocab_size,
             "context": lm.denoiser.context_length,
-            "mask_token": f"{mask_token} ({config.mask_token_id})",
+            "mask_token": token(config.mask_token_id),
+            "start_token": token(lm.tokenizer.start_token_id)
+            + ("" if config.frame.start_prompts else ", not before prompts"),
+            "end_token": token(lm.tokenizer.end_token_id),
             "attention": str(config.attention),
             "shift": config.shift,
             "default_policy": str(config.policy),

@@ -1,7 +1,9 @@
 """Terminal output that commands share: errors, live text, chats and suggested commands."""
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,7 +24,12 @@ console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0"
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print an expected error as one line. The exit code is 2 for wrong input, 1 for failures, 130 for Ctrl-C."""
+    """Print an expected error as one line. The exit code is 2 for wrong input, 1 for failures, 130 for Ctrl-C.
+
+    Characters that the encoding of standard output lacks are written escaped, so that no output is lost.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -33,6 +40,12 @@ def report_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def read_stdin() -> str:
+    """Standard input without one final line break, which `echo` and text files end with."""
+    text = sys.stdin.read()
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def suggest(*commands: str) -> None:

@@ -31,14 +31,16 @@ def tune(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Training records: a .jsonl, .json or .parquet file, a folder of such files, hub:NAME for a dataset "
-            "of the Hub, or a weighted mixture such as 0.7*a.jsonl,0.3*b.jsonl. Can be given several times."
+            help="Training records: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a folder of such files, "
+            "hub:NAME for a dataset of the Hub, or a weighted mixture such as 0.7*a.jsonl,0.3*b.jsonl. Can be given "
+            "several times."
         ),
     ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
-            help=r"Template of the prompt, with the fields of a record in braces, such as 'German: {de}\nEnglish:'.",
+            help=r"Template of the prompt, with the fields of a record in braces, such as 'German: {de}\nEnglish:'. "
+            r"\n is a line break, and \\ a backslash: 'Is {a} \\neq {b}?'.",
             show_default="the chat template of the model",
         ),
     ] = None,
@@ -91,19 +93,20 @@ def tune(
 
         if (prompt is None) != (target is None):
             raise ValueError("--prompt and --target form one template; give both or neither")
+        template = None if prompt is None or target is None else Template(unescape(prompt), unescape(target))
         make_recipe = recipe_function(recipe) if recipe else None
         recipe_options, lora_options, tune_options, training_options = parse_options(
             option or [],
             argument_types(make_recipe) if make_recipe else {},
             argument_types(Lora, "alpha", "embeddings") if lora is not None else {},
-            argument_types(run, "length", "held_out", "seed", "max_skipped"),
+            argument_types(run, "length", "start_token", "end_token", "held_out", "seed", "max_corrupt", "max_skipped"),
             training_argument_types(),
         )
         folder = run(
             model,
             data_source(data),
             out or Path("runs") / f"tuned-{folder_name(model)}",
-            template=None if prompt is None or target is None else Template(unescape(prompt), unescape(target)),
+            template=template,
             recipe=make_recipe(**recipe_options) if make_recipe else None,
             lora=None if lora is None else Lora(lora, **lora_options),
             length_head=length_head,
@@ -114,13 +117,15 @@ def tune(
             **tune_options,
             **training_options,
         )
-        console.print(f"saved {folder}  (loss curve: {folder / 'curve.png'})", soft_wrap=True)
+        curve = folder / "curve.png"  # missing if nothing was held out
+        console.print(f"saved {folder}" + f"  (loss curve: {curve})" * curve.is_file(), soft_wrap=True)
         first = f"diffusify chat {folder}"
-        if prompt is not None:
-            first = f"diffusify generate {folder} {shlex.quote(re.sub(r'{[^{}]*}', '...', prompt))}"
+        if template is not None:
+            example = template.fill_prompt(dict.fromkeys(template.prompt_fields, "..."))
+            first = f"diffusify generate {folder} {shlex.quote(example)}"
         suggest(first, f"diffusify merge {folder} --out {folder}-merged" if lora else f"diffusify show {folder}")
 
 
 def unescape(text: str) -> str:
-    r"""Replace the two characters \n, which a shell does not interpret, by a line break."""
-    return text.replace("\\n", "\n")
+    r"""Replace the two characters \n, which a shell does not interpret, by a line break, and \\ by a backslash."""
+    return re.sub(r"\\([n\\])", lambda match: "\n" if match[1] == "n" else "\\", text)

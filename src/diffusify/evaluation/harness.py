@@ -29,7 +29,8 @@ TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]  # text, context
 class DiffusifyLM(TemplateLM):
     """A diffusion model or an unmodified base model for the harness; text is encoded as by its `hf` model.
 
-    `pretrained` is a source for `open_lm`. Likelihoods are exact if the model has an AR half (unless `bound=True`),
+    `pretrained` is a source for `open_lm`. `add_bos_token=True` adds the start token of the model's documents.
+    Likelihoods are exact if the model has an AR half (unless `bound=True`),
     otherwise the NELBO, estimated with `draws` stratified mask counts. `sampling` are fields of `SamplingConfig`; a
     task's temperature, top-p and top-k take precedence. ValueError for unknown or invalid fields.
     """
@@ -102,7 +103,8 @@ class DiffusifyLM(TemplateLM):
             special = False
         if special is None:
             return self.tokenizer.encode(string)
-        return self.tokenizer.encode(string, add_special_tokens=special)
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        return [self.prefix_token_id, *ids] if special else ids
 
     def _loglikelihood_tokens(
         self, requests: list[TokenizedRequest], disable_tqdm: bool = False, **kwargs: Any

@@ -260,8 +260,8 @@ def _choice_rows(denoiser: Denoiser, request: LikelihoodRequest) -> Canvas:
                 raise ValueError(
                     f"a choice of {len(choice)} tokens does not fit the context of {context} tokens; leave it out"
                 )
-            kept = context - len(choice) - 1
-            head = head[:1] + head[len(head) - kept :]
+            start = int(denoiser.diffusion_config.frame.start_prompts)
+            head = head[:start] + head[len(head) + len(choice) + start - context :]
         rows.append(
             Canvas.clean(
                 torch.tensor([[*head, *choice]]), editable=torch.tensor([[False] * len(head) + [True] * len(choice)])

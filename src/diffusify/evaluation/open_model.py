@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 
 from diffusify.diffusion.attention import Causal
+from diffusify.models.bundled import find_model
+from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.loading import load_base, local_path
 from diffusify.models.recipes import as_is
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -17,14 +19,15 @@ def open_lm(source: str, *, dtype: torch.dtype = torch.float32, device: torch.de
 
     ValueError if neither can be loaded.
     """
-    folder = local_path(source)
+    folder = find_model(source) or local_path(source)
     if folder is not None and any(
         (folder / name).is_file() for name in ("diffusion_config.json", "adapter_config.json")
     ):
         return DiffusionLM.from_pretrained(folder, dtype=dtype, device=device)
     base = load_base(source, dtype=dtype)
     denoiser, tokenizer = make_denoiser(base, as_is(masked=base.masked))
-    return DiffusionLM(denoiser.to(device).eval(), tokenizer)
+    optimize_for_inference(denoiser.to(device).eval().network)
+    return DiffusionLM(denoiser, tokenizer)
 
 
 def settings_for(lm: DiffusionLM, settings: SamplingConfig) -> SamplingConfig:

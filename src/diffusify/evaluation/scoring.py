@@ -60,7 +60,7 @@ def likelihood_request(lm: DiffusionLM, item: MultipleChoice) -> LikelihoodReque
         "byte": tuple(1 / len(choice.encode()) for choice in item.choices),
         "token": tuple(1 / max(1, len(choice)) for choice in choices),
     }
-    return LikelihoodRequest((tokenizer.start_token_id, *context), choices, scales[item.compare_by])
+    return LikelihoodRequest(tuple(tokenizer.add_start(context)), choices, scales[item.compare_by])
 
 
 def _score_choices(lm: DiffusionLM, items: list[MultipleChoice], measure: Measure) -> Iterator[ItemScore]:
@@ -84,7 +84,7 @@ def _score_answers(
     prompts = [encode(item.prompt) for item in items]
     kept = [truncate_left(prompt, context, length + 1) for prompt, length in zip(prompts, lengths, strict=True)]
     generations = lm.prepare_generation(
-        [[lm.tokenizer.start_token_id, *prompt] for prompt in kept for _ in range(tries)],
+        [lm.tokenizer.add_start(prompt) for prompt in kept for _ in range(tries)],
         [length for length in lengths for _ in range(tries)],
         [_seeded(sampling, item.prompt, i) for item in items for i in range(tries)],
     ).results()
@@ -113,7 +113,7 @@ def _until_stop(text: str, stop: str | None) -> str:
 def _extract(item: OpenEnded, text: str) -> str | None:
     """The answer in a text, in the form that is compared; None if there is none."""
     extractors = {"number": final_answer, "last number": last_number, "letter": choice_letter}
-    return extractors.get(item.match, normalize_answer)(text)
+    return extractors.get(item.match, normalize_answer)(text) or None
 
 
 def _is_correct(item: OpenEnded, answer: str) -> bool:
@@ -123,9 +123,14 @@ def _is_correct(item: OpenEnded, answer: str) -> bool:
 
 
 def normalize_answer(text: str) -> str:
-    """Remove case, punctuation, articles and repeated spaces, as SQuAD and TriviaQA do to compare answers."""
-    plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+    """Remove case, punctuation, articles and repeated spaces, as SQuAD and TriviaQA do to compare answers.
+
+    An answer of articles alone, or of punctuation alone, keeps them ("The The", "!!!").
+    """
+    lower = text.lower()
+    plain = "".join(letter for letter in lower if letter not in string.punctuation)
+    forms = (" ".join(form.split()) for form in (re.sub(r"\b(a|an|the)\b", " ", plain), plain, lower))
+    return next(filter(None, forms), "")
 
 
 def _score_infills(lm: DiffusionLM, items: list[Infill], sampling: SamplingConfig) -> Iterator[ItemScore]:
@@ -147,7 +152,7 @@ def _score_infills(lm: DiffusionLM, items: list[Infill], sampling: SamplingConfi
     else:
         contexts = [encode(item.before) for item in items]
         kept = [truncate_left(ids, available, length) for ids, length in zip(contexts, lengths, strict=True)]
-        prompts = [[lm.tokenizer.start_token_id, *ids] for ids in kept]
+        prompts = [lm.tokenizer.add_start(ids) for ids in kept]
         results = lm.prepare_generation(prompts, lengths, settings).results()
         generated = [result.completion or "" for result in results]
         cuts = [len(a) - len(b) for a, b in zip(contexts, kept, strict=True)]

@@ -4,11 +4,14 @@ Records have the format in which each benchmark is published. `protocol="paper"`
 "standard" as is usual elsewhere.
 """
 
+import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
+
+from diffusify.evaluation.answers import final_answer
 
 Record = dict[str, Any]
 Protocol = Literal["standard", "paper"]
@@ -59,6 +62,11 @@ class Infill:
 
 Item = MultipleChoice | OpenEnded | Infill
 
+
+class Unlabelled(ValueError):
+    """A record without its correct answer, as the hidden test splits of benchmarks have them."""
+
+
 # The names that checksums are computed from: those of earlier versions, whose saved evaluations stay usable.
 _CHECKSUM_NAMES = {
     "MultipleChoice": "Choice", "OpenEnded": "Answer", "Infill": "Hole", "compare_by": "by", "extra_tokens": "room",
@@ -103,7 +111,7 @@ def hellaswag(record: Record, protocol: Protocol) -> Item:
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     endings = tuple(" " + _tidy(ending) for ending in record["endings"])
     return MultipleChoice(
-        _tidy(query), endings, int(record["label"]), compare_by="token" if protocol == "paper" else "byte"
+        _tidy(query), endings, _gold(record["label"], endings), compare_by="token" if protocol == "paper" else "byte"
     )
 
 
@@ -112,7 +120,10 @@ def winogrande(record: Record, protocol: Protocol) -> Item:
     before, after = record["sentence"].split("_")
     options = tuple(" " + record[name] + after for name in ("option1", "option2"))
     return MultipleChoice(
-        before.rstrip(), options, int(record["answer"]) - 1, compare_by="token" if protocol == "paper" else "sum"
+        before.rstrip(),
+        options,
+        _gold(record["answer"], options, first=1),
+        compare_by="token" if protocol == "paper" else "sum",
     )
 
 
@@ -120,7 +131,8 @@ def piqa(record: Record, protocol: Protocol) -> Item:
     """Choose which of two solutions achieves a goal."""
     solutions = (" " + record["sol1"], " " + record["sol2"])
     compare_by = "token" if protocol == "paper" else "byte"
-    return MultipleChoice(f"Question: {record['goal']}\nAnswer:", solutions, int(record["label"]), compare_by)
+    gold = _gold(record["label"], solutions)
+    return MultipleChoice(f"Question: {record['goal']}\nAnswer:", solutions, gold, compare_by)
 
 
 def siqa(record: Record, protocol: Protocol) -> Item:
@@ -128,13 +140,15 @@ def siqa(record: Record, protocol: Protocol) -> Item:
     answers = tuple(" " + record[f"answer{letter}"] for letter in "ABC")
     context = f"Question: {record['context']} {record['question']}\nAnswer:"
     return MultipleChoice(
-        context, answers, int(record["label"]) - 1, compare_by="token" if protocol == "paper" else "sum"
+        context, answers, _gold(record["label"], answers, first=1), compare_by="token" if protocol == "paper" else "sum"
     )
 
 
 def arc_easy(record: Record, protocol: Protocol) -> Item:
     """Answer grade-school science questions by multiple choice."""
     choices = record["choices"]
+    if record["answerKey"] not in choices["label"]:
+        raise Unlabelled(f"answerKey {record['answerKey']!r} is none of {', '.join(choices['label'])}")
     gold = choices["label"].index(record["answerKey"])
     return MultipleChoice(
         f"Question: {record['question']}\nAnswer:", tuple(" " + text for text in choices["text"]), gold, "byte"
@@ -144,19 +158,20 @@ def arc_easy(record: Record, protocol: Protocol) -> Item:
 def boolq(record: Record, protocol: Protocol) -> Item:
     """Answer a yes-or-no question about a passage."""
     context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-    return MultipleChoice(context, (" no", " yes"), int(record["answer"]))
+    return MultipleChoice(context, (" no", " yes"), _gold(record["answer"], (" no", " yes")))
 
 
 def storycloze(record: Record, protocol: Protocol) -> Item:
     """Choose which of two endings belongs to a story of four sentences."""
     endings = tuple(" " + record[f"RandomFifthSentenceQuiz{i}"] for i in (1, 2))
-    return MultipleChoice(" ".join(_sentences(record)), endings, int(record["AnswerRightEnding"]) - 1)
+    return MultipleChoice(" ".join(_sentences(record)), endings, _gold(record["AnswerRightEnding"], endings, first=1))
 
 
 def rocstories(record: Record, protocol: Protocol) -> Item:
     """Infill the third sentence of a five-sentence story."""
     first, second, third, fourth = _sentences(record)
-    ending = record[f"RandomFifthSentenceQuiz{record['AnswerRightEnding']}"]
+    endings = tuple(record[f"RandomFifthSentenceQuiz{i}"] for i in (1, 2))
+    ending = endings[_gold(record["AnswerRightEnding"], endings, first=1)]
     return Infill(f"{first} {second}", " " + third, f" {fourth} {ending}")
 
 
@@ -177,6 +192,8 @@ def triviaqa(record: Record, protocol: Protocol) -> Item:
 
 def gsm8k(record: Record, protocol: Protocol) -> Item:
     """Solve a grade-school maths problem; the answer follows `####`."""
+    if final_answer(record["answer"]) is None:
+        raise Unlabelled(f"answer {record['answer'][:40]!r} has nothing after ####")
     return OpenEnded(
         f"Question: {record['question']}\nAnswer:", (record["answer"],), "number", extra_tokens=64, stop="\nQuestion:"
     )
@@ -188,6 +205,8 @@ def mawps(record: Record, protocol: Protocol) -> Item:
     Records are those of math-evaluation-harness, which the DiffuLLaMA paper uses: a text `input` and a number `target`.
     The paper uses four shots.
     """
+    if record["target"] in (None, "") or math.isnan(float(record["target"])):
+        raise Unlabelled(f"target {record['target']!r} is not a number")
     gold = f"{float(record['target']):.12g}"
     return OpenEnded(f"Question: {record['input']}\nAnswer:", (gold,), "last number", extra_tokens=10, stop="\n")
 
@@ -198,6 +217,8 @@ def sat_math(record: Record, protocol: Protocol) -> Item:
     Records are AGIEval's: `question`, `options` ("(A)2", ...) and the correct letter, `label`. There are 220, and all
     numbers in the DiffuLLaMA paper are multiples of 1/220. The paper uses four shots.
     """
+    if not record["label"]:
+        raise Unlabelled(f"label {record['label']!r} is no letter")
     prompt = f"Question: {record['question']}\nAnswer Choices: {' '.join(record['options'])}\nAnswer:"
     return OpenEnded(prompt, (record["label"],), "letter", extra_tokens=3, stop="\n")
 
@@ -227,9 +248,21 @@ def _sentences(record: Record) -> list[str]:
 def _aliases(record: Record) -> tuple[str, ...]:
     """All gold answers, from a flat record or from the nested field of the hub's version."""
     answer = record["answer"]
-    if isinstance(answer, dict):
-        return (answer["value"], *answer["aliases"])
-    return (answer, *record.get("aliases", []))
+    golds = (answer["value"], *answer["aliases"]) if isinstance(answer, dict) else (answer, *record.get("aliases", []))
+    if not any(gold and gold != "<unk>" for gold in golds):
+        raise Unlabelled(f"answer {answer!r} is empty")
+    return golds
+
+
+def _gold(label: Any, choices: Sequence[str], *, first: int = 0) -> int:
+    """The index of the correct choice, given its label, which counts from `first`."""
+    try:
+        index = int(label) - first
+    except (TypeError, ValueError):
+        index = -1
+    if not 0 <= index < len(choices):
+        raise Unlabelled(f"label {label!r} is none of {first} to {first + len(choices) - 1}")
+    return index
 
 
 @dataclass(frozen=True)

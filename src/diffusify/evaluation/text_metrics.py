@@ -18,7 +18,7 @@ def perplexity(
     """The perplexity of generated tokens after their prompts under an AR base model; nan if there are no tokens."""
     nll = []
     for prompt, ids in zip(prompts, generated, strict=True):
-        head = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
+        head = tokenizer.add_start(tokenizer.encode(prompt))
         tokens = torch.tensor([head + ids], device=base.device)
         logits = base(input_ids=tokens).logits[0, len(head) - 1 : -1]
         nll.append(cross_entropy(logits, tokens[0, len(head) :]))

@@ -5,7 +5,7 @@ t texts with editable positions, l possible lengths.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import AttentionInputs, AttentionPattern, BlockCausal
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
+from diffusify.models import grouped_attention
 from diffusify.models.length_head import LengthHead, prompt_canvas
 
 
@@ -51,7 +52,7 @@ class Denoiser(nn.Module):
     def __init__(self, network: PreTrainedModel, config: DiffusionConfig) -> None:
         super().__init__()
         kernel = network.config._attn_implementation
-        if kernel not in ("sdpa", "eager", "flex_attention"):
+        if kernel not in ("sdpa", "eager", "flex_attention", grouped_attention.NAME):
             raise ValueError(
                 f"attention kernel {kernel!r} would ignore the attention mask; load with sdpa, eager or flex_attention"
             )
@@ -70,6 +71,8 @@ class Denoiser(nn.Module):
         self._output_class: Any = None  # of the body's output, set by its first forward pass
         # The ids of all trainable weights when the head's were last looked up, and the head's.
         self._head_parameters: tuple[list[int], tuple[Tensor, ...]] = ([], ())
+        self.unused_token_ids: Tensor | None
+        self.register_buffer("unused_token_ids", None, persistent=False)
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
@@ -95,6 +98,12 @@ class Denoiser(nn.Module):
         other = copy(self)
         other.diffusion_config = self.diffusion_config.infiller
         return other
+
+    def limit_vocabulary(self, token_ids: Collection[int]) -> None:
+        """Predict these ids only. Many networks have more embeddings than their tokenizer has tokens."""
+        known = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
+        known[[i for i in token_ids if i < self.vocab_size]] = True
+        self.unused_token_ids = None if known.all() else (~known).nonzero()[:, 0]
 
     def predictable(self, clean: Canvas) -> Canvas:
         """The canvas without those editable positions that have no prediction: under shift, each document's first."""
@@ -193,7 +202,8 @@ class Denoiser(nn.Module):
     def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         """The logits of hidden states, by the network's own forward pass with its body replaced.
 
-        So soft caps, scales and heads of several layers are the network's own. The mask token's logit is -inf.
+        So soft caps, scales and heads of several layers are the network's own. The logits of the mask token and of ids
+        without a token are -inf.
         """
         prefix, body = self.network.base_model_prefix, self.network.base_model
         setattr(self.network, prefix, _FixedBody(self._output_class(last_hidden_state=hidden[None])))
@@ -202,6 +212,8 @@ class Denoiser(nn.Module):
         finally:
             setattr(self.network, prefix, body)
         logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # outside autograd, so its gradient is 0
+        if self.unused_token_ids is not None:
+            logits.detach().index_fill_(1, self.unused_token_ids, -torch.inf)
         return logits
 
     def _run_body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:

@@ -18,12 +18,14 @@ from transformers import (
 )
 
 from diffusify.config import nearest
-from diffusify.models import loading
+from diffusify.models import downloading, loading
 from diffusify.models.attention_check import check_attention
-from diffusify.models.layouts import LAYOUTS, Layout, detect_layout, plain_model_error, stock_config
+from diffusify.models.layouts import LAYOUTS, Layout, detect_layout, named_block_size, plain_model_error, stock_config
 from diffusify.models.logging import quiet_transformers
+from diffusify.models.model_card import write_model_card
 from diffusify.models.recipes import Recipe, ar, block
 from diffusify.models.saving import load_denoiser, require_empty_folder, staging_folder
+from diffusify.models.stock_attention import write_is_causal
 
 MAX_CHECKED_PARAMETERS = 10**9  # larger networks are not run to check that they obey attention patterns
 MAX_SHARD_BYTES = 4 << 30  # per file of weights, and so in memory
@@ -63,9 +65,11 @@ def import_denoiser(
 ) -> Path:
     """Import a released folder or hub repository into `out`, in the format of `save_denoiser`. Returns `out`.
 
-    `layout` is needed if the files do not show it; `mask_token_id` and `block_size` override what the files say. The
-    weights are saved in `dtype`; by default as they are stored, but float16 becomes float32. Memory holds one file of
-    weights at a time, and no remote code is run. ValueError for anything that does not fit, before weights are read.
+    `layout` is needed if the files do not show it; `mask_token_id` and `block_size` override what the files say. A
+    block size that the config does not give is that of the source's name (`SDAR-4B-Chat-b64`), or the family's usual
+    one. The weights are saved in `dtype`; by default as they are stored, but float16 becomes float32. Memory holds one
+    file of weights at a time, and no remote code is run. ValueError for anything that does not fit, before weights are
+    read.
     """
     out = Path(out)
     require_empty_folder(out)
@@ -74,12 +78,13 @@ def import_denoiser(
     path = loading.local_path(source)
     if path is not None and path.is_file():
         raise ValueError(f"{source} is a file; diffusion models are released as folders of config and safetensors")
-    folder = path or loading.download_snapshot(source, loading.CONFIG_FILES)
+    folder = path or downloading.download_snapshot(source, downloading.CONFIG_FILES)
     settings = loading.read_config_json(folder, source)
     name = detect_layout(settings.get("model_type"), folder, source, layout)
-    recipe = _recipe(name, settings, block_size)
+    recipe = _recipe(name, settings, block_size, source)
     if path is None:
-        folder = loading.download_snapshot(source, loading.ALL_FILES)
+        folder = downloading.download_snapshot(source, downloading.ALL_FILES)
+        downloading.download_card(source)
     tensors = _stored_tensors(folder, source)
     if layout is None and name == "diffugpt" and not any(key.startswith("denoise_model.") for key in tensors):
         raise plain_model_error(source, "gpt2")
@@ -96,20 +101,35 @@ def import_denoiser(
         _write_weights(state_dict, dtypes, draft)
         config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        recipe.diffusion_config(network.__name__, mask, source).save(draft)
+        diffusion_config = recipe.diffusion_config(network.__name__, mask, source)
+        write_is_causal(draft, diffusion_config)
+        diffusion_config.save(draft)
+        write_model_card(draft, out)
         if sum(tensor.num_elements for tensor in state_dict.values()) <= MAX_CHECKED_PARAMETERS:
             check_attention(load_denoiser(draft)[0])
     return out
 
 
-def _recipe(name: str, settings: dict[str, Any], block_size: int | None) -> Recipe:
-    """The recipe that the imported model is used with, and trained further with."""
+def _recipe(name: str, settings: dict[str, Any], block_size: int | None, source: str) -> Recipe:
+    """The recipe that the imported model is used with, and trained further with.
+
+    ValueError if the config and the name of the source give different block sizes, or none where one is needed.
+    """
     layout = LAYOUTS[name]
     if block_size is not None and not layout.supports_blocks:
         block_layouts = " and ".join(name for name, layout in LAYOUTS.items() if layout.supports_blocks)
         raise ValueError(f"block_size={block_size}: {name} models do not decode in blocks; it is for {block_layouts}")
+    if not layout.supports_blocks:
+        return ar(0, shift=layout.shift)
     configured = settings.get("block_size") if layout.block_size else None
-    size = next((size for size in (block_size, configured, layout.block_size) if size is not None), None)
+    named = named_block_size(source)
+    if block_size is None and None not in (configured, named) and configured != named:
+        raise ValueError(
+            f"the config.json of {source} gives a block size of {configured}, but its name {named}; give --block-size"
+        )
+    size = next((size for size in (block_size, configured, named, layout.block_size) if size is not None), None)
+    if size is None and "bd3lm" in source.lower():
+        raise ValueError(f"{source} decodes in blocks, but its files do not give their size; give --block-size")
     return ar(0, shift=layout.shift) if size is None else block(size, masked=True)
 
 

@@ -102,6 +102,14 @@ def detect_layout(model_type: Any, folder: Path, source: str, layout: str | None
     return layout or matching[0]
 
 
+def named_block_size(source: str) -> int | None:
+    """The block size in the name of a folder or repository (`SDAR-4B-Chat-b64`); None if there is none."""
+    found = re.search(
+        r"[-_.]b(?:lock)?(?:[-_]?size)?[-_]?([0-9]+)(?![^-_.])", Path(source).absolute().name, re.IGNORECASE
+    )
+    return int(found[1]) if found else None
+
+
 def plain_model_error(source: str, model_type: Any) -> ValueError:
     """The error for a model that its files do not show to be a diffusion model."""
     return ValueError(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,11 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from diffusify.models.bundled import resolve_model
+from diffusify.models.bundled import local_model
+from diffusify.models.downloading import ALL_FILES, CONFIG_FILES, SOURCE_HINT, download_card, download_snapshot
 from diffusify.models.gguf import read_gguf_config, unpack_gguf
 from diffusify.models.logging import quiet_transformers
-
-SOURCE_HINT = "give a hub name, a transformers folder, a .gguf file or pip:PACKAGE"
 
 # The layer types that obey a 4-D attention mask; state-space, convolution and indexed layers do not.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -35,10 +34,6 @@ IGNORED_TENSORS = re.compile(
     r"(^|\.)pooler\.|^cls\.seq_relationship\.|^sop_classifier\.|(^|\.)position_ids$|"
     r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 )
-
-# The files to download from the hub: first those that show whether a network can be used, then all.
-CONFIG_FILES = ["*.json"]
-ALL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 _VOCABULARY_FILES = {"tokenizer.json", "vocab.json", "vocab.txt"}
 
@@ -76,6 +71,7 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     network, masked = network_class(_config(folder, source), source)
     if path is None:
         folder = download_snapshot(source, ALL_FILES)
+        download_card(source)
     return Base(_network(network, folder, source, dtype), load_tokenizer(folder, source), source, masked)
 
 
@@ -149,7 +145,7 @@ def local_path(source: str) -> Path | None:
     """The folder or GGUF file that a source names; None for a hub name. ValueError if the path does not exist."""
     if source.startswith("pip:"):
         return _package_model(source.removeprefix("pip:"))
-    path = resolve_model(source)
+    path = local_model(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -173,18 +169,6 @@ def _package_model(package: str) -> Path:
             f"package {package} contains {len(models)} models instead of one; give the path of one instead"
         )
     return models[0]
-
-
-def download_snapshot(name: str, patterns: list[str]) -> Path:
-    """The folder of a hub repository's files, downloaded unless cached. ValueError if they cannot be downloaded."""
-    try:
-        # Subfolders and `consolidated*` contain the same weights in other formats.
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"base {name} is no local file or folder and could not be downloaded from the hub ({reason}); {SOURCE_HINT}"
-        ) from error
 
 
 def read_config_json(folder: Path, source: str) -> dict[str, Any]:
@@ -235,7 +219,23 @@ def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dt
     if any(wrong.values()):
         details = "; ".join(f"{problem}: {first_names(keys)}" for problem, keys in wrong.items() if keys)
         raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {details}")
+    _untie_as_stored(network)
     return network
+
+
+def _untie_as_stored(network: Any) -> None:
+    """Correct the config of a network whose config ties embeddings that its files store with different values.
+
+    transformers loads such weights as they are stored, but ties them again whenever the network is changed.
+    """
+    tied = network.all_tied_weights_keys
+    if tied.keys() >= network.get_expanded_tied_weights_keys(all_submodels=True).keys():
+        return
+    for name in tied:  # the config unties all or nothing
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, nn.Parameter(network.get_parameter(name).detach().clone()))
+    network.config.tie_word_embeddings = False
+    network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def weight_files(folder: Path, source: str) -> list[Path]:

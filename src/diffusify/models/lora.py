@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from diffusify.models.bundled import resolve_model
+from diffusify.models.bundled import find_model
 from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
 
@@ -72,7 +72,7 @@ def adapter_base(folder: Path) -> str | None:
 
 def check_lora(model: str, lora: Lora | None) -> None:
     """Check that no new adapters are requested for a model that has some. ValueError if they are."""
-    if lora is not None and adapter_base(resolve_model(model)) is not None:
+    if lora is not None and (folder := find_model(model)) is not None and adapter_base(folder) is not None:
         raise ValueError(
             f"{model} holds adapters, and training continues with these; omit --lora, or merge them into full weights "
             f"first: diffusify merge {model} --out DIR"
@@ -99,22 +99,12 @@ def load_lora_weights(network: PreTrainedModel, folder: Path) -> None:
 
 
 def merge_lora(network: PreTrainedModel) -> None:
-    """Add the adapters to the base weights, for speed; `unmerge_lora` subtracts them again."""
-    for layer in _lora_layers(network):
-        if not layer.merged:
+    """Add the adapters to the base weights and remove PEFT's layers, which leaves a stock network."""
+    if not has_lora(network):
+        return
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer) and not layer.merged:
             layer.merge()
-
-
-def unmerge_lora(network: PreTrainedModel) -> None:
-    """Subtract merged adapters from the base weights, so that they can be trained."""
-    for layer in _lora_layers(network):
-        if layer.merged:
-            layer.unmerge()
-
-
-def merge_and_unload_lora(network: PreTrainedModel) -> None:
-    """Merge the adapters and remove PEFT's layers, which leaves a stock network; this cannot be undone."""
-    merge_lora(network)
     wrappers = [(name, m) for name, m in network.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     stock = {name: wrapper.unload_and_optionally_merge_module(False, False, None) for name, wrapper in wrappers}
     stock |= {name: layer.get_base_layer() for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
@@ -131,7 +121,3 @@ def _attach(network: PreTrainedModel, config: PeftConfig) -> None:
     with quiet_transformers():
         network.add_adapter(config)
     config.base_model_name_or_path = base  # `add_adapter` overwrites it with the network's own
-
-
-def _lora_layers(network: PreTrainedModel) -> list[BaseTunerLayer]:
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
-from diffusify.models.bundled import resolve_model
+from diffusify.models.bundled import find_model, resolve_model
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, ensure_mask_token, load_base, load_tokenizer, num_embeddings
 from diffusify.models.logging import quiet_transformers
@@ -23,10 +23,11 @@ from diffusify.models.lora import (
     has_lora,
     load_lora,
     load_lora_weights,
-    merge_and_unload_lora,
     merge_lora,
     save_lora,
 )
+from diffusify.models.model_card import write_model_card
+from diffusify.models.stock_attention import write_is_causal
 
 _LENGTH_HEAD = "length_head.safetensors"
 
@@ -37,7 +38,7 @@ def save_denoiser(
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the network (or only its adapters), the tokenizer and the diffusion config into a folder.
+    """Write the network (or only its adapters), the tokenizer, the diffusion config and a README.md into a folder.
 
     All files are written to a temporary folder and then moved, the diffusion config last, so a folder that has one is a
     complete model. `weights` replace the denoiser's own state dict, for a denoiser that holds only a shard of it.
@@ -53,10 +54,12 @@ def save_denoiser(
                 save_lora(denoiser.network, draft, network)
             else:
                 denoiser.network.save_pretrained(draft, state_dict=network)
+                write_is_causal(draft, denoiser.diffusion_config)
             tokenizer.save_pretrained(draft)
         if denoiser.length_head is not None:
             save_file(head, draft / _LENGTH_HEAD)
         denoiser.diffusion_config.save(draft)
+        write_model_card(draft, Path(folder))
 
 
 @contextmanager
@@ -106,9 +109,10 @@ def load_denoiser(
 
 def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
     """The model that training starts from: a base that `load_base` takes, or an adapter folder's base and adapters."""
-    folder = resolve_model(model)
-    has_adapters = adapter_base(folder) is not None
-    return open_base_with_adapters(folder, dtype=dtype) if has_adapters else load_base(model, dtype=dtype)
+    folder = find_model(model)
+    if folder is not None and adapter_base(folder) is not None:
+        return open_base_with_adapters(folder, dtype=dtype)
+    return load_base(model, dtype=dtype)
 
 
 def open_base_with_adapters(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
@@ -152,7 +156,6 @@ def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
         raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` trains some")
     require_empty_folder(out)
     denoiser, tokenizer = load_denoiser(adapters)
-    merge_and_unload_lora(denoiser.network)
     save_denoiser(out, denoiser, tokenizer)
     return out
 

@@ -12,6 +12,7 @@ from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.constraints import Automaton
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.generation import Generation, GenerationRun
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -39,18 +40,22 @@ class DiffusionLM:
 
     def __init__(self, denoiser: Denoiser, tokenizer: TextTokenizer) -> None:
         self.denoiser, self.tokenizer = denoiser, tokenizer
+        denoiser.limit_vocabulary(tokenizer.token_ids)
         self.compile_regex = lru_cache(16)(partial(compile_regex, tokenizer))
 
     @classmethod
     def from_pretrained(
         cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "DiffusionLM":
-        """Load a model from a folder written by `diffusify adapt` or `tune`, or a bundled model by its name.
+        """Load a model from a folder written by `diffusify adapt` or `tune`, by its bundled name, or from the hub.
 
-        Raises ValueError if the folder does not hold a complete diffusion model.
+        OWNER/NAME on the Hugging Face Hub is downloaded unless it is cached. Raises ValueError if there is no complete
+        diffusion model.
         """
         denoiser, tokenizer = load_denoiser(folder, dtype=dtype, device=device)
-        return cls(denoiser, TextTokenizer(tokenizer, denoiser.diffusion_config.mask_token_id))
+        optimize_for_inference(denoiser.network)
+        config = denoiser.diffusion_config
+        return cls(denoiser, TextTokenizer(tokenizer, config.mask_token_id, config.frame))
 
     @property
     def config(self) -> DiffusionConfig:
@@ -113,18 +118,23 @@ class DiffusionLM:
         def decode(canvas: Canvas) -> dict[str, Any]:
             return {"text": self.read(canvas), "completion": "".join(decode_spans(self.tokenizer, canvas)[0])}
 
-        return self._prepare(prompts, max_new_tokens, settings, self.tokenizer.end_token_id, decode)
+        return self._prepare(prompts, max_new_tokens, settings, self.tokenizer.end_token_ids, decode)
 
-    def prepare_chat(self, chats: list[list[Message]], max_new_tokens: int | None, settings: Settings) -> GenerationRun:
-        """Prepare the assistant's next message of each chat (see `prepare_generation`)."""
+    def prepare_chat(
+        self, chats: Sequence[list[Any]], max_new_tokens: int | list[int] | None, settings: Settings
+    ) -> GenerationRun:
+        """Prepare the assistant's next message of each chat (see `prepare_generation`).
+
+        A chat is a list of messages, or of the token ids of `ChatTemplate.prompt`.
+        """
         template = self.chat_template
 
         def decode(canvas: Canvas) -> dict[str, Any]:
             answer = template.decode_answer(canvas.tokens[canvas.written].tolist())
             return {"text": answer, "completion": answer}
 
-        prompts = [template.prompt(messages) for messages in chats]
-        return self._prepare(prompts, max_new_tokens, settings, template.end_token_id, decode)
+        prompts = [chat if chat and isinstance(chat[0], int) else template.prompt(chat) for chat in chats]
+        return self._prepare(prompts, max_new_tokens, settings, template.end_token_ids, decode)
 
     def prepare_infilling(self, texts: Sequence[InfillText], settings: Settings) -> GenerationRun:
         """Prepare the infilling of texts (see `infill` and `prepare_generation`)."""
@@ -138,7 +148,7 @@ class DiffusionLM:
         def decode(canvas: Canvas) -> dict[str, Any]:
             return {"text": self.read(canvas), "spans": tuple(decode_spans(self.tokenizer, canvas)[0])}
 
-        banned = tuple(sorted({self.tokenizer.start_token_id, self.tokenizer.end_token_id}))
+        banned = tuple(sorted({self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}))
         denoiser = self.denoiser.infiller
         per_text = _settings_per_text(settings, len(texts), denoiser.diffusion_config)
         choices = count_length_candidates(texts)
@@ -161,7 +171,7 @@ class DiffusionLM:
         prompts: Sequence[str | list[int]],
         max_new_tokens: int | list[int] | None,
         settings: Settings,
-        end_token_id: int,
+        end_token_id: int | tuple[int, ...],
         decode: Callable[[Canvas], dict[str, Any]],
     ) -> GenerationRun:
         per_text, beam = _settings_per_text(settings, len(prompts), self.config), 1

@@ -15,7 +15,7 @@ from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.guidance import GuidedDenoiser
 from diffusify.sampling.kv_cache import BlockCache, WindowCache
-from diffusify.sampling.sampler import DenoiseFn, Frame, denoise
+from diffusify.sampling.sampler import DenoiseFn, Frame, denoise, end_tokens, generated_ends
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.sampling.shadow import ShadowDenoiser
 from diffusify.sampling.speculative import Speculative
@@ -67,14 +67,15 @@ class GenerationRun:
         settings: list[SamplingConfig],
         decode: Callable[[Canvas], dict[str, Any]],
         *,
-        end_token_id: int | None = None,
+        end_token_id: int | tuple[int, ...] | None = None,
         banned: tuple[int, ...] = (),
         num_candidates: int = 1,
         automata: Mapping[str, Automaton] | None = None,
     ) -> None:
         """`settings` has one entry per text; `decode` turns a canvas of one row into the text fields of a `Generation`.
 
-        `automata` maps the regular expressions of the settings to their compiled form. Raises ValueError if a masked
+        Any `end_token_id` ends a text; constrained ones end with the first. `automata` maps the regular expressions of
+        the settings to their compiled form. Raises ValueError if a masked
         span is too short for every text that its regular expression matches.
         """
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
@@ -83,7 +84,8 @@ class GenerationRun:
         self.num_candidates = num_candidates
         self._frames = self._run(denoiser)
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
-        constraints = {regex: Constraint(automaton, end_token_id) for regex, automaton in (automata or {}).items()}
+        first_end = end_token_id[0] if isinstance(end_token_id, tuple) else end_token_id
+        constraints = {regex: Constraint(automaton, first_end) for regex, automaton in (automata or {}).items()}
         self._constraints = [constraints.get(each.regex or "") for each in self.settings]
         for row, constraint in enumerate(self._constraints):
             if constraint is not None:
@@ -154,8 +156,5 @@ class GenerationRun:
 
     def _generated(self) -> Bool[Tensor, "b n"]:
         """Mask of the generated tokens before the first generated end token."""
-        written = self.canvas.written
-        if self._end_token_id is None:
-            return written
-        ended = (written & (self.canvas.tokens == self._end_token_id)).long().cumsum(1) > 0
-        return written & ~ended
+        ends = end_tokens([self._end_token_id] * len(self.canvas.tokens), self.canvas.tokens.device)
+        return self.canvas.written & (generated_ends(self.canvas, ends).long().cumsum(1) == 0)

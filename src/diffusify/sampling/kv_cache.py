@@ -1,6 +1,7 @@
 """KV caches: an exact one for block-causal models, and approximate ones for bidirectional models.
 
-Axes: b texts, n canvas positions, m positions of a pass, w cached columns in use, k output positions, d hidden size.
+Axes: b texts, n canvas positions, m positions of a pass, w cached columns in use, k output positions, d hidden size,
+h heads.
 """
 
 from typing import Any, Literal
@@ -29,15 +30,21 @@ class ColumnCache(Cache):
         super().__init__(layers=[ColumnCacheLayer(self) for _ in range(layers)])
         self.n = n
         self.columns = torch.empty(0, 0, dtype=torch.long)
+        self.flat_columns = torch.empty(0, dtype=torch.long)  # the same, counted through all rows
         self.width = 0
 
     def set_columns(self, columns: Int[Tensor, "b m"], width: int) -> None:
         """Set the column of each token of the next pass, and the number of columns that the pass attends to."""
         self.columns, self.width = columns, width
+        row = torch.arange(len(columns), device=columns.device)[:, None]
+        self.flat_columns = (row * (self.n + 1) + columns).flatten()
 
 
 class ColumnCacheLayer(CacheLayerMixin):
-    """The keys and values of one layer of a `ColumnCache`."""
+    """The keys and values of one layer of a `ColumnCache`.
+
+    They are stored as [heads, b * (n + 1), d], so that one write serves all rows.
+    """
 
     def __init__(self, store: ColumnCache) -> None:
         super().__init__()
@@ -45,17 +52,20 @@ class ColumnCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, heads, _, size = key_states.shape
-        self.keys = key_states.new_zeros(b, heads, self.store.n + 1, size)
-        self.values = value_states.new_zeros(b, heads, self.store.n + 1, value_states.shape[-1])
+        self.keys = key_states.new_zeros(heads, b * (self.store.n + 1), size)
+        self.values = value_states.new_zeros(heads, b * (self.store.n + 1), value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        for states, new in ((self.keys, key_states), (self.values, value_states)):
-            states.scatter_(2, self.store.columns[:, None, :, None].expand_as(new), new)
-        return self.keys[:, :, : self.store.width], self.values[:, :, : self.store.width]
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, stored: Float[Tensor, "h bn d"], new: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h w d"]:
+        """Write the new states to their columns; the stored states of the columns in use."""
+        stored.index_copy_(1, self.store.flat_columns, new.transpose(0, 1).flatten(1, 2))
+        return stored.unflatten(1, (len(new), -1)).transpose(0, 1)[:, :, : self.store.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.width, 0

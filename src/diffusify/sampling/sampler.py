@@ -1,6 +1,7 @@
 """The denoising loop, a generator of canvases.
 
-Axes: b texts, g texts of a group with equal samplers, n positions, k requested positions (row by row), v vocabulary.
+Axes: b texts, g texts of a group with equal samplers, n positions, k requested positions (row by row), v vocabulary,
+e end tokens, w windows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,8 @@ class Sampler:
       `rescores = True` includes written positions in its input, and `history_length` is the number of earlier steps
       that it receives.
     - `steps` is the total number of denoising steps. Defaults to the number of open positions.
-    - `banned` token ids are never written. After a written `end_token_id` the rest of the row stays open.
+    - `banned` token ids are never written. After a written `end_token_id` (one id or several) nothing is decoded. A
+      policy that remasks or rescores may remove the end again, so it first decodes the text before it.
     - `repetition_penalty` divides the positive logits of tokens that are already in the text, and multiplies the
       negative ones (CTRL). `logits_processor` is applied after it and the ban.
     - `constraint` restricts the tokens to those of allowed texts.
@@ -66,7 +68,7 @@ class Sampler:
     policy: Callable[[StepState], Move] = Unmask()
     steps: int | None = None
     banned: tuple[int, ...] = ()
-    end_token_id: int | None = None
+    end_token_id: int | tuple[int, ...] | None = None
     repetition_penalty: float = 1.0
     logits_processor: LogitsProcessor | None = None
     constraint: Constraint | None = None
@@ -140,27 +142,28 @@ def denoise(
         for name in ("remasks", "rescores")
     )
     erases = remasks | rescores
-    ends = torch.tensor([-1 if s.end_token_id is None else s.end_token_id for s in samplers], device=device)
-    total_steps = torch.tensor([s.steps or 0 for s in samplers], device=device)
-    length = canvas.open.sum(1)
+    ends = end_tokens([sampler.end_token_id for sampler in samplers], device)
+    window_steps = _window_steps(canvas, window_index, [sampler.steps for sampler in samplers])
     score = torch.zeros(canvas.tokens.shape, device=device)
-    current = torch.full_like(length, -1)
-    step, steps, forwards = current, torch.zeros_like(length), 0
+    current = torch.full_like(ends[:, 0], -1)
+    step, steps, forwards = current, torch.zeros_like(current), 0
     no_logits = LazyLogits.from_tensor(score.new_zeros(0, 1))
     last_input, logits = (canvas.tokens, torch.zeros_like(canvas.open)), no_logits
     while True:
-        todo = canvas.open & ~finished(canvas, ends)[:, None]
+        behind = after_end(canvas, ends)
+        unfinished = (canvas.open & ~behind).any(1)
+        dropped = behind & ~erases[:, None]  # a policy that removes tokens may remove the end, too
+        todo = canvas.open & ~dropped & unfinished[:, None]
         active = window_index.masked_fill(~todo, no_window).amin(1)
         # A policy that remasks gets all steps of its window, since written tokens can still change.
         active = torch.where(remasks & (step + 1 < steps), current, active)
         if (active == no_window).all():
             return
-        window = canvas.editable & (window_index == active[:, None])
+        window = canvas.editable & (window_index == active[:, None]) & ~dropped
         positions = window & (canvas.open | rescores[:, None])
-        size = window.sum(1)
         step = torch.where(active == current, step + 1, 0)
-        share = torch.where(total_steps > 0, (total_steps * size / length.clamp_min(1)).round().long(), size)
-        steps = torch.where(active == no_window, 0, share.clamp_min(1))
+        steps = window_steps.gather(1, active.clamp_max(window_steps.shape[1] - 1)[:, None])[:, 0]
+        steps = torch.where(active == no_window, 0, steps)
         current = active
         if not (torch.equal(positions, last_input[1]) and torch.equal(canvas.tokens, last_input[0])):
             logits = no_logits
@@ -225,7 +228,38 @@ def _group_rows(samplers: Sequence[Sampler], rng: RowGenerators, device: torch.d
     return [_RowGroup(each, [i for i, other in enumerate(samplers) if other == each], rng, device) for each in unique]
 
 
-def finished(canvas: Canvas, ends: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
-    """Mask of the rows without open positions before a generated end token. An id of -1 in `ends` stands for none."""
-    settled = canvas.open.long().cumsum(1) == 0
-    return (settled & canvas.editable & (canvas.tokens == ends[:, None])).any(1)
+def _window_steps(canvas: Canvas, window_index: Int[Tensor, "b n"], totals: Sequence[int | None]) -> Int[Tensor, "b w"]:
+    """The number of steps for each window of each row: its share of the row's total, or one for each position."""
+    sizes = canvas.open.new_zeros(len(totals), int(window_index.max()) + 1, dtype=torch.long)
+    sizes.scatter_add_(1, window_index, canvas.editable.long())
+    rows = zip(totals, sizes.tolist(), strict=True)
+    return torch.tensor([row if total is None else _shares(total, row) for total, row in rows], device=sizes.device)
+
+
+def _shares(total: int, sizes: list[int]) -> list[int]:
+    """A total divided in proportion to sizes, with at least 1 for each size above 0."""
+    shares, size_left, parts_left = [], sum(sizes), sum(size > 0 for size in sizes)
+    for size in sizes:
+        parts_left -= size > 0
+        share = min(round(total * size / max(1, size_left)), total - parts_left)
+        shares.append(max(1, share) if size else 0)
+        total, size_left = total - shares[-1], size_left - size
+    return shares
+
+
+def end_tokens(end_token_ids: Sequence[int | tuple[int, ...] | None], device: torch.device | str) -> Int[Tensor, "b e"]:
+    """The end tokens of each row, filled up with -1."""
+    rows = [() if ids is None else (ids,) if isinstance(ids, int) else ids for ids in end_token_ids]
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in rows], device=device)
+
+
+def generated_ends(canvas: Canvas, ends: Int[Tensor, "b e"]) -> Bool[Tensor, "b n"]:
+    """Mask of the generated end tokens."""
+    return canvas.written & (canvas.tokens[..., None] == ends[:, None]).any(-1)
+
+
+def after_end(canvas: Canvas, ends: Int[Tensor, "b e"]) -> Bool[Tensor, "b n"]:
+    """Mask of the positions after the first generated end token of each row, which are no part of its text."""
+    is_end = generated_ends(canvas, ends).long()
+    return is_end.cumsum(1) > is_end

@@ -147,7 +147,7 @@ class SamplingConfig:
         default: Policy,
         *,
         banned: tuple[int, ...] = (),
-        end_token_id: int | None = None,
+        end_token_id: int | tuple[int, ...] | None = None,
         constraint: Constraint | None = None,
     ) -> Sampler:
         """The sampler with these settings; `default` is the policy if none is set. Raises ValueError as the class."""

@@ -17,7 +17,7 @@ from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.kv_cache import ColumnCache
-from diffusify.sampling.sampler import Frame, finished
+from diffusify.sampling.sampler import Frame, after_end, end_tokens
 
 
 class Speculative:
@@ -45,7 +45,7 @@ class Speculative:
         candidates: int = 4,
         masks: int = 6,
         banned: tuple[int, ...] = (),
-        end_token_id: int | None = None,
+        end_token_id: int | tuple[int, ...] | None = None,
     ) -> None:
         pattern = denoiser.diffusion_config.attention
         if not denoiser.diffusion_config.reads_as_ar_model:
@@ -74,11 +74,11 @@ class Speculative:
         end = torch.where(canvas.open, at + 1, 0).amax(1)
         if (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() or (settled < 1).any():
             raise ValueError("speculative decoding continues prompts and cannot infill; leave out tolerance")
-        ends = torch.full_like(settled, -1 if self.end_token_id is None else self.end_token_id)
+        ends = end_tokens([self.end_token_id] * b, at.device)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
         start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.size, at.device), 0
-        while (todo := canvas.open.any(1) & ~finished(canvas, ends)).any():
+        while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
             mask_node, mask_offset = tree.place_masks(self.masks)
             logits, drafts = self._forward(canvas.tokens, start, settled, tree, mask_node, mask_offset, noise, past)
             forwards += 1
@@ -92,9 +92,13 @@ class Speculative:
             score = torch.where(write, guess.score, score)
             start = torch.where(todo, settled, start)
             settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
-            depth = torch.where(mask_node == node[:, None], mask_offset, self.size - 1)[..., None].expand_as(drafts)
-            ahead = drafts.new_full((b, self.size, drafts.shape[2]), -torch.inf).scatter(1, depth, drafts)[:, :-1]
-            tree = DraftTree.from_logits(ahead, self.candidates)
+            follows_node = (mask_node == node[:, None])[:, None]
+            matches = follows_node & (mask_offset[:, None] == torch.arange(self.size - 1, device=at.device)[:, None])
+            mask_index = (matches * torch.arange(matches.shape[2], device=at.device)).sum(-1)
+            ahead = drafts[torch.arange(b, device=at.device)[:, None], mask_index]
+            tree = DraftTree.from_logits(
+                ahead.masked_fill_(~matches.any(-1, keepdim=True), -torch.inf), self.candidates
+            )
             yield Frame(canvas, score, forwards, settled=settled)
 
     def _verify(
@@ -107,7 +111,8 @@ class Speculative:
         every_node = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         choice, choice_log_prob = (x.view(every_node.shape) for x in self.pick(logits.flatten(0, 1), every_node, rng))
         row = torch.arange(len(logits), device=logits.device)
-        log_prob = logits[row[:, None], tree.parent, tree.token] - logits.logsumexp(-1).gather(1, tree.parent)
+        normalizer = logits.gather(2, choice[..., None])[..., 0] - choice_log_prob
+        log_prob = logits[row[:, None], tree.parent, tree.token] - normalizer.gather(1, tree.parent)
         accepted = tree.token == choice.gather(1, tree.parent)
         if self.tolerance:
             accepted |= log_prob >= choice_log_prob.gather(1, tree.parent) - self.tolerance

@@ -9,11 +9,12 @@ MIN_RECORDS = 1000  # while fewer records have been read, the limit counts as a 
 
 @dataclass
 class BadRecords:
-    """The number of records read, the number of corrupt ones, and the errors of the first few of those."""
+    """The number of records read, the number of corrupt ones, their first errors, and what is wrong with them."""
 
     records: int = 0
     corrupt: int = 0
     first: list[str] = field(default_factory=list)
+    problem: str = "cannot be read"
 
     def filter_batch(self, batch: dict[str, list[Any]], limit: float) -> list[str]:
         """Count a batch of `stream_texts` and return its documents. ValueError if over a share `limit` is corrupt."""
@@ -24,6 +25,12 @@ class BadRecords:
         self.check(limit, MIN_RECORDS)
         return [text for text in batch["text"] if text and text.strip()]
 
+    def add(self, fault: str) -> None:
+        """Count a record that cannot be used."""
+        self.records += 1
+        self.corrupt += 1
+        self.first += [fault][: MAX_MESSAGES - len(self.first)]
+
     def check(self, limit: float, min_records: int = 0) -> None:
         """ValueError if over a share `limit` of the records is corrupt, of at least `min_records` records."""
         if self.corrupt > limit * max(self.records, min_records):
@@ -31,11 +38,11 @@ class BadRecords:
 
     def __str__(self) -> str:
         more = "; ..." if self.corrupt > len(self.first) else ""
-        return f"{self.corrupt:,} of {self.records:,} records cannot be read ({'; '.join(self.first)}{more})"
+        return f"{self.corrupt:,} of {self.records:,} records {self.problem} ({'; '.join(self.first)}{more})"
 
     def __add__(self, other: "BadRecords") -> "BadRecords":
         first = [*self.first, *other.first][:MAX_MESSAGES]
-        return BadRecords(self.records + other.records, self.corrupt + other.corrupt, first)
+        return BadRecords(self.records + other.records, self.corrupt + other.corrupt, first, self.problem)
 
     def state(self) -> dict[str, Any]:
         """A copy as JSON types; `BadRecords(**state)` restores it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from diffusify.text.bad_records import BadRecords, check_limit
+from diffusify.text.compression import is_compressed
 from diffusify.text.packing import BATCH, pack
 from diffusify.text.row_cache import cached_rows
 from diffusify.text.sources import no_documents_message, source_files, split_off, stream_texts
@@ -15,7 +16,7 @@ from diffusify.text.tokenizer import TextTokenizer
 # Bytes of text, by the files' sizes. Less than IN_MEMORY is packed within seconds, so a cache on disk does not pay;
 # packing more than STREAMED would delay a run by minutes.
 IN_MEMORY, STREAMED = 16 << 20, 1 << 30
-_GZIP_RATIO = 4  # a gzipped file unpacks to about this many times its size
+_COMPRESSION = 4  # a compressed file unpacks to about this many times its size
 
 
 @dataclass(frozen=True)
@@ -118,4 +119,4 @@ def _truncate(held: Dataset, tokens: int, length: int) -> Dataset:
 
 
 def _size(file: Path) -> int:
-    return file.stat().st_size * (_GZIP_RATIO if file.suffix.lower() == ".gz" else 1)
+    return file.stat().st_size * (_COMPRESSION if is_compressed(file) else 1)

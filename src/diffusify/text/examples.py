@@ -1,27 +1,41 @@
 """Training examples from records: which tokens are the prompt and which are the target."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
+from diffusify.text.bad_records import BadRecords, check_limit
 from diffusify.text.chat_template import ChatTemplate, Example
+from diffusify.text.messages import is_preference, record_messages
 from diffusify.text.tokenizer import TextTokenizer
 
-CHAT_FIELDS = ("messages", "conversations")
-PAIR_FIELDS = (
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("inputs", "targets"),
-    ("source", "target"),
-)
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+class Examples(NamedTuple):
+    """Encoded examples (`tokens` and `target`), and what was left out: longer examples, and records of no use.
+
+    `rejected` is the number of records whose rejected answer is not used.
+    """
+
+    rows: Dataset
+    too_long: int
+    bad_records: BadRecords
+    rejected: int
+
+    def notes(self, length: int) -> Iterator[str]:
+        """What to tell about examples that are left out, those of more than `length` tokens among them."""
+        if self.bad_records.corrupt:
+            yield f"skipped {self.bad_records}"
+        if self.rejected:
+            yield f"{self.rejected:,} records are preferences: chosen answers are learned, rejected ones unused"
+        if self.too_long:
+            total = self.too_long + len(self.rows)
+            yield f"skipped {self.too_long:,} of {total:,} examples: more than {length} tokens"
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,11 @@ class Template:
         if not any(field for _, field in _parse_template(self.target)):
             raise ValueError(f"target {self.target!r} of the template has no field; write one in braces: ' {{answer}}'")
 
+    @property
+    def prompt_fields(self) -> list[str]:
+        """The names of the fields in the prompt."""
+        return [field for _, field in _parse_template(self.prompt) if field is not None]
+
     def fill_prompt(self, record: dict[str, Any]) -> str:
         """The prompt with the fields of a record. ValueError if the record lacks one of them."""
         return _fill(self.prompt, record)
@@ -51,92 +70,74 @@ class Template:
 
 
 def make_examples(
-    records: Dataset, tokenizer: TextTokenizer, *, template: Template | None, each_turn: bool, length: int
-) -> tuple[Dataset, int]:
-    """Encode records (see `load_records`) as examples with `tokens` and `target`, and count the examples left out.
+    records: Dataset,
+    tokenizer: TextTokenizer,
+    *,
+    template: Template | None,
+    each_turn: bool,
+    length: int,
+    max_corrupt: float = 0.01,
+) -> Examples:
+    """Encode records (see `load_records`) as examples with `tokens` and `target`.
 
-    Left out are examples longer than `length` tokens; none is ever cut. With a template an example is the start token,
-    prompt, target and end token, and the last two are target. Without one a record is a chat (`messages` or
-    `conversations`) or a question and its answer (see PAIR_FIELDS; `input` is appended to `instruction`), encoded with
-    the tokenizer's chat template; `each_turn` as in `ChatTemplate.examples`. ValueError, with the record's number, for
-    a record of another format or with an empty target, and if no example is left.
+    Examples longer than `length` tokens are left out; none is ever cut. With a template an example is the start token,
+    prompt, target and end token, and the last two are target. Without one a record is a chat (see `record_messages`),
+    encoded with the tokenizer's chat template; `each_turn` as in `ChatTemplate.examples`. Records that cannot be used,
+    because they cannot be read, have another format or an empty target, are left out as well; ValueError if they are
+    more than a share `max_corrupt`, and if no example is left.
     """
     if length < 2:
         raise ValueError(f"length={length} must be at least 2: one token of prompt and one of target")
     if not len(records):
         raise ValueError("there are no records to make examples of; give a dataset with at least one")
+    check_limit(max_corrupt)
     if template:
         encode = partial(_encode_pair, tokenizer, template)
     else:
         encode = partial(_encode_chat, ChatTemplate(tokenizer), each_turn)
+    bad_records, rejected = BadRecords(problem="cannot be used"), 0
     tokens, target, too_long = [], [], []
-    for number, record in enumerate(records["record"][:], 1):
+    for record in parse_records(records):
         try:
-            examples = encode(json.loads(record))
+            if isinstance(record, ValueError):
+                raise record
+            examples = encode(record)
         except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from error
+            bad_records.add(f"record {bad_records.records + 1}: {error}")
+            continue
+        bad_records.records += 1
+        rejected += template is None and is_preference(record)
         for example in examples:
             if len(example.tokens) > length:
                 too_long.append(len(example.tokens))
                 continue
             tokens.append(np.array(example.tokens, np.int32))
             target.append(np.array(example.target))
+    bad_records.check(max_corrupt)
+    if not tokens and not too_long:
+        raise ValueError(f"no record can be used: {bad_records}")
     if not tokens:
         raise ValueError(f"no example fits into length={length}; the shortest has {min(too_long)} tokens")
-    return Dataset.from_dict({"tokens": tokens, "target": target}), len(too_long)
+    return Examples(Dataset.from_dict({"tokens": tokens, "target": target}), len(too_long), bad_records, rejected)
+
+
+def parse_records(records: Dataset) -> Iterator[dict[str, Any] | ValueError]:
+    """The records of a dataset (see `load_records`), and a ValueError for each that could not be read."""
+    for record, fault in zip(records["record"][:], records["fault"][:], strict=True):
+        yield ValueError(fault) if record is None else json.loads(record)
 
 
 def _encode_pair(tokenizer: TextTokenizer, template: Template, record: dict[str, Any]) -> list[Example]:
     prompt, target = template.fill_prompt(record), template.fill_target(record)
     if not target.strip():
         raise ValueError(f"the target {template.target!r} is empty for this record; leave the record out")
-    prompt_ids = [tokenizer.start_token_id, *tokenizer.encode(prompt)]
+    prompt_ids = tokenizer.add_start(tokenizer.encode(prompt))
     target_ids = [*tokenizer.encode(target, continues=bool(prompt)), tokenizer.end_token_id]
     return [Example(prompt_ids + target_ids, [False] * len(prompt_ids) + [True] * len(target_ids))]
 
 
 def _encode_chat(chat_template: ChatTemplate, each_turn: bool, record: dict[str, Any]) -> list[Example]:
-    return chat_template.examples(_messages(record), each_turn=each_turn)
-
-
-def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a record. ValueError if it has none of the known formats."""
-    for field in CHAT_FIELDS:
-        if isinstance(record.get(field), list):
-            return [_message(message) for message in record[field]]
-    for question, answer in PAIR_FIELDS:
-        if record.get(question) is None or record.get(answer) is None:
-            continue
-        extra = record.get("input") if question == "instruction" else None
-        user_texts = [record[question], extra] if extra else [record[question]]
-        for text in (*user_texts, record[answer]):
-            if not isinstance(text, str):
-                raise ValueError(f"{question} and {answer} must be strings, not {str(text)[:40]}; or give a template")
-        user = {"role": "user", "content": "\n\n".join(user_texts)}
-        return [user, {"role": "assistant", "content": record[answer]}]
-    fields = list(record) or ["question", "answer"]
-    raise ValueError(
-        f"fields {', '.join(record) or 'none'} are neither a chat nor a known pair; give a template of prompt and "
-        f"target, such as '{{{fields[0]}}}\\nAnswer:' and ' {{{fields[-1]}}}'"
-    )
-
-
-def prompt_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a record without the last answer; a pair may lack it. ValueError as in `make_examples`."""
-    fields = [answer for question, answer in PAIR_FIELDS if isinstance(record.get(question), str)]
-    messages = _messages(dict.fromkeys(fields, "") | {k: v for k, v in record.items() if v is not None})
-    while messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    return messages
-
-
-def _message(message: Any) -> dict[str, Any]:
-    """A message as `role` and `content`; ShareGPT calls them `from` and `value`."""
-    if not isinstance(message, dict):
-        raise ValueError(f'{str(message)[:40]} is not a message; write {{"role": "user", "content": "Hello"}}')
-    if message.get("from") is not None and "value" in message:
-        return {"role": _SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
-    return message
+    return chat_template.examples(record_messages(record), each_turn=each_turn)
 
 
 def _parse_template(text: str) -> list[tuple[str, str | None]]:

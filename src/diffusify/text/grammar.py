@@ -7,24 +7,28 @@ from array import array
 from importlib.util import find_spec
 from typing import Any
 
-from tokenizers import decoders
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from diffusify.diffusion.constraints import Automaton
 from diffusify.text import regex_worker
+from diffusify.text.json_schema import SchemaReader
+from diffusify.text.regex_syntax import strip_anchors
 from diffusify.text.tokenizer import TextTokenizer
 
 
 def compile_regex(tokenizer: TextTokenizer, regex: str) -> Automaton:
     """Compile a regular expression to the automaton of all texts that match it as a whole.
 
-    It runs in a process of its own with limits on time and memory (see `regex_worker`). ValueError if the expression
-    is invalid or exceeds the limits, or if the tokenizer's tokens do not stand for plain bytes.
+    Anchors at its ends have no effect. It runs in a process of its own with limits on time and memory (see
+    `regex_worker`). ValueError if the expression is invalid, has other anchors or exceeds the limits, or if the
+    tokenizer's tokens do not stand for plain bytes.
     """
     if find_spec("outlines_core") is None:
         raise ValueError("constraining texts by a regular expression needs `pip install 'diffusify[serve]'`")
+    try:
+        plain_regex = strip_anchors(regex)
+    except ValueError as error:
+        raise ValueError(f"regex={regex[:80]!r} cannot be compiled: {error}") from error
     vocabulary = [[token.hex(), ids] for token, ids in _vocabulary(tokenizer).items()]
-    request = json.dumps({"regex": regex, "end": tokenizer.end_token_id, "vocabulary": vocabulary})
+    request = json.dumps({"regex": plain_regex, "end": tokenizer.end_token_id, "vocabulary": vocabulary})
     command = [sys.executable, "-m", regex_worker.__name__, str(regex_worker.MAX_SECONDS)]
     try:
         worker = subprocess.run(
@@ -48,44 +52,34 @@ def compile_regex(tokenizer: TextTokenizer, regex: str) -> Automaton:
 
 
 def schema_regex(schema: dict[str, Any]) -> str:
-    """A regular expression for JSON of a given schema. ValueError for a schema that has no regular expression."""
+    """A regular expression for JSON of a given schema, in the syntax of `regex`.
+
+    Every text that matches it follows the schema. ValueError for a keyword that no regular expression can follow.
+    """
     try:
         from outlines_core.json_schema import build_regex_from_schema  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("constraining texts by a JSON schema needs `pip install 'diffusify[serve]'`") from error
+    reader = SchemaReader()
     try:
-        return build_regex_from_schema(json.dumps(schema))
+        regex = build_regex_from_schema(json.dumps(reader.rewrite(schema)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"the JSON schema cannot be compiled: {error}") from error
+    for placeholder, pattern in reader.patterns.items():
+        regex = regex.replace(placeholder, pattern)
+    return regex
 
 
 def _vocabulary(tokenizer: TextTokenizer) -> dict[bytes, list[int]]:
     """The ids of the tokens that stand for each string of bytes."""
-    pretrained: Any = tokenizer.tokenizer
-    decoder = getattr(pretrained.backend_tokenizer, "decoder", None)
-    if isinstance(decoder, decoders.ByteLevel):
-        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-
-        def token_bytes(token: str) -> bytes:
-            return bytes(byte_of[char] for char in token)
-
-    elif "\u2581" in "".join(pretrained.convert_ids_to_tokens(list(range(min(2000, len(pretrained)))))):
-        token_bytes = _sentencepiece_bytes
-    else:
+    if not tokenizer.has_plain_bytes:
+        pretrained: Any = tokenizer.tokenizer
         raise ValueError(
             "regular expressions and JSON schemas need a byte-level or SentencePiece tokenizer; this one has a "
-            f"{type(decoder).__name__} decoder"
+            f"{type(pretrained.backend_tokenizer.decoder).__name__} decoder"
         )
     vocabulary: dict[bytes, list[int]] = {}
-    for token, i in pretrained.get_vocab().items():
-        if i not in tokenizer.special_ids and i not in pretrained.added_tokens_decoder:
-            vocabulary.setdefault(token_bytes(token), []).append(i)
+    for i in sorted(tokenizer.token_ids):
+        vocabulary.setdefault(tokenizer.token_bytes(i), []).append(i)
     vocabulary.pop(b"", None)
     return vocabulary
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    """The bytes of a SentencePiece token: `▁` is a space, `<0x0A>` a byte."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()

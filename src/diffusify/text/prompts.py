@@ -54,8 +54,9 @@ def continuation_canvas(
 ) -> Canvas:
     """A canvas of prompts, each followed by `max_new_tokens` open positions (one number for all or one for each).
 
-    A string gets the start token before it and may be empty; token ids (see `ChatTemplate.prompt`) are used as they
-    are. ValueError if a row is longer than the model's `context` (tokens; None is unlimited).
+    A string gets the start token (see `TextTokenizer.add_start`) and may be empty; token ids (see
+    `ChatTemplate.prompt`) are used as they are. ValueError if a row is longer than the model's
+    `context` (tokens; None is unlimited).
     """
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(lengths) != len(prompts):
@@ -66,7 +67,7 @@ def continuation_canvas(
     for prompt, length in zip(prompts, lengths, strict=True):
         if length < 1:
             raise ValueError(f"max_new_tokens={length} must be at least 1")
-        prompt_ids = [tokenizer.start_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        prompt_ids = tokenizer.add_start(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
         if not prompt_ids:
             raise ValueError("a prompt of token ids is empty; give at least the start token")
         if context is not None and len(prompt_ids) + length > context:
@@ -201,7 +202,7 @@ def _split_rows(tokenizer: TextTokenizer, canvas: Canvas) -> Iterator[tuple[list
         unpadded = [p for p, is_real in zip(zip(tokens, open, editable, strict=True), real, strict=True) if is_real]
         skip = int(bool(unpadded) and unpadded[0][0] == tokenizer.start_token_id and not unpadded[0][1])
         positions = [_Position(index, *position) for index, position in enumerate(unpadded[skip:])]
-        ends = (p.index for p in positions if p.editable and not p.open and p.token == tokenizer.end_token_id)
+        ends = (p.index for p in positions if p.editable and not p.open and p.token in tokenizer.end_token_ids)
         end = next(ends, len(positions))
         yield positions[:end], positions[end:]
 

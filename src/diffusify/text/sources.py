@@ -9,27 +9,22 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.iterable_dataset import ExamplesIterable
 
 from diffusify.config import nearest
-from diffusify.text.files import (
-    RECORD_SUFFIXES,
-    TEXT_SUFFIXES,
-    FilePart,
-    find_files,
-    no_text_message,
-    read_records,
-    read_texts,
-    split_file,
-    try_texts,
-)
+from diffusify.text.compression import read_zstd_of_hubs
+from diffusify.text.data_checksum import data_checksum
+from diffusify.text.files import FilePart, read_texts, split_file, try_records, try_texts
+from diffusify.text.folders import RECORD_TYPES, TEXT_TYPES, find_files
+from diffusify.text.tables import decode_bytes, missing_field_message
 from diffusify.text.tokenizer import TextTokenizer
 
 SOURCE_FORMS = "give a file, a folder, hub:NAME or builtin:pydoc"
+_RECORD_FEATURES = Features({"record": Value("string"), "fault": Value("string")})
 
 # A weighted source is a number, a star and a source; a comma separates two of them before the next number and star.
 _WEIGHTED = re.compile(r"\s*([-+.\w]+)\*(.+)", re.DOTALL)
@@ -37,11 +32,19 @@ _COMMA = re.compile(r",(?=\s*[-+.\w]+\*)")
 _HUB = re.compile(r"hub:(?P<name>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 
+class _LocalSource(NamedTuple):
+    """A file or folder, and the field of its records that holds the text."""
+
+    path: Path
+    field: str
+
+
 def load_texts(source: str, *, seed: int = 0) -> Dataset | IterableDataset:
     """Load the documents of a source as a dataset with the single column `text`. Blank documents are skipped.
 
-    - `notes.txt`, `notes.md`: one document; `data.jsonl`, `data.parquet`: the field `text` of each record; each file
-      may be gzipped (`.gz`). A folder: all such files in it and below, sorted by path.
+    - `notes.txt`, `notes.md`: one document; `data.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`: the field
+      `text` of each record, or another one: `data.jsonl#content`. Each file may be compressed (`.gz`, `.bz2`, `.xz`,
+      `.zst`). A folder: all such files in it and below, sorted by path, but no hidden ones.
     - `hub:NAME`, `hub:NAME:CONFIG@SPLIT#FIELD`: a dataset of the Hugging Face Hub, streamed; split `train` and field
       `text` if unset.
     - `builtin:pydoc`: the topics of Python's own `help()`.
@@ -52,10 +55,11 @@ def load_texts(source: str, *, seed: int = 0) -> Dataset | IterableDataset:
     streaming. A path that exists is always taken as a path. ValueError if the source does not exist, cannot be read or
     has no documents.
     """
-    path = _existing_path(source)
-    if path is None:
+    local = _find_local(source)
+    if local is None:
         return _load_named(source, partial(load_texts, seed=seed), seed, streaming=False)
-    texts = [text for file in find_files(path, TEXT_SUFFIXES) for text in read_texts(file)]
+    files = find_files(local.path, TEXT_TYPES, local.field)
+    texts = [text for file in files for text in read_texts(file, local.field)]
     if not texts:
         raise ValueError(no_documents_message(source))
     return Dataset.from_dict({"text": texts})
@@ -68,29 +72,39 @@ def stream_texts(source: str, *, seed: int = 0) -> IterableDataset:
     shuffles, are files and parts of large files; the dataset's state can be saved and resumed. ValueError for a file
     of which no record can be read.
     """
-    path = _existing_path(source)
-    if path is None:
+    local = _find_local(source)
+    if local is None:
         return _load_named(source, partial(stream_texts, seed=seed), seed, streaming=True)
-    parts = [part for file in find_files(path, TEXT_SUFFIXES) for part in split_file(file)]
+    parts = [part for file in find_files(local.path, TEXT_TYPES, local.field) for part in split_file(file)]
     features = Features({"text": Value("string"), "fault": Value("string")})
     # IterableDataset.from_generator does the same but leaves a lock file in a cache folder.
-    return IterableDataset(ExamplesIterable(_keyed_records, {"parts": parts}), info=DatasetInfo(features=features))
+    generate = partial(_keyed_records, local.field)
+    return IterableDataset(ExamplesIterable(generate, {"parts": parts}), info=DatasetInfo(features=features))
 
 
-def source_files(source: str) -> list[Path] | None:
-    """All files of a source of texts; None if a part of it is on a hub. ValueError if one does not exist."""
-    path = _existing_path(source)
-    if path is not None:
-        return find_files(path, TEXT_SUFFIXES)
+def source_files(source: str, *, records: bool = False) -> list[Path] | None:
+    """All files of a source of texts, or of `records`; None if a part is on a hub. ValueError if one does not exist."""
+    local = _find_local(source)
+    if local is not None:
+        return find_files(local.path, RECORD_TYPES) if records else find_files(local.path, TEXT_TYPES, local.field)
     if source.startswith("hub:"):
         return None
     if source.startswith("builtin:"):
         _load_builtin(source)
         return []
     if _WEIGHTED.fullmatch(source):
-        parts = [source_files(part) for _, part in _parse_mixture(source)]
+        parts = [source_files(part, records=records) for _, part in _parse_mixture(source)]
         return None if None in parts else [file for part in parts for file in part or ()]
     raise ValueError(_missing_message(source, SOURCE_FORMS))
+
+
+def source_checksum(source: str, *, records: bool = False) -> str | None:
+    """A checksum of what the files of a source contain; None if a part is on a hub, or a file cannot be found."""
+    try:
+        files = source_files(source, records=records)
+    except ValueError:  # reading the source will say why
+        return None
+    return None if files is None else data_checksum(files)
 
 
 def no_documents_message(source: str) -> str:
@@ -99,28 +113,36 @@ def no_documents_message(source: str) -> str:
 
 
 def load_records(source: str, *, seed: int = 0) -> Dataset:
-    """Load the records of a source as a dataset with the single column `record`: a JSON object as a string.
+    """Load the records of a source: each has a `record`, a JSON object as a string, or a `fault` that says why not.
 
-    - `pairs.jsonl`, `pairs.json` (a list), `pairs.parquet`, each also as `.gz`, or a folder of such files.
+    - `pairs.jsonl`, `pairs.json` (a list), `pairs.csv`, `.tsv`, `.parquet`, `.arrow`, each also compressed (`.gz`,
+      `.bz2`, `.xz`, `.zst`), or a folder of such files, hidden ones left out.
     - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub; split `train` if unset.
     - `0.7*pairs.jsonl,0.3*chats.jsonl`: a mixture, sampled as in `load_texts`.
 
     Everything is read into memory at once. Records may differ in their fields. A value that JSON does not have, such as
-    a date, becomes a string. ValueError if the source does not exist, cannot be read or has no records.
+    a date, becomes a string. ValueError if the source does not exist, has no records, or a file has none that can be
+    read.
     """
-    path = _existing_path(source)
-    if path is not None:
-        records = chain.from_iterable(read_records(file) for file in find_files(path, RECORD_SUFFIXES))
+    local = _find_local(source)
+    if local is not None:
+        if not os.path.exists(Path(source).expanduser()):
+            raise ValueError(f"{source}: records are used whole; leave #{local.field} out, or give a template with it")
+        records = chain.from_iterable(try_records(file) for file in find_files(local.path, RECORD_TYPES))
     elif source.startswith("hub:"):
-        records = _load_hub(source, streaming=False)
+        records = map(decode_bytes, _load_hub(source, streaming=False))
     elif _WEIGHTED.fullmatch(source):
         return _load_mixture(source, partial(load_records, seed=seed), seed)
     else:
         raise ValueError(_missing_message(source, "give a file, a folder or hub:NAME"))
-    serialized = [json.dumps(record, default=str) for record in records]
-    if not serialized:
+    columns: dict[str, list[str | None]] = {"record": [], "fault": []}
+    for record in records:
+        is_fault = isinstance(record, ValueError)
+        columns["record"].append(None if is_fault else json.dumps(record, default=_to_json))
+        columns["fault"].append(str(record) if is_fault else None)
+    if not columns["record"]:
         raise ValueError(f"data source {source} has no records")
-    return Dataset.from_dict({"record": serialized})
+    return Dataset.from_dict(columns, features=_RECORD_FEATURES)
 
 
 def split_off(dataset: Dataset, tokens: int, tokenizer: TextTokenizer, *, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -170,11 +192,14 @@ def split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[st
     return text[:cut], text[cut:]
 
 
-def _existing_path(source: str) -> Path | None:
-    """The source as a path, or None if there is no such file or folder."""
-    path = Path(source).expanduser()
-    # A mixture can be longer than a file name may be: Path.exists raises an error then, os.path.exists does not.
-    return path if source and os.path.exists(path) else None
+def _find_local(source: str) -> _LocalSource | None:
+    """The path of a source and its field, or None if there is no such file or folder. A path may contain `#`."""
+    name, _, field = source.rpartition("#")
+    for path, text_field in ((source, "text"), (name, field)):
+        # A mixture can be longer than a file name may be: Path.exists raises an error then, os.path.exists does not.
+        if path and text_field and os.path.exists(Path(path).expanduser()):
+            return _LocalSource(Path(path).expanduser(), text_field)
+    return None
 
 
 def _missing_message(source: str, advice: str) -> str:
@@ -199,10 +224,10 @@ def _load_named(source: str, load: Callable[[str], Any], seed: int, *, streaming
     raise ValueError(_missing_message(source, SOURCE_FORMS))
 
 
-def _keyed_records(parts: list[FilePart]) -> Iterator[tuple[str, dict[str, str | None]]]:
+def _keyed_records(field: str, parts: list[FilePart]) -> Iterator[tuple[str, dict[str, str | None]]]:
     """Single records with unique keys, as the datasets library expects them."""
     for part in parts:
-        for number, text in enumerate(try_texts(part)):
+        for number, text in enumerate(try_texts(part, field)):
             fault = isinstance(text, ValueError)
             yield f"{part}/{number}", {"text": None if fault else text, "fault": str(text) if fault else None}
 
@@ -212,6 +237,7 @@ def _load_hub(source: str, *, streaming: bool) -> Any:
     if match is None:
         raise ValueError(f"data source {source} has no dataset name; write hub:NAME or hub:NAME:CONFIG@SPLIT#FIELD")
     split = match["split"] or "train"
+    read_zstd_of_hubs()
     loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split, streaming=streaming)
     return loaded if match["field"] is None else _as_text(loaded, match["field"], source)
 
@@ -219,16 +245,37 @@ def _load_hub(source: str, *, streaming: bool) -> Any:
 def _as_text(loaded: Any, field: str, source: str) -> Any:
     names = loaded.column_names or list(next(iter(loaded), {}))
     if field not in names:
-        raise ValueError(f"{source} has no field {field}; fields found: {', '.join(names)}")
+        raise ValueError(missing_field_message(source, field, names))
     return loaded if field == "text" else loaded.select_columns([field]).rename_column(field, "text")
+
+
+def _to_json(value: Any) -> str | None:
+    """A value that JSON does not have as a string; bytes that are no text count as missing."""
+    return None if isinstance(value, bytes) else str(value)
+
+
+def _decoded(stream: IterableDataset, source: str) -> IterableDataset:
+    """A stream of texts, which some programs write as bytes."""
+
+    def decode(text: Any) -> dict[str, str]:
+        if isinstance(decoded := decode_bytes(text), bytes):
+            raise ValueError(
+                f"{source}: the field that holds the text has bytes that are not UTF-8; name another field"
+            )
+        return {"text": decoded}
+
+    is_binary = stream.features is not None and stream.features["text"].dtype in ("binary", "large_binary")
+    return (
+        stream.map(decode, input_columns="text", features=Features({"text": Value("string")})) if is_binary else stream
+    )
 
 
 def _load_hub_texts(source: str) -> IterableDataset:
     stream = _load_hub(source, streaming=True)
     names = stream.column_names or list(next(iter(stream), {}))
     if "text" not in names:
-        raise ValueError(no_text_message(source, names))
-    return stream.select_columns(["text"])
+        raise ValueError(missing_field_message(source, "text", names))
+    return _decoded(stream.select_columns(["text"]), source)
 
 
 def _load_builtin(source: str) -> Dataset:

@@ -6,34 +6,49 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_letters, digits, punctuation
-from typing import Any
+from typing import Any, TypeVar
 
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from diffusify.config import DocumentFrame
 
 # Prefixes to encode a continuing text with, and to remove again. A colon rarely merges with the text after it.
 _PREFIXES = ":(" + punctuation + ascii_letters + digits
+
+TokenT = TypeVar("TokenT", int, int | None)
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
     """A pretrained tokenizer that encodes text as plain text only.
 
-    A text may contain the name of a special token (`<|im_end|>`, the mask token); it is encoded as those letters.
+    A text may contain the name of a special token (`<|im_end|>`, the mask token); it is encoded as those letters. The
+    `frame` says which tokens start and end documents.
     """
 
     tokenizer: PreTrainedTokenizerBase
     mask_token_id: int
+    frame: DocumentFrame = DocumentFrame()
 
     @property
     def start_token_id(self) -> int:
-        """The first token of every document: BOS, else CLS, else EOS. ValueError if there is none."""
-        known = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id)
-        return _first_id(known, "start", "bos_token, cls_token or eos_token")
+        """The first token of every document: the frame's, else BOS, else CLS, else EOS. ValueError if none."""
+        own = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id)
+        return _first_id((self.frame.start_token_id, *own), "start", "bos_token, cls_token or eos_token")
 
     @property
     def end_token_id(self) -> int:
-        """The last token of every document: EOS, else SEP. ValueError if there is none."""
-        return _first_id((self.tokenizer.eos_token_id, self.tokenizer.sep_token_id), "end", "eos_token or sep_token")
+        """The last token of every document: the frame's, else EOS, else SEP. ValueError if there is none."""
+        own = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        return _first_id((self.frame.end_token_id, *own), "end", "eos_token or sep_token")
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: the end token, and EOS if the frame has another."""
+        eos_token_id = self.tokenizer.eos_token_id
+        return tuple(i for i in dict.fromkeys((self.end_token_id, eos_token_id)) if isinstance(i, int))
 
     @property
     def pad_token_id(self) -> int:
@@ -63,6 +78,41 @@ class TextTokenizer:
             return str(self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         head = self._encode([_PREFIXES[0]])[0]
         return self.decode(head + plain).removeprefix(self.decode(head)) if plain else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; many tokens are only a part of a character. Special tokens have none.
+
+        ValueError if the tokenizer's tokens do not stand for plain bytes (see `has_plain_bytes`).
+        """
+        if token_id in self.special_ids:
+            return b""
+        if token_id in self.tokenizer.added_tokens_decoder:
+            return self.tokenizer.added_tokens_decoder[token_id].content.encode()
+        token = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        if self._byte_of_char:
+            return bytes(self._byte_of_char[char] for char in token)
+        if not self.has_plain_bytes:
+            raise ValueError("the tokenizer's tokens do not stand for plain bytes")
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def has_plain_bytes(self) -> bool:
+        """Whether tokens stand for bytes, so that texts are joined tokens: byte-level and SentencePiece tokenizers."""
+        first_tokens = self.tokenizer.convert_ids_to_tokens(list(range(min(2000, len(self.tokenizer)))))
+        return bool(self._byte_of_char) or any(token and "\u2581" in token for token in first_tokens)
+
+    @cached_property
+    def _byte_of_char(self) -> dict[str, int]:
+        """The byte for which each character of a token stands; empty unless the tokenizer is a byte-level one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        is_byte_level = isinstance(getattr(backend, "decoder", None), decoders.ByteLevel)
+        return {char: byte for byte, char in bytes_to_unicode().items()} if is_byte_level else {}
+
+    def add_start(self, ids: list[TokenT]) -> list[TokenT]:
+        """The ids of a prompt after the start token, if the frame gives prompts one or the prompt is empty."""
+        return [self.start_token_id, *ids] if self.frame.start_prompts or not ids else ids  # pyright: ignore[reportReturnType]
 
     def document(self, text: str) -> list[int]:
         """The ids of a whole text between the start and end token."""
@@ -103,6 +153,11 @@ class TextTokenizer:
         edges = [0, *cuts, len(text)]
         parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
         return [i for n, part in enumerate(parts) for i in self.encode(part, continues=n > 0)]
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The ids of all tokens, special ones included."""
+        return frozenset(self.tokenizer.get_vocab().values())
 
     @cached_property
     def max_token_length(self) -> int:

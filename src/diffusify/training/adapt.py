@@ -1,5 +1,6 @@
 """Adaptation: trains a pretrained language model on text to become a diffusion language model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from diffusify.config import to_plain
+from diffusify.config import DocumentFrame, to_plain
 from diffusify.models.attention_check import check_attention
+from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, ensure_mask_token
 from diffusify.models.lora import Lora, add_lora, check_lora
@@ -16,10 +18,11 @@ from diffusify.models.recipes import Recipe, block, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
-from diffusify.text.sources import source_files
+from diffusify.text.sources import source_checksum, source_files
 from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training.budget import Budget
-from diffusify.training.run_folder import check_run_folder, check_training_options, train
+from diffusify.training.document_frame import choose_frame
+from diffusify.training.run_folder import check_run_folder, check_training_options, read_frame, train
 from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_texts
 
 
@@ -33,6 +36,8 @@ def adapt(
     steps: int | None = None,
     minutes: float | None = None,
     length: int = 256,
+    start_token: str | None = None,
+    end_token: str | None = None,
     held_out: int = 8192,
     seed: int = 0,
     streaming: bool | None = None,
@@ -49,6 +54,8 @@ def adapt(
       DATA's texts (see `with_generated_texts`).
     - `recipe`: default `block()`. `lora` trains adapters instead of all weights.
     - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
+    - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
+      it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
     - `streaming` reads texts during training, which is the default for hubs and files above 1 GiB. Other texts above
       16 MiB are packed once and cached on disk (see `open_corpus`). Corrupt records are skipped and reported, up to a
       share `max_corrupt`.
@@ -63,14 +70,17 @@ def adapt(
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
-    training = check_training_options(training)
+    training = check_training_options(training, minutes=minutes)
     settings = {
         "base": base,
         "data": data,
+        "data_checksum": source_checksum(SELF_SOURCE.sub(r"\1", data)),
         "recipe": to_plain(recipe),
         "lora": to_plain(lora),
         "budget": {"steps": budget.steps, "minutes": minutes},
         "length": length,
+        "start_token": start_token,
+        "end_token": end_token,
         "held_out": held_out,
         "seed": seed,
         "streaming": streaming,
@@ -84,8 +94,11 @@ def adapt(
     source = open_base(base)
     check_can_generate(data, base, masked=source.masked)
     weights = checksum(source.network)
+    frame, note = choose_frame(source, known_frame(out, base), start_token=start_token, end_token=end_token)
+    if note:
+        console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)  # new adapters are the same on every rank and after a resume
-    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora)
+    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora, frame=frame)
     if denoiser.context_length is not None and length > denoiser.context_length:
         raise ValueError(
             f"length={length} is more than the {denoiser.context_length} tokens of {base}'s context; make it smaller"
@@ -106,18 +119,30 @@ def adapt(
     )  # fmt: skip
 
 
-def make_denoiser(base: Base, recipe: Recipe, *, lora: Lora | None = None) -> tuple[Denoiser, TextTokenizer]:
+def known_frame(out: Path, model: str) -> DocumentFrame | None:
+    """The frame of documents of the unfinished run in `out`, else that of a diffusion model; None if there is none."""
+    config = find_diffusion_config(model)
+    return read_frame(out) or (config.frame if config else None)
+
+
+def make_denoiser(
+    base: Base, recipe: Recipe, *, lora: Lora | None = None, frame: DocumentFrame | None = None
+) -> tuple[Denoiser, TextTokenizer]:
     """A denoiser with a recipe's diffusion config, and with new adapters if `lora` is given; and its tokenizer.
 
-    Changes the base's network in place. Raises ValueError when base and recipe do not fit.
+    Without a `frame` of documents, the base's is measured (see `choose_frame`). Changes the base's network in place.
+    Raises ValueError when base and recipe do not fit.
     """
     check_fit(base.source, base.masked, recipe)
+    frame = choose_frame(base)[0] if frame is None else frame
     mask = ensure_mask_token(base)
     disable_dropout(base.network)
     if lora is not None:
         add_lora(base.network, lora, mask, base.source)
-    config = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
-    return Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask)
+    config = replace(recipe.diffusion_config(type(base.network).__name__, mask, base.source), frame=frame)
+    denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
+    denoiser.limit_vocabulary(tokenizer.token_ids)
+    return denoiser, tokenizer
 
 
 def check_fit(source: str, masked: bool, recipe: Recipe) -> None:

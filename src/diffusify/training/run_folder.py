@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,11 +13,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from diffusify.config import from_plain, nearest, to_current
+from diffusify.config import DocumentFrame, from_plain, nearest, to_current, to_plain
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe
 from diffusify.models.saving import fsync_path
+from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
 from diffusify.training.metrics_log import MetricsLog
 from diffusify.training.progress import TrainingProgress
@@ -24,6 +26,7 @@ from diffusify.training.resilience.checkpoints import list_checkpoints, remove_c
 from diffusify.training.resilience.distributed import all_reduce_max
 from diffusify.training.resilience.lock import LOCK, locked
 from diffusify.training.trainer import DiffusionTrainer
+from diffusify.training.unsupported_options import UNSUPPORTED, check_supported, check_supported_by_streams
 
 # How a step's rows are split into micro-batches. A resumed run may change the split, but not the rows per step.
 _BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -53,6 +56,15 @@ def check_run_folder(out: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
+def read_frame(out: Path) -> DocumentFrame | None:
+    """The frame of documents that the run in `out` began with; None if there is no run."""
+    path = out / "run.json"
+    if not path.is_file():
+        return None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    return from_plain(run.get("frame", {}), DocumentFrame, "frame")  # earlier versions used the tokenizer's own
+
+
 def train(
     out: Path,
     settings: dict[str, Any],
@@ -72,6 +84,12 @@ def train(
     `settings` are what `run.json` stores; they include the seed and the training options. See `ResilientTrainer` for
     what ends a run early. Raises OSError if the model cannot be saved.
     """
+    if isinstance(rows, RowStream):
+        check_supported_by_streams(settings["training"])
+    if settings["training"].get("eval_strategy") == "no":
+        budget.evaluations = 0
+    if settings["training"].get("save_strategy") == "no":
+        budget.save_minutes = inf
     args = training_arguments(out, budget, denoiser, settings["seed"], settings["training"])
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens_per_step = rows_per_step * length
@@ -80,7 +98,8 @@ def train(
         if args.should_save:
             remove_partial_saves(out)
             _check_rows_per_step(out, rows_per_step, args.world_size)
-            _write_json(out / "run.json", settings | {"rows_per_step": rows_per_step}, indent=2)
+            run = settings | {"rows_per_step": rows_per_step, "frame": to_plain(denoiser.diffusion_config.frame)}
+            _write_json(out / "run.json", run, indent=2)
         progress = TrainingProgress(budget, tokens_per_step, console)
         trainer = DiffusionTrainer(
             denoiser,
@@ -126,11 +145,18 @@ def _check_same_settings(out: Path, settings: dict[str, Any]) -> None:
         if name in saved:  # an earlier version has fewer fields, or other names; a user's own class cannot be read
             saved[name] = to_current(saved[name], kind)
     for run in (saved, given):
-        run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in _BATCH_SPLIT}
+        no_effect = (*_BATCH_SPLIT, *UNSUPPORTED)  # earlier versions accepted options that had none
+        run["training"] = {name: value for name, value in run.get("training", {}).items() if name not in no_effect}
+    before, now = (run.pop("data_checksum", None) for run in (saved, given))
     differing = [name for name in given if saved.get(name) != given[name]]
     if differing:
         what = ", ".join(f"{name} was {saved.get(name)} and now is {given[name]}" for name in differing)
         raise ValueError(f"{out} holds another run ({what}); give another folder, or remove it")
+    if None not in (before, now) and before != now:  # earlier versions saved none, and hubs have none
+        raise ValueError(
+            f"{out} holds a run on other data: the files of {given['data']} have changed since it began; put the "
+            "earlier files back, or give another folder to train on the new ones"
+        )
 
 
 def _check_rows_per_step(out: Path, rows: int, processes: int) -> None:
@@ -144,15 +170,19 @@ def _check_rows_per_step(out: Path, rows: int, processes: int) -> None:
         )
 
 
-def check_training_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Training options with plain values converted to their field's type.
+def check_training_options(options: dict[str, Any], *, minutes: float | None = None) -> dict[str, Any]:
+    """Training options with plain values converted to their field's type, for a run of some `minutes` if given.
 
-    Raises ValueError for a name that is not a field of `TrainingArguments`, and for a value of the wrong type.
+    Raises ValueError for a name that is not a field of `TrainingArguments`, for an option that would have no effect,
+    and for a value of the wrong type.
     """
     hints = get_type_hints(TrainingArguments)
     for name in options:
         if name not in hints:
-            raise ValueError(f'"{name}" is not a field of TrainingArguments{nearest(name, hints)}')
+            raise ValueError(
+                f'"{name}" is not a field of TrainingArguments{nearest(name, hints.keys() - UNSUPPORTED.keys())}'
+            )
+    check_supported(options, minutes=minutes)
     simple = bool | int | float | str
     return {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
 
@@ -181,7 +211,8 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
     }
     fixed = {"output_dir": str(out), "max_steps": budget.max_steps, "seed": seed}
-    return TrainingArguments(**(defaults | fixed | options))
+    implied: dict[str, Any] = {f"{kind}_strategy": "steps" for kind in ("save", "eval") if f"{kind}_steps" in options}
+    return TrainingArguments(**(defaults | fixed | implied | options))
 
 
 def fast_bfloat16() -> bool:

@@ -189,6 +189,8 @@ class DiffusionTrainer(ResilientTrainer):
         """Metrics of `validate` on held-out rows, with the final attention pattern and the same noise every time."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(rows, Dataset), "the bound is measured on a dataset of packed rows, not on a stream"
+        if not len(rows):  # nothing is held out
+            return {}
         report = validate(
             self.denoiser,
             rows,
@@ -206,11 +208,15 @@ class DiffusionTrainer(ResilientTrainer):
         """Create the learning rate schedule of `args`; with a budget of minutes, a linear one over time."""
         if self.budget is None or self.budget.minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        budget, warmup = self.budget, max(1, self.args.get_warmup_steps(num_training_steps))
+        budget, warmup = self.budget, self.args.warmup_steps
         scheduled: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            scheduled, lambda step: min(1.0, (step + 1) / warmup) * max(0.0, 1 - budget.progress)
-        )
+
+        def factor(step: int) -> float:
+            """A `warmup` below 1 is a share of the time, else a number of steps."""
+            warmed = budget.progress / warmup if 0 < warmup < 1 else (step + 1) / max(1, warmup)
+            return min(1.0, warmed) * max(0.0, 1 - budget.progress)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, factor)
         return self.lr_scheduler
 
 

@@ -15,9 +15,10 @@ from diffusify.models.recipes import Recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
-from diffusify.text.sources import load_records
-from diffusify.training.adapt import make_denoiser
+from diffusify.text.sources import load_records, source_checksum
+from diffusify.training.adapt import known_frame, make_denoiser
 from diffusify.training.budget import Budget
+from diffusify.training.document_frame import choose_frame
 from diffusify.training.run_folder import check_run_folder, check_training_options, train, training_arguments
 from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_answers
 
@@ -35,9 +36,12 @@ def tune(
     steps: int | None = None,
     minutes: float | None = None,
     length: int | None = None,
+    start_token: str | None = None,
+    end_token: str | None = None,
     held_out: int = 100,
     seed: int = 0,
     max_skipped: int = 10,
+    max_corrupt: float = 0.01,
     console: Console | None = None,
     **training: Any,
 ) -> Path:
@@ -53,12 +57,19 @@ def tune(
       length from its prompt.
     - `steps` or `minutes` is the budget; default: `epochs`.
     - `length`: longer examples are skipped; default: 512 tokens, or the model's context if that is shorter.
-    - `held_out` prompts are held out to measure the NELBO.
+    - `held_out` prompts are held out to measure the NELBO; 0 trains on all and measures nothing.
+    - Records that cannot be used are skipped and reported, up to a share `max_corrupt` of them.
 
-    Other arguments, resuming and errors are as in `adapt`. Raises ValueError for bad arguments.
+    `start_token` and `end_token` frame pairs with a template; chats are framed by the chat template. Other arguments,
+    resuming and errors are as in `adapt`. Raises ValueError for bad arguments.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
-    training = check_training_options(training)
+    training = check_training_options(training, minutes=minutes)
+    if held_out < 0:
+        raise ValueError(f"held_out={held_out} must be at least 0; with 0 there is no validation")
+    if held_out == 0 and training.setdefault("eval_strategy", "no") != "no":
+        strategy = training["eval_strategy"]
+        raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
     recipe = _choose_recipe(model, recipe)
     check_lora(model, lora)
     if template is not None and SELF_SOURCE.search(data):
@@ -71,12 +82,15 @@ def tune(
     settings = {
         "model": model,
         "data": data,
+        "data_checksum": source_checksum(SELF_SOURCE.sub(r"\1", data), records=True),
         "template": to_plain(template),
         "recipe": to_plain(recipe),
         "lora": to_plain(lora),
         "length_head": length_head,
         "budget": {"epochs": epochs, "steps": steps, "minutes": minutes},
         "length": length,
+        "start_token": start_token,
+        "end_token": end_token,
         "held_out": held_out,
         "seed": seed,
         "training": training,
@@ -88,8 +102,11 @@ def tune(
     base = open_base(model)
     check_can_generate(data, model, masked=base.masked)
     weights = checksum(base.network)
+    frame, note = choose_frame(base, known_frame(out, model), start_token=start_token, end_token=end_token)
+    if note:
+        console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)  # new weights are the same on every rank and after a resume
-    denoiser, tokenizer = make_denoiser(base, recipe, lora=lora)
+    denoiser, tokenizer = make_denoiser(base, recipe, lora=lora, frame=frame)
     length = min(512, denoiser.context_length or 512) if length is None else length
     if denoiser.context_length is not None and length > denoiser.context_length:
         raise ValueError(
@@ -99,15 +116,22 @@ def tune(
     if SELF_SOURCE.search(data):
         generated = with_generated_answers(data, model, weights, base.network, tokenizer, length, seed, console)
         records = load_records(generated, seed=seed)
-    examples, skipped = make_examples(
-        records, tokenizer, template=template, each_turn=not sees_right_context(recipe.attention), length=length
+    examples = make_examples(
+        records,
+        tokenizer,
+        template=template,
+        each_turn=not sees_right_context(recipe.attention),
+        length=length,
+        max_corrupt=max_corrupt,
     )
-    if skipped:
-        console.print(f"skipped {skipped:,} of {skipped + len(examples):,} examples: more than {length} tokens")
+    for note in examples.notes(length):
+        console.print(note, markup=False, soft_wrap=True)
     if length_head:
-        denoiser.add_length_head(max(sum(target) for target in examples["target"]))
-    examples, held = split_off_prompts(examples, held_out, seed=seed)
-    rows, held = (pack_examples(split, length, pad_token_id=tokenizer.pad_token_id) for split in (examples, held))
+        denoiser.add_length_head(max(sum(target) for target in examples.rows["target"]))
+    split = split_off_prompts(examples.rows, held_out, seed=seed)
+    rows, held = (
+        pack_examples(part, length, pad_token_id=tokenizer.pad_token_id) if len(part) else part for part in split
+    )
     if steps is None and minutes is None:
         args = training_arguments(out, Budget(1), denoiser, seed, training)
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -122,15 +146,21 @@ def tune(
 def split_off_prompts(examples: Dataset, count: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Split examples into (train, held out) by prompt, so that no prompt is in both.
 
-    Holds out `count` prompts, but at most a tenth of all. Raises ValueError if all examples have the same prompt.
+    Holds out `count` prompts, but at most a tenth of all. Raises ValueError if all examples have the same prompt,
+    unless `count` is 0.
     """
+    if count == 0:
+        return examples, examples.select([])
     prompts = [
         tuple(token for token, is_target in zip(tokens, target, strict=True) if not is_target)
         for tokens, target in zip(examples["tokens"], examples["target"], strict=True)
     ]
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 2:
-        raise ValueError("all examples have the same prompt, so none can be held out for validation; give more data")
+        raise ValueError(
+            "all examples have the same prompt, so none can be held out for validation; give more data, or train "
+            "without validation: held_out=0"
+        )
     random.Random(seed).shuffle(distinct)
     held = set(distinct[: max(1, min(count, len(distinct) // 10))])
     is_held = [prompt in held for prompt in prompts]

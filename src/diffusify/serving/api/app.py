@@ -14,10 +14,9 @@ from starlette.staticfiles import StaticFiles
 
 from diffusify.config import DiffusionConfig
 from diffusify.sampling.diffusion_lm import DiffusionLM
-from diffusify.serving.api import completions, infill, score
-from diffusify.serving.api.errors import ClientDisconnected, ErrorResponse, to_error_response
+from diffusify.serving.api import chat_completions, completions, infill, openai_responses, score
+from diffusify.serving.api.errors import ClientDisconnected, ErrorResponse, invalid_body, to_error_response
 from diffusify.serving.api.middleware import RequestMiddleware
-from diffusify.serving.api.openai_schemas import unknown_field
 from diffusify.serving.api.service import Service
 from diffusify.serving.engine.engine import Engine, QueueFull
 from diffusify.serving.engine.metrics import Metrics
@@ -61,8 +60,8 @@ def create_app(
     app.add_middleware(RequestMiddleware, service=service, limits=limits, keys=keys, log_prompts=log_prompts)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
-    for router in (completions.router, infill.router, score.router):
-        app.include_router(router)
+    for endpoints in (completions, chat_completions, openai_responses, infill, score):
+        app.include_router(endpoints.router)
     _add_status_routes(app, service)
     _add_error_handlers(app)
     app.mount("/playground", StaticFiles(directory=PLAYGROUND))
@@ -129,11 +128,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body")
-        is_unknown = first["type"] == "extra_forbidden"
-        message = unknown_field(param) if is_unknown else f"{param or 'body'}: {first['msg']}"
-        return respond(ErrorResponse(400, message, param=param or None))
+        return respond(invalid_body(error, request.headers.get("content-type")))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -143,5 +138,5 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         return respond(to_error_response(error))
 
-    for kind in (ValueError, TimeoutError, QueueFull, ClientDisconnected, UnknownModel):
+    for kind in (ValueError, RecursionError, TimeoutError, QueueFull, ClientDisconnected, UnknownModel):
         app.add_exception_handler(kind, failed)

@@ -15,7 +15,8 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.generation import GenerationRun
 from diffusify.serving.api.responses import JobTexts, StepEvents, row_tokens, sse_event
 from diffusify.serving.api.schemas import AlternativesBody, InfillBody, TokenizeBody
-from diffusify.serving.api.service import get_service, stream_response, wait_or_cancel
+from diffusify.serving.api.service import Service, get_service, stream_response, wait_or_cancel
+from diffusify.serving.engine.generation_progress import TextStream
 from diffusify.text.prompts import decode_spans, encode_infill_text
 
 router = APIRouter()
@@ -38,21 +39,25 @@ async def infill(body: InfillBody, request: Request) -> Response:
             return lm.prepare_infilling([_spans(body.tokens)], config)
         return lm.prepare_generation([_prompt(lm, body.tokens)], body.tokens.count(None), config)
 
-    ends = frozenset[int]() if infills else frozenset({lm.tokenizer.end_token_id})
-    texts = JobTexts(service.submit(body.model, prepare, request), lambda ids: "", ends)
+    ends = frozenset[int]() if infills else frozenset(lm.tokenizer.end_token_ids)
+    job = service.submit(body.model, prepare, request)
+    texts = JobTexts(job, lambda positions: TextStream(positions, lambda ids: "", ends))
     head = {"id": f"infill-{uuid.uuid4().hex}", "object": "infill", "created": int(time.time()), "model": body.model}
     if body.stream:
-        return await stream_response(request, texts, _events(texts, body, head, lm))
+        return await stream_response(request, _events(service, texts, body, head, lm))
     await service.finish(request, texts)
     return JSONResponse(head | _result(texts, lm))
 
 
-async def _events(texts: JobTexts, body: InfillBody, head: dict[str, Any], lm: DiffusionLM) -> AsyncIterator[str]:
+async def _events(
+    service: Service, texts: JobTexts, body: InfillBody, head: dict[str, Any], lm: DiffusionLM
+) -> AsyncIterator[str]:
     events = StepEvents(lm.tokenizer, has_end=lm.config.sees_right_context)
     async for _, update in texts.updates():
         if body.denoise:
             for event in events.format(update):
                 yield event
+    service.count(texts)
     yield sse_event(None, head | _result(texts, lm))
     yield sse_event(None, "[DONE]")
 
@@ -89,7 +94,7 @@ def _prompt(lm: DiffusionLM, tokens: list[int | None]) -> list[int]:
             "this model generates from left to right, so it needs at least one null, and all nulls at the end; "
             "leave out the tokens after them"
         )
-    return [lm.tokenizer.start_token_id, *given]
+    return lm.tokenizer.add_start(given)
 
 
 @router.post("/v1/tokenize", summary="The tokens of a text, with null in masked spans")
@@ -119,11 +124,12 @@ class Alternatives:
             raise ValueError(f"position={body.position} is beyond the {len(body.tokens)} tokens")
         infills = lm.config.sees_right_context
         start, end, position = lm.tokenizer.start_token_id, lm.tokenizer.end_token_id, body.position
-        before: list[int | None] = [start, *body.tokens[:position], None]
+        given = body.tokens[:position]
+        before = [*([start, *given] if infills else lm.tokenizer.add_start(given)), None]
         after = [*body.tokens[position + 1 :], end] if infills else []
         self.canvas = Canvas.from_tokens([before + after], noise=lm.config.mask_token_id, pad=lm.tokenizer.pad_token_id)
         self._positions = torch.zeros_like(self.canvas.open)
-        self._positions[0, position + 1] = True
+        self._positions[0, len(before) - 1] = True
         self._denoiser, self._banned = lm.denoiser.infiller, [start, end] if infills else []
         self._top, self.found = body.top, []
 
@@ -132,7 +138,7 @@ class Alternatives:
         logits = self._denoiser.predict(canvas, positions=positions).logits[0]
         logits[self._banned] = -torch.inf
         probs, ids = logits.softmax(-1).topk(min(self._top, len(logits)))
-        self.found = list(zip(ids.tolist(), probs.tolist(), strict=True))
+        self.found = [(i, p) for i, p in zip(ids.tolist(), probs.tolist(), strict=True) if p > 0]
         yield
 
 
@@ -144,7 +150,7 @@ async def alternatives(body: AlternativesBody, request: Request) -> Response:
     service.check_texts(lm, [body.tokens])
     service.check_length(lm, len(body.tokens) + 2)
     job = service.submit(body.model, lambda lm: Alternatives(lm, body), request, progress=False)
-    await wait_or_cancel(request, job, job.result())
+    await wait_or_cancel(request, job.result())
     events = StepEvents(lm.tokenizer, has_end=False)
     found = [{"id": i, "text": events.text(i), "probability": round(p, 6)} for i, p in job.work.found]
     return JSONResponse({"alternatives": found})

@@ -1,39 +1,42 @@
-"""Request bodies of OpenAI's endpoints, and of the completion endpoint for editors.
+"""Request bodies of OpenAI's completions, and of the completion endpoint for editors; what chats share with them.
 
 Some fields have no effect here. They are accepted because clients send them.
 """
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from diffusify.config import nearest
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.serving.api.logprobs import Penalties, TopLogprobs
 from diffusify.serving.api.schemas import (
     MAX_TEXTS,
-    Count,
-    InfillBody,
     SamplingFields,
     Seed,
     TokenIds,
     UnicodeText,
-    check_unicode,
 )
-from diffusify.text.grammar import schema_regex
+
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+
+
+def _check_stops(stop: str | list[str] | None) -> str | list[str] | None:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"{len(stops)} stop strings exceed the limit of {MAX_STOPS}")
+    for text in stops:
+        if not 1 <= len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(f"a stop string has {len(text)} characters; it needs 1 to {MAX_STOP_LENGTH}")
+    return stop
 
 
 class OpenAIFields(SamplingFields):
-    """The fields that OpenAI's two endpoints share."""
+    """The fields that OpenAI's endpoints share."""
 
     n: Annotated[int, Field(ge=1, le=MAX_TEXTS)] = 1
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-        | None
-    ) = None
+    stop: Annotated[str | list[str] | None, AfterValidator(_check_stops)] = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     denoise: bool = Field(False, description="With `stream`: also send an event for every denoising step.")
@@ -42,11 +45,13 @@ class OpenAIFields(SamplingFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     service_tier: str | None = Field(None, description="Ignored.")
     store: bool | None = Field(None, description="Ignored.")
+    prompt_cache_key: str | None = Field(None, description="Ignored.")
+    safety_identifier: str | None = Field(None, description="Ignored.")
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:
@@ -101,9 +106,9 @@ class CompletionBody(OpenAIFields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS)]
     ) = ""
     suffix: UnicodeText | None = None
-    max_tokens: Count | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = Field(16, description="With 0 nothing is generated.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
+    echo: bool = Field(False, description="Repeat the prompt; with `logprobs` also those of its tokens.")
     best_of: int | None = None
 
     @property
@@ -123,96 +128,25 @@ class CompletionBody(OpenAIFields):
             raise ValueError(f"best_of={self.best_of} must equal n={self.n}; all generated texts are returned")
         if len(self.prompts) * self.n > MAX_TEXTS:
             raise ValueError(f"{len(self.prompts)} prompts with n={self.n} exceed the limit of {MAX_TEXTS} texts")
+        if self.suffix and (self.echo or not self.max_tokens):
+            raise ValueError("a suffix needs max_tokens above 0 and excludes echo")
         return self
 
 
-class JSONSchema(BaseModel):
-    """A JSON schema, as OpenAI's clients send it."""
-
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-    body: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(BaseModel):
-    """OpenAI's response_format."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text", "json_schema"]
-    json_schema: JSONSchema | None = None
-
-
-class Message(BaseModel):
-    """A chat message with text content."""
-
-    model_config = ConfigDict(extra="ignore")
-    role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: UnicodeText | list[dict[str, Any]]
-
-    @property
-    def text(self) -> str:
-        """The content. Raises ValueError if a part of it is not text."""
-        if isinstance(self.content, str):
-            return self.content
-        if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in self.content):
-            raise ValueError("messages must be text; leave out parts of another type")
-        return check_unicode("".join(part["text"] for part in self.content))
-
-
-class ChatBody(OpenAIFields):
-    """OpenAI's POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        """The length limit of the answer, if there is one."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def num_top_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def constraint(self) -> str | None:
-        response_format = self.response_format
-        if response_format is None or response_format.type == "text":
-            return self.regex
-        if response_format.json_schema is None or self.regex is not None:
-            raise ValueError("response_format json_schema needs a schema, and excludes regex")
-        return schema_regex(response_format.json_schema.body)
-
-    @property
-    def chat(self) -> list[dict[str, str]]:
-        """The messages as a chat template takes them."""
-        return [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
-
-
-class FimBody(SamplingFields):
+class FimBody(CompletionBody):
     """The editors' POST /v1/fim/completions: the text before the cursor and the text after it."""
 
-    prompt: UnicodeText
-    suffix: UnicodeText | None = None
-    max_tokens: Count | None = 16
+    prompt: UnicodeText = ""  # pyright: ignore[reportIncompatibleVariableOverride]  (narrower)
     min_tokens: int | None = Field(None, description="Ignored.")
-    stop: UnicodeText | list[UnicodeText] | None = None
-    stream: bool = False
-    random_seed: Seed | None = None
+    random_seed: Seed | None = Field(None, description="Another name of `seed`.")
+
+    @model_validator(mode="after")
+    def _read_random_seed(self) -> "FimBody":
+        self.seed = self.random_seed if self.seed is None else self.seed
+        return self
 
 
 def _token_id(key: str) -> int:
     if not key.isdecimal() or int(key) >= 2**31:
         raise ValueError(f'logit_bias: "{key}" is not a token id')
     return int(key)
-
-
-_FIELDS = sorted({name for body in (CompletionBody, ChatBody, InfillBody) for name in body.model_fields})
-
-
-def unknown_field(name: str) -> str:
-    """The error message for an unknown field, with the most similar known one."""
-    return f'"{name}" is not known{nearest(name, _FIELDS)}'

@@ -2,17 +2,15 @@
 
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusify.sampling.generation import GenerationRun
-from diffusify.serving.api.logprobs import TopLogprobs
 from diffusify.serving.engine.generation_progress import (
     StartEvent,
     StepEvent,
     TextStream,
-    WrittenToken,
     written_tokens,
 )
 from diffusify.serving.engine.job import Job
@@ -21,12 +19,11 @@ from diffusify.text.tokenizer import TextTokenizer
 
 @dataclass
 class JobTexts:
-    """The texts of a job. `decode`, `end_token_ids` and `stops` are those of `TextStream`."""
+    """The texts of a job, `copies` of each prompt. `new_text` makes a `TextStream` for given positions."""
 
     job: Job
-    decode: Callable[[list[int]], str]
-    end_token_ids: frozenset[int]
-    stops: tuple[str, ...] = ()
+    new_text: Callable[[list[int]], TextStream]
+    copies: int = 1
     texts: list[TextStream] = field(default_factory=list)
     start: StartEvent | None = None
 
@@ -36,17 +33,16 @@ class JobTexts:
             if isinstance(event, StartEvent):
                 self.start = event
                 positions = event.editable[:: event.num_candidates]
-                self.texts = [TextStream(each, self.decode, self.end_token_ids, self.stops) for each in positions]
+                self.texts = [self.new_text(each) for each in positions]
                 yield [""] * len(self.texts), event
                 continue
-            live = (
-                self.start is not None and self.start.num_candidates == 1
-            )  # of several candidates the best is not known yet
+            # Of several candidates the best is not known yet.
+            live = self.start is not None and self.start.num_candidates == 1
             new = [
                 text.apply(event.write[row], event.settled[row]) if live else "" for row, text in enumerate(self.texts)
             ]
             yield new, event
-            if all(text.finish_reason == "stop" for text in self.texts):
+            if all(text.finish_reason in ("stop", "tool_calls") for text in self.texts):
                 self.job.cancel()
         yield self._finish(), None
 
@@ -67,30 +63,27 @@ class JobTexts:
         return new
 
     @property
-    def usage(self) -> dict[str, Any]:
-        """Token counts as in OpenAI's API, with the number of forward passes."""
+    def prompt_tokens(self) -> int:
+        """The number of given tokens; a prompt with several copies counts once."""
         assert self.start is not None
         given = sum(len(row) - len(each) for row, each in zip(self.start.rows, self.start.editable, strict=True))
-        prompt, completion = given // self.start.num_candidates, sum(len(text.tokens) for text in self.texts)
-        forwards = self.job.work.forwards
-        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        return counts | {"forwards": forwards, "tokens_per_forward": round(completion / max(1, forwards), 3)}
+        return given // self.start.num_candidates // self.copies
+
+    @property
+    def completion_tokens(self) -> int:
+        """The number of generated tokens."""
+        return sum(len(text.tokens) for text in self.texts)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Token counts of the texts (see `usage`)."""
+        return usage(self.prompt_tokens, self.completion_tokens, self.job.work.forwards)
 
 
-def logprob_records(
-    tokens: Sequence[WrittenToken], row: int, tokenizer: TextTokenizer, top_logprobs: TopLogprobs | None
-) -> list[dict]:
-    """OpenAI's record of each generated token: its text, log-probability and most likely alternatives."""
-
-    def record(token: int, log_prob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token], continues=True)
-        return {"token": text, "logprob": max(log_prob, -1e9), "bytes": list(text.encode())}  # JSON has no infinity
-
-    found = {} if top_logprobs is None else top_logprobs.found
-    return [
-        record(token, log_prob) | {"top_logprobs": [record(*pair) for pair in found.get((row, position), [])]}
-        for position, token, log_prob in tokens
-    ]
+def usage(prompt: int, completion: int, forwards: int) -> dict[str, Any]:
+    """Token counts as in OpenAI's API, with the number of forward passes."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return counts | {"forwards": forwards, "tokens_per_forward": round(completion / max(1, forwards), 3)}
 
 
 class StepEvents:
@@ -159,7 +152,7 @@ def row_tokens(run: GenerationRun, row: int, tokenizer: TextTokenizer, *, has_en
     real, editable, score = canvas.real[row].tolist(), canvas.editable[row].tolist(), run.score[row].tolist()
     positions = [i for i in range(sum(real)) if not open[i]]
     positions = positions[int(ids[0] == tokenizer.start_token_id) : len(positions) - has_end]
-    ends = (n for n, i in enumerate(positions) if editable[i] and ids[i] == tokenizer.end_token_id)
+    ends = (n for n, i in enumerate(positions) if editable[i] and ids[i] in tokenizer.end_token_ids)
     return [
         {
             "id": ids[i],

@@ -35,12 +35,31 @@ _SAMPLING_FIELDS = (  # of the same name in `SamplingConfig`
 )  # fmt: skip
 
 
+# Fields of OpenAI's API that ask for something else than text, or that others have replaced.
+UNSUPPORTED_FIELDS = {
+    "audio": "this server takes and gives text",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "web_search_options": "this server does not search the web",
+    "previous_response_id": "this server stores no responses; send the whole conversation as input",
+    "conversation": "this server stores no conversations; send the whole conversation as input",
+}
+
+
 class Body(BaseModel):
-    """A request body. Unknown fields are errors, as in OpenAI's API."""
+    """A request body. Null means that a field is left out, and unknown fields are errors, as in OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="A model of GET /v1/models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {*cls.model_fields, *UNSUPPORTED_FIELDS}
+        return {name: value for name, value in data.items() if value is not None or name not in known}
 
 
 class SamplingFields(Body):

@@ -14,9 +14,9 @@ from diffusify.evaluation.likelihood import LikelihoodRequest, MonteCarlo
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.api.schemas import ScoreBody
 from diffusify.serving.api.service import get_service, wait_or_cancel
+from diffusify.serving.api.token_logits import token_logits
 
 router = APIRouter()
-ROWS_PER_PASS = 16  # of `exact` scores; each row predicts one token
 
 
 class Score:
@@ -27,7 +27,7 @@ class Score:
 
     def __init__(self, lm: DiffusionLM, body: ScoreBody) -> None:
         self._lm, self._body = lm, body
-        prompt = [lm.tokenizer.start_token_id, *lm.tokenizer.encode(body.prompt)]
+        prompt = lm.tokenizer.add_start(lm.tokenizer.encode(body.prompt))
         self.ids = lm.tokenizer.encode(body.text, continues=bool(body.prompt))
         if not self.ids:
             raise ValueError(f"text={body.text[:40]!r} has no token to score")
@@ -45,28 +45,13 @@ class Score:
             (likelihood,) = MonteCarlo(self._body.draws, seed=self._body.seed)(self._lm.denoiser, [self._request])
             (self.log_prob,), (self.standard_error,) = likelihood.log_prob, likelihood.se
         else:
-            self.token_log_probs = self._left_to_right() if self.measure == "left to right" else self._one_by_one()
+            chunks = [
+                -cross_entropy(logits, self.canvas.tokens[0, cells[:, 1].cpu()].to(logits.device))
+                for logits, cells in token_logits(self._lm, self.canvas)
+            ]
+            self.token_log_probs = torch.cat(chunks).tolist()
             self.log_prob = math.fsum(self.token_log_probs)
         yield
-
-    def _left_to_right(self) -> list[float]:
-        """Each token's log-probability under the AR model or AR half, in one forward pass."""
-        canvas = self.canvas.to(self._lm.denoiser.device)
-        logits = self._lm.denoiser.predict(canvas, positions=canvas.editable)
-        return logits.log_prob(canvas.tokens[canvas.editable]).tolist()
-
-    def _one_by_one(self) -> list[float]:
-        """Each token's log-probability given the tokens before it, with all later positions open."""
-        canvas = self.canvas.to(self._lm.denoiser.device)
-        index = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-        log_probs: list[float] = []
-        for positions in canvas.editable[0].nonzero().split(ROWS_PER_PASS):
-            open = index >= positions
-            tokens = torch.where(open, self._lm.config.mask_token_id, canvas.tokens)
-            rows = Canvas(tokens, open, canvas.editable.expand_as(open), canvas.document.expand_as(tokens))
-            logits = self._lm.denoiser.predict(rows, positions=index == positions).logits
-            log_probs += (-cross_entropy(logits, canvas.tokens[0, positions[:, 0]])).tolist()
-        return log_probs
 
 
 @router.post("/v1/score", summary="The log-probability of a text, or a lower bound on it (nats)")
@@ -82,7 +67,7 @@ async def score(body: ScoreBody, request: Request) -> Response:
         return work
 
     job = service.submit(body.model, prepare, request, progress=False)
-    await wait_or_cancel(request, job, job.result())
+    await wait_or_cancel(request, job.result())
     work: Score = job.work
     tokens = [
         {

@@ -52,6 +52,13 @@ class Service:
             if token is not None and token >= vocab_size:
                 raise ValueError(f"token {token} is outside the vocabulary of {vocab_size} tokens")
 
+    def room(self, lm: DiffusionLM, given: int, texts: int = 1) -> int:
+        """The number of tokens that `texts` of `given` tokens each can be continued by, at least 1."""
+        context = self.engine.tokens // texts
+        if lm.denoiser.context_length is not None:
+            context = min(context, lm.denoiser.context_length)
+        return max(1, context - given)
+
     def check_length(self, lm: DiffusionLM, tokens: int) -> None:
         """Raises ValueError for more tokens than the model's context length."""
         if lm.denoiser.context_length is not None and tokens > lm.denoiser.context_length:
@@ -69,11 +76,12 @@ class Service:
         """Submit a job to the engine; with `progress`, it yields the events of a `ProgressTracker`."""
         job = self.engine.submit(Job(model, prepare, ProgressTracker() if progress else None, self.timeout))
         request.state.job = job
+        request.state.jobs = [*getattr(request.state, "jobs", []), job]
         return job
 
     async def finish(self, request: Request, texts: JobTexts) -> list[TextStream]:
         """Wait for the finished texts. The job is cancelled if the client disconnects."""
-        finished = await wait_or_cancel(request, texts.job, texts.finished())
+        finished = await wait_or_cancel(request, texts.finished())
         self.count(texts)
         return finished
 
@@ -88,8 +96,8 @@ def get_service(request: Request) -> Service:
     return request.app.state.service
 
 
-async def wait_or_cancel(request: Request, job: Job, awaitable: Any) -> Any:
-    """The awaitable's result. Cancels the job and raises ClientDisconnected if the client disconnects first."""
+async def wait_or_cancel(request: Request, awaitable: Any) -> Any:
+    """The awaitable's result. Cancels the request's jobs and raises ClientDisconnected if the client disconnects."""
     task, disconnected = asyncio.ensure_future(awaitable), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -99,8 +107,13 @@ async def wait_or_cancel(request: Request, job: Job, awaitable: Any) -> Any:
     finally:
         disconnected.cancel()
         if not task.done():
-            job.cancel()
+            _cancel_jobs(request)
             task.cancel()
+
+
+def _cancel_jobs(request: Request) -> None:
+    for job in getattr(request.state, "jobs", []):
+        job.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -108,20 +121,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def stream_response(request: Request, texts: JobTexts, events: AsyncIterator[str]) -> Response:
+async def stream_response(request: Request, events: AsyncIterator[str]) -> Response:
     """A response of server-sent events. An error before the first event is raised; a later one is sent as an event."""
-    first = await wait_or_cancel(request, texts.job, anext(events))
+    first = await wait_or_cancel(request, anext(events))
 
     async def body() -> AsyncIterator[str]:
         try:
             yield first
             async for event in events:
                 yield event
-            get_service(request).count(texts)
         except Exception as error:
             yield sse_event("error", to_error_response(error).body)
         finally:
-            texts.job.cancel()
+            _cancel_jobs(request)
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)

@@ -45,6 +45,7 @@ class BatchedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.network, denoiser.diffusion_config)
         self.length_head = denoiser.length_head
+        self.unused_token_ids = denoiser.unused_token_ids
 
     def hidden_states(
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None

@@ -3,6 +3,7 @@
 Axes: b rows, n positions.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from diffusify.canvas import Canvas
 from diffusify.sampling.generation import GenerationRun
 from diffusify.sampling.sampler import Frame
+from diffusify.text.tool_calls import ToolCallFormat
 
 WrittenToken = tuple[int, int, float]  # position, token id, log-probability
 
@@ -81,20 +83,24 @@ def _by_row(mask: Bool[Tensor, "b n"], canvas: Canvas, score: Tensor) -> list[li
 
 @dataclass
 class TextStream:
-    """One text as it is sent to a client: only what is final, up to an end token or a stop string.
+    """One text as it is sent to a client: only what is final, up to an end token, a stop string or a tool call.
 
-    `decode` turns token ids into text. `sent` is the text so far; `finish_reason` is None until the text is finished,
-    then "stop" or "length".
+    `decode` turns token ids into text, and `trim` removes white space at its ends. `sent` is the text so far;
+    `finish_reason` is None until the text is finished, then "stop", "tool_calls" or "length".
     """
 
     positions: Sequence[int]  # of its tokens in the row
     decode: Callable[[list[int]], str]
     end_token_ids: frozenset[int]
     stops: tuple[str, ...] = ()
+    trim: Callable[[str], str] = str
+    calls: ToolCallFormat | None = None
     sent: str = ""
     finish_reason: str | None = None
     ids: dict[int, int] = field(default_factory=dict)
     log_probs: dict[int, float] = field(default_factory=dict)
+    before_call: str = ""  # the text before a tool call, untrimmed
+    num_tokens: int | None = None  # of a text that a stop string or a tool call ends
 
     def apply(self, write: list[WrittenToken], settled: int, *, last: bool = False) -> str:
         """Add the tokens of a step; the text that can be sent now. After the `last` step nothing is held back."""
@@ -105,33 +111,50 @@ class TextStream:
         ids = [self.ids[position] for position in self.positions if position < settled and position in self.ids]
         end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), None)
         text = self.decode(ids if end is None else ids[:end])
-        stop_at = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
-        if stop_at >= 0:
-            text, self.finish_reason = text[:stop_at], "stop"
+        found = self._find_end(text)
+        if found is not None:
+            at, self.finish_reason = found
+            lengths = range(len(ids) if end is None else end)
+            self.num_tokens = bisect_left(lengths, True, key=lambda n: self._find_end(self.decode(ids[:n])) is not None)
+            text = self.before_call = text[:at]
         elif end is not None:
             self.finish_reason = "stop"
         elif last or len(ids) == len(self.positions):
             self.finish_reason = "length"
         else:
             text = self._without_partial_end(text)
+        text = self.trim(text)
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""
         self.sent += new
         return new
 
     @property
     def tokens(self) -> list[WrittenToken]:
-        """The generated tokens up to the end token."""
+        """The generated tokens up to the end token, or up to the one that completes a stop string."""
         found = []
-        for position in self.positions:
+        for position in self.positions[: self.num_tokens]:
             if position not in self.ids or self.ids[position] in self.end_token_ids:
                 break
             found.append((position, self.ids[position], self.log_probs[position]))
         return found
 
+    @property
+    def end_token(self) -> WrittenToken | None:
+        """The end token, if the text has one."""
+        position = next(iter(self.positions[len(self.tokens) : self.num_tokens]), None)
+        return None if position not in self.ids else (position, self.ids[position], self.log_probs[position])
+
+    def _find_end(self, text: str) -> tuple[int, str] | None:
+        """Where the stop string or tool call begins that is complete first, and the reason to finish there."""
+        ends = [(at + len(stop), at, "stop") for stop in self.stops if (at := text.find(stop)) >= 0]
+        if self.calls is not None and (at := self.calls.find_call(text)) >= 0:
+            ends.append((at + len(self.calls.sign), at, "tool_calls"))
+        return min(ends)[1:] if ends else None
+
     def _without_partial_end(self, text: str) -> str:
-        """The text without an incomplete character or the beginning of a stop string at its end."""
+        """The text without an incomplete character or the beginning of a stop string or tool call at its end."""
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        for stop in self.stops:
+        for stop in (*self.stops, *([] if self.calls is None else [self.calls.sign])):
             held = next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-k:])), 0)
             text = text[: len(text) - held]
         return text

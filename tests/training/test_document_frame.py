@@ -1,0 +1,244 @@
+"""The frame of documents is that which a base was trained with, and is used wherever text is framed."""
+
+import json
+import shutil
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import diffusify
+from diffusify.config import DiffusionConfig, DocumentFrame
+from diffusify.evaluation.harness import DiffusifyLM
+from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, bits_per_byte
+from diffusify.evaluation.open_model import open_lm
+from diffusify.models.bundled import bundled_models
+from diffusify.models.denoiser import Denoiser
+from diffusify.models.loading import Base
+from diffusify.models.recipes import block
+from diffusify.text.tokenizer import TextTokenizer
+from diffusify.training import document_frame
+from diffusify.training.adapt import adapt
+from diffusify.training.document_frame import SENTENCES, choose_frame, measure_starts
+from tests.families import tiny_network
+from tests.text.chats import CHATML, LLAMA3
+from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
+
+TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
+OWN = DocumentFrame()
+
+
+def chatml() -> TextTokenizer:
+    """As SmolLM2's: BOS and EOS are marks of chats, and another token parts documents."""
+    tokenizer = byte_level()
+    tokenizer.tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    tokenizer.tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def llama3() -> TextTokenizer:
+    """As Llama 3 Instruct's: EOS ends turns, BOS starts documents, and another token ends them."""
+    tokenizer = byte_level()
+    tokenizer.tokenizer.add_tokens(["<|end_of_text|>"], special_tokens=True)
+    tokenizer.tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
+    tokenizer.tokenizer.chat_template = LLAMA3
+    return tokenizer
+
+
+def base_of(tokenizer: TextTokenizer, family: str = "llama") -> Base:
+    rows = len(tokenizer.tokenizer)
+    network = tiny_network(family, vocab_size=rows, bos_token_id=None, eos_token_id=None)
+    return Base(network, tokenizer.tokenizer, "base", masked=family == "bert")
+
+
+def trained(tokenizer: TextTokenizer, start: str | None) -> Base:
+    """A base that learned the sentences after one start token, and noise after all others."""
+    base, generator = base_of(tokenizer), torch.Generator().manual_seed(0)
+    texts = [ids[: document_frame.MAX_TOKENS] for ids in map(tokenizer.encode, SENTENCES)]
+    texts = torch.tensor([ids for ids in texts if len(ids) == document_frame.MAX_TOKENS])
+    noise = torch.randint(270, 310, texts.shape, generator=generator)
+    right = None if start is None else base.tokenizer.convert_tokens_to_ids(start)
+    optimizer = torch.optim.Adam(base.network.parameters(), 1e-2)
+    for _ in range(25):
+        for token in measure_starts(base):
+            head = torch.full((len(texts), int(token is not None)), token or 0)
+            rows = torch.cat([head, texts], 1)
+            wanted = torch.cat([head, texts if token == right else noise], 1)
+            logits = base.network(input_ids=rows).logits[:, head.shape[1] : -1]
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted[:, head.shape[1] + 1 :].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return base
+
+
+@pytest.fixture(scope="module")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a base with chat marks as BOS and EOS, whose documents are parted by `<|endoftext|>`."""
+    base, folder = trained(chatml(), "<|endoftext|>"), tmp_path_factory.mktemp("bases") / "chatml"
+    base.network.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_losses_are_those_of_transformers(family: str) -> None:
+    base = base_of(chatml(), family)
+    found = measure_starts(base)
+    names = [None if i is None else base.tokenizer.convert_ids_to_tokens(i) for i in found]
+    assert names == ["<|im_start|>", "<|im_end|>", "<|endoftext|>", None]
+    for start, loss in found.items():
+        total, count = 0.0, 0
+        for sentence in SENTENCES:
+            ids: Any = base.tokenizer(sentence, add_special_tokens=False)["input_ids"]
+            text = ids[: document_frame.MAX_TOKENS]
+            row = ([] if start is None else [start]) + text
+            labels = [-100] * (len(row) - len(text) + 1) + text[1:]
+            output = base.network(input_ids=torch.tensor([row]), labels=torch.tensor([labels]))
+            total, count = total + output.loss.item() * (len(text) - 1), count + len(text) - 1
+        assert loss == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "learned", "frame"),
+    [
+        (chatml, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
+        (chatml, "<|im_start|>", ("<|im_start|>", "<|endoftext|>")),
+        (llama3, "<|begin_of_text|>", ("<|begin_of_text|>", "<|end_of_text|>")),
+        (byte_level, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
+        (sentence_bpe, "<s>", ("<s>", "</s>")),
+    ],
+    ids=["chatml", "chatml-own", "llama3", "gpt2", "llama"],
+)
+def test_the_frame_is_what_a_base_learned(make: Any, learned: str, frame: tuple[str, str]) -> None:
+    base = trained(make(), learned)
+    found, line = choose_frame(base)
+    assert tuple(base.tokenizer.convert_ids_to_tokens([found.start_token_id, found.end_token_id])) == frame
+    assert found.start_prompts
+    assert line.startswith(
+        f"documents start with {frame[0]} and end with {frame[1]}; nats/token after each start token"
+    )
+    assert line.index(f" {learned} 0.") < line.index(" none ")  # the cheapest first
+
+
+def test_a_base_that_learned_no_start_token_gets_none_before_prompts() -> None:
+    tokenizer = chatml()
+    found, line = choose_frame(trained(tokenizer, None))
+    assert found == DocumentFrame(0, 0, start_prompts=False)
+    assert ", prompts have no start token; nats/token after each start token: none 0." in line
+    framed = TextTokenizer(tokenizer.tokenizer, tokenizer.mask_token_id, found)
+    assert framed.add_start([5, 6]) == [5, 6] and framed.add_start([]) == [0]
+    assert framed.document("x") == [0, *framed.encode("x"), 0]
+
+
+@pytest.mark.parametrize("make", [chatml, byte_level, sentence_bpe, unigram])
+def test_a_tie_goes_to_the_own_tokens(make: Any) -> None:
+    """Under random weights all starts are equally good. The unigram tokenizer does not know the sentences' letters."""
+    tokenizer = make()
+    found, _ = choose_frame(base_of(tokenizer))
+    assert found.start_token_id == tokenizer.start_token_id and found.start_prompts
+    if make is not chatml:
+        assert found.end_token_id == tokenizer.end_token_id
+
+
+def test_a_masked_model_keeps_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_frame, "measure_starts", lambda base: pytest.fail("measured"))
+    base = base_of(word_piece(), "bert")
+    assert choose_frame(base) == (OWN, "")
+    assert choose_frame(base, end_token="[PAD]")[0] == DocumentFrame(None, 0)
+
+
+def test_given_tokens() -> None:
+    base = base_of(chatml())
+    known = DocumentFrame(1, 1)
+    assert choose_frame(base, known) == (known, "")
+    given, line = choose_frame(base, known, start_token="<|im_start|>", end_token="<|im_end|>")
+    ids = base.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [given.start_token_id, given.end_token_id] == ids
+    assert line == "documents start with <|im_start|> and end with <|im_end|>"
+    assert choose_frame(base, start_token="none")[0] == DocumentFrame(0, 0, start_prompts=False)
+    assert choose_frame(base, start_token="none", end_token="<|im_end|>")[0] == DocumentFrame(1, 1, start_prompts=False)
+    assert choose_frame(base, known, end_token="<|endoftext|>")[0] == DocumentFrame(1, 0)
+    with pytest.raises(
+        ValueError, match=r'start_token="<.endoftxt.>" is no special token of base; did you mean "<.endof'
+    ):
+        choose_frame(base, start_token="<|endoftxt|>")
+    with pytest.raises(ValueError, match='end_token="none" is no special token of base; known'):
+        choose_frame(base, end_token="none")
+
+
+def test_a_generated_text_ends_with_the_frame_or_the_own_end() -> None:
+    plain = chatml()
+    framed = TextTokenizer(plain.tokenizer, plain.mask_token_id, DocumentFrame(0, 0))
+    assert (plain.end_token_ids, framed.end_token_ids) == ((1,), (0, 1))
+    assert framed.fingerprint != plain.fingerprint
+    assert word_piece().end_token_ids == (3,)
+
+
+def test_an_adapted_model_keeps_the_measured_frame(chat_base: str, corpus: str, tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=60)
+    out = adapt(chat_base, corpus, tmp_path / "run", steps=1, console=console, **TINY)
+    assert "documents start with <|endoftext|> and end with <|endoftext|>; nats/token" in console.file.getvalue()  # pyright: ignore
+    assert DiffusionConfig.load(out).frame == DocumentFrame(0, 0)
+    model = diffusify.load(out)
+    assert model.tokenizer.document("x")[0] == model.tokenizer.document("x")[-1] == 0
+    assert next(model.stream("The cat", max_new_tokens=4)).tokens[0, 0] == 0
+    assert next(model.stream("", max_new_tokens=4)).tokens[0, 0] == 0
+    chat = model.chat_template.prompt([{"role": "user", "content": "x"}])
+    assert chat[0] == model.tokenizer.tokenizer.bos_token_id and model.chat_template.end_token_id == 1
+    harness = DiffusifyLM(str(out), add_bos_token=True)
+    assert harness.prefix_token_id == harness.eot_token_id == 0
+    assert harness.tok_encode("the cat") == [0, *model.tokenizer.encode("the cat")]
+    # The model is trained further, and was begun by an earlier version, with the frame that it has.
+    console = Console(file=StringIO())
+    more = adapt(str(out), corpus, tmp_path / "more", steps=1, console=console, **TINY)
+    assert DiffusionConfig.load(more).frame == DocumentFrame(0, 0)
+    assert "documents start" not in console.file.getvalue()  # pyright: ignore
+    other = adapt(str(out), corpus, tmp_path / "other", steps=1, start_token="none", end_token="<|im_end|>", **TINY)
+    assert DiffusionConfig.load(other).frame == DocumentFrame(1, 1, start_prompts=False)
+    assert next(diffusify.load(other).stream("The cat", max_new_tokens=4)).tokens[0, 0] != 1
+
+
+def test_an_unfinished_run_keeps_its_frame(chat_base: str, corpus: str, tmp_path: Path) -> None:
+    run = adapt(chat_base, corpus, tmp_path / "run", steps=1, **TINY)
+    settings = json.loads((run / "run.json").read_text())
+    assert settings["frame"] == {"type": "DocumentFrame", "start_token_id": 0, "end_token_id": 0, "start_prompts": True}
+    for changed, expected in (
+        (settings | {"frame": settings["frame"] | {"end_token_id": 1}}, DocumentFrame(0, 1)),
+        ({k: v for k, v in settings.items() if k not in ("frame", "start_token", "end_token")}, OWN),  # an earlier one
+    ):
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps(changed))
+        assert DiffusionConfig.load(adapt(chat_base, corpus, run, steps=1, **TINY)).frame == expected
+
+
+def test_a_base_is_evaluated_with_the_measured_frame(chat_base: str) -> None:
+    lm = open_lm(chat_base)
+    assert lm.config.frame == DocumentFrame(0, 0)
+    ids = tuple(lm.tokenizer.encode(SENTENCES[0]))
+    (expected,) = Autoregressive()(lm.denoiser, [LikelihoodRequest((0,), (ids,))])
+    bits, _ = bits_per_byte(lm.denoiser, [SENTENCES[0]], lm.tokenizer, Autoregressive())
+    assert bits == pytest.approx(-expected.log_prob[0] / torch.tensor(2.0).log().item() / len(SENTENCES[0]))
+
+
+def test_a_long_context_keeps_its_end_if_it_has_no_start_token() -> None:
+    base = base_of(chatml())
+    frame = DocumentFrame(0, 0, start_prompts=False)
+    config = block().diffusion_config("LlamaForCausalLM", 2, "")
+    for each, kept in ((config, 1), (replace(config, frame=frame), 0)):
+        denoiser = Denoiser(base.network, each)
+        long, short = tuple(range(10, 80)), (5,)
+        context = denoiser.context_length or 0
+        head = long[:kept] + long[len(long) - (context - 1 - kept) :]
+        values = [
+            next(Autoregressive()(denoiser, [LikelihoodRequest(given, (short,))])).log_prob for given in (long, head)
+        ]
+        assert values[0] == pytest.approx(values[1])
+
+
+def test_bundled_models_keep_the_own_frame() -> None:
+    assert {DiffusionConfig.load(folder).frame for folder in bundled_models().values()} == {OWN}
