@@ -39,5 +39,6 @@ def test_text_that_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     with report_errors():
-        print("Gr\u00fc\u00dfe", flush=True)
-    assert raw.getvalue() == b"Gr\\xfc\\xdfe\n"
+        print(json.dumps("Gr\u00fc\u00dfe \U0001f600", ensure_ascii=False), flush=True)
+    assert raw.getvalue() == b'"Gr\\u00fc\\u00dfe \\ud83d\\ude00"\n'
+    assert json.loads(raw.getvalue()) == "Gr\u00fc\u00dfe \U0001f600"

@@ -1,5 +1,6 @@
 """Clients that others wrote for OpenAI's API, on a running server: LangChain, LiteLLM and the evaluation harness."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,17 @@ from tests.serving.models import running, tiny_lm, tiny_models
 from tests.text.tool_templates import tool_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def event_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An event loop for clients that would create one and not close it. LiteLLM reads its prices from the package."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.fixture(scope="module")

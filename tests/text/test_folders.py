@@ -95,3 +95,28 @@ def test_previews(tmp_path: Path) -> None:
         preview_data(str(path), "chat", each_turn=False, length=100)
     path.write_text(LINE)
     assert preview_data(str(path), each_turn=False, length=100).first == [("one", True)]
+
+
+def test_a_preview_counts_files_that_are_not_data(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINE)
+    assert preview_data(str(tmp_path), each_turn=False, length=100).notes == []
+    for name in (".hidden.jsonl", "package.json"):
+        (tmp_path / name).write_text("{}")
+    preview = preview_data(str(tmp_path), each_turn=False, length=100)
+    assert preview.notes == ["2 other files of the folder are not data, such as .hidden.jsonl"]
+
+
+@pytest.mark.parametrize("record", [{"text": "one"}, {"question": "fox", "answer": "dog"}])
+def test_a_preview_does_not_read_all_of_a_hub(monkeypatch: pytest.MonkeyPatch, record: dict[str, str]) -> None:
+    def endless() -> Iterator[dict[str, str]]:
+        while True:
+            yield record
+
+    def load_dataset(*_: object, streaming: bool, **__: object) -> IterableDataset:
+        assert streaming
+        return IterableDataset(ExamplesIterable(lambda: enumerate(endless()), {}))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    preview = preview_data("hub:org/name", each_turn=False, length=100)
+    assert preview.form == ("text" if "text" in record else "pairs") and preview.records == HUB_RECORDS
+    assert preview.notes == ["only the first 1,000 records of a hub are read"]

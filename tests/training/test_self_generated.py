@@ -117,6 +117,14 @@ def questions(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_questions_that_cannot_be_used_are_counted(wide_base: str, questions: str, cache: Path, tmp_path: Path) -> None:
+    with open(questions, "a") as file:
+        file.write('{"messages": "x"}\n{\n')
+    options: dict[str, Any] = TINY | {"length": 192}
+    with pytest.raises(ValueError, match=r"2 of 28 records cannot be used \(record 27: .*; record 28: .* is not JSON"):
+        tune(wide_base, f"self:{questions}", tmp_path / "run", recipe=block(4), steps=1, **options)
+
+
 def test_a_model_is_tuned_on_its_own_answers(
     wide_base: str, questions: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,19 @@ def test_a_masked_base_learns_a_task_and_its_lengths(masked_base: str, pairs: st
     assert [result.tokens for result in model.generate(prompts, max_new_tokens=[3, 5, 2])] == [2, 4, 1]
 
 
+def test_a_run_on_other_contents_is_refused(blocks: str, chats: str, tmp_path: Path) -> None:
+    """The path is the same."""
+    data = tmp_path / "chats.jsonl"
+    text = Path(chats).read_text()
+    data.write_text(text)
+    out = tune(blocks, str(data), tmp_path / "out", steps=1, **WIDE)
+    assert tune(blocks, str(data), out, steps=1, **WIDE) == out
+    data.write_text(text.replace("e", "o"))
+    with pytest.raises(ValueError, match=r"a run on other data: the files of .*chats.jsonl have changed"):
+        tune(blocks, str(data), out, steps=1, **WIDE)
+
+
+
 def test_only_targets_are_noised(blocks: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     real = DiffusionTrainer.compute_loss

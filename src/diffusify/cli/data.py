@@ -38,7 +38,7 @@ def data(
     """Show what a data source will be in training.
 
     Shown are the number of records and tokens, the first example with the learned parts in green, and what is left out
-    and why. The whole source is read.
+    and why. Files are read whole, and of a dataset on the Hub the first 1,000 records.
     """
     with report_errors():
         from diffusify.config import sees_right_context, to_plain

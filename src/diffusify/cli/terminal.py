@@ -1,5 +1,6 @@
 """Terminal output that commands share: errors, live text, chats and suggested commands."""
 
+import codecs
 import io
 import json
 import os
@@ -29,7 +30,7 @@ def report_errors() -> Iterator[None]:
     Characters that the encoding of standard output lacks are written escaped, so that no output is lost.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="json_escape")
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -40,6 +41,15 @@ def report_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _json_escape(error: UnicodeError) -> tuple[str, int]:
+    """Characters that cannot be encoded as JSON writes them, so that JSON stays valid."""
+    assert isinstance(error, UnicodeEncodeError), "an error handler of output"
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json_escape", _json_escape)
 
 
 def read_stdin() -> str:

@@ -1,7 +1,9 @@
 """What a data source will be in training: its records, tokens and first example, and what is left out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -10,10 +12,12 @@ from diffusify.text.bad_records import BadRecords
 from diffusify.text.examples import make_examples, parse_records
 from diffusify.text.messages import is_pair, is_preference, record_messages
 from diffusify.text.packing import BATCH
-from diffusify.text.sources import load_records, no_documents_message, stream_texts
+from diffusify.text.sources import load_records, no_documents_message, source_files, stream_texts
 from diffusify.text.tokenizer import TextTokenizer
 
 Form = Literal["chat", "pairs", "text"]
+
+HUB_RECORDS = 1000  # records that are read of a dataset on a hub
 
 
 @dataclass(frozen=True)
@@ -35,26 +39,39 @@ class DataPreview:
 def preview_data(
     source: str, form: Form | None = None, tokenizer: TextTokenizer | None = None, *, each_turn: bool, length: int
 ) -> DataPreview:
-    """Read a whole source as `adapt` (texts) or `tune` (chats and pairs) would.
+    """Read a source as `adapt` (texts) or `tune` (chats and pairs) would: files whole, a hub's first records only.
 
     Without `form` it is the one of the first record. `each_turn` and `length` are as in `make_examples`. ValueError if
     the source does not exist, or has nothing of this form.
     """
-    records = None if form == "text" else _try_load_records(source, form)
-    if records is None:
-        return _preview_texts(source, tokenizer)
-    found = _form(records)
-    if form is None and found is None:
-        return _preview_texts(source, tokenizer)
-    if form is not None and found is not None and found != form:
+    limit = HUB_RECORDS if "hub:" in source else None
+    records = None if form == "text" else _try_load_records(source, form, limit)
+    found = None if records is None else _form(records)
+    if records is None or (form is None and found is None):
+        preview = _preview_texts(source, tokenizer, limit)
+    elif form is not None and found is not None and found != form:
         raise ValueError(f"{source} is not {form} but {found}; give --as {found}, or leave --as out")
-    return _preview_records(records, form or found or "chat", tokenizer, each_turn, length)
+    else:
+        preview = _preview_records(records, form or found or "chat", tokenizer, each_turn, length)
+    if limit is not None:
+        preview.notes.append(f"only the first {limit:,} records of a hub are read")
+    if Path(source).expanduser().is_dir():
+        preview.notes.extend(_other_files(Path(source).expanduser(), text=preview.form == "text"))
+    return preview
 
 
-def _try_load_records(source: str, form: Form | None) -> Dataset | None:
+def _other_files(folder: Path, *, text: bool) -> Iterator[str]:
+    """A note on the files of a folder that are not data."""
+    data = set(source_files(str(folder), records=not text) or ())
+    other = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in data]
+    if other:
+        yield f"{len(other):,} other files of the folder are not data, such as {other[0].relative_to(folder)}"
+
+
+def _try_load_records(source: str, form: Form | None, limit: int | None) -> Dataset | None:
     """The records of a source; None if it has none, and may be a source of texts."""
     try:
-        return load_records(source)
+        return load_records(source, limit=limit)
     except ValueError:
         if form is not None:
             raise
@@ -74,9 +91,10 @@ def _form(records: Dataset) -> Literal["chat", "pairs"] | None:
     return None
 
 
-def _preview_texts(source: str, tokenizer: TextTokenizer | None) -> DataPreview:
+def _preview_texts(source: str, tokenizer: TextTokenizer | None, limit: int | None) -> DataPreview:
     bad_records, documents, tokens, first = BadRecords(), 0, 0, ""
-    for batch in stream_texts(source).iter(BATCH):
+    stream = stream_texts(source)
+    for batch in (stream if limit is None else stream.take(limit)).iter(BATCH):
         texts = bad_records.filter_batch(batch, 1.0)  # pyright: ignore[reportArgumentType]
         documents += len(texts)
         first = first or (texts[0] if texts else "")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def no_documents_message(source: str) -> str:
     return f"data source {source} has no documents: all its files are empty"
 
 
-def load_records(source: str, *, seed: int = 0) -> Dataset:
+def load_records(source: str, *, seed: int = 0, limit: int | None = None) -> Dataset:
     """Load the records of a source: each has a `record`, a JSON object as a string, or a `fault` that says why not.
 
     - `pairs.jsonl`, `pairs.json` (a list), `pairs.csv`, `.tsv`, `.parquet`, `.arrow`, each also compressed (`.gz`,
@@ -120,9 +120,9 @@ def load_records(source: str, *, seed: int = 0) -> Dataset:
     - `hub:NAME`, `hub:NAME:CONFIG@SPLIT`: a dataset of the Hugging Face Hub; split `train` if unset.
     - `0.7*pairs.jsonl,0.3*chats.jsonl`: a mixture, sampled as in `load_texts`.
 
-    Everything is read into memory at once. Records may differ in their fields. A value that JSON does not have, such as
-    a date, becomes a string. ValueError if the source does not exist, has no records, or a file has none that can be
-    read.
+    Everything is read into memory at once, or with a `limit` that many records of each part. Records may differ in
+    their fields. A value that JSON does not have, such as a date, becomes a string; bytes that are no text become null.
+    ValueError if the source does not exist, has no records, or a file has none that can be read.
     """
     local = _find_local(source)
     if local is not None:
@@ -130,13 +130,13 @@ def load_records(source: str, *, seed: int = 0) -> Dataset:
             raise ValueError(f"{source}: records are used whole; leave #{local.field} out, or give a template with it")
         records = chain.from_iterable(try_records(file) for file in find_files(local.path, RECORD_TYPES))
     elif source.startswith("hub:"):
-        records = map(decode_bytes, _load_hub(source, streaming=False))
+        records = map(decode_bytes, _load_hub(source, streaming=limit is not None))
     elif _WEIGHTED.fullmatch(source):
-        return _load_mixture(source, partial(load_records, seed=seed), seed)
+        return _load_mixture(source, partial(load_records, seed=seed, limit=limit), seed)
     else:
         raise ValueError(_missing_message(source, "give a file, a folder or hub:NAME"))
     columns: dict[str, list[str | None]] = {"record": [], "fault": []}
-    for record in records:
+    for record in islice(records, limit):
         is_fault = isinstance(record, ValueError)
         columns["record"].append(None if is_fault else json.dumps(record, default=_to_json))
         columns["fault"].append(str(record) if is_fault else None)

@@ -20,6 +20,7 @@ from diffusify.config import cache_folder
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.lora import merge_lora
+from diffusify.text.bad_records import BadRecords
 from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import parse_records
 from diffusify.text.messages import prompt_messages
@@ -73,21 +74,36 @@ def with_generated_texts(
 
 def with_generated_answers(
     data: str, model: str, weights: int, network: PreTrainedModel, tokenizer: TextTokenizer, length: int, seed: int,
-    console: Console,
+    console: Console, max_corrupt: float = 0.01,
 ) -> str:  # fmt: skip
     """A data source with every `self:PROMPTS` replaced by a file of chats that the model answered.
 
     The prompt is the chat of a record up to its last question, or the first field of a pair; the record's own answer
     is not used. Answers are sampled at temperature 0.7. An answer that does not end within `length` tokens, question
-    included, is skipped. Files are cached as in `with_generated_texts`. Raises ValueError if no question is short
-    enough.
+    included, is skipped. Files are cached as in `with_generated_texts`. Records that
+    cannot be used are skipped and reported. Raises ValueError if they are more than a share `max_corrupt`, or if no
+    question is short enough.
     """
     chat_template = ChatTemplate(tokenizer)
 
     def generate(prompts: str) -> Path:
-        records = parse_records(load_records(prompts, seed=seed))
-        chats = [prompt_messages(record) for record in records if not isinstance(record, ValueError)]
-        questions = [(chat, ids) for chat in chats if len(ids := chat_template.prompt(chat)) <= length // 2]
+        bad_records = BadRecords(problem="cannot be used")
+        questions: list[tuple[list[dict[str, Any]], list[int]]] = []
+        for record in parse_records(load_records(prompts, seed=seed)):
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                chat = prompt_messages(record)
+                ids = chat_template.prompt(chat)
+            except ValueError as error:
+                bad_records.add(f"record {bad_records.records + 1}: {error}")
+                continue
+            bad_records.records += 1
+            if len(ids) <= length // 2:
+                questions.append((chat, ids))
+        bad_records.check(max_corrupt)
+        if bad_records.corrupt:
+            console.print(f"skipped: {bad_records}", markup=False, soft_wrap=True)
         if not questions:
             raise ValueError(f"self:{prompts} has no question of up to {length // 2} tokens; give a larger length")
         questions.sort(key=lambda pair: len(pair[1]))  # a batch of similar lengths needs little padding

@@ -114,7 +114,9 @@ def tune(
         )
     check_attention(denoiser)
     if SELF_SOURCE.search(data):
-        generated = with_generated_answers(data, model, weights, base.network, tokenizer, length, seed, console)
+        generated = with_generated_answers(
+            data, model, weights, base.network, tokenizer, length, seed, console, max_corrupt
+        )
         records = load_records(generated, seed=seed)
     examples = make_examples(
         records,
