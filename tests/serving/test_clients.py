@@ -41,10 +41,10 @@ def test_langchain(address: str) -> None:
 
     def connect(model: str, **settings: Any) -> Any:
         return langchain_openai.ChatOpenAI(
-            model=model, base_url=address, api_key="none", temperature=0, max_retries=0, max_tokens=96, **settings
+            model=model, base_url=address, api_key="none", temperature=0, max_retries=0, max_tokens=48, **settings
         )
 
-    alone = tiny_models()["left-to-right"].chat([{"role": "user", "content": "Is it so?"}], 96).text
+    alone = tiny_models()["left-to-right"].chat([{"role": "user", "content": "Is it so?"}], 48).text
     assert connect("left-to-right").invoke("Is it so?").content == alone
     assert "".join(chunk.content for chunk in connect("left-to-right").stream("Is it so?")) == alone
     assert connect("left-to-right", use_responses_api=True).invoke("Is it so?").text == alone

@@ -3,15 +3,17 @@
 import bz2
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.iterable_dataset import ExamplesIterable
 from pyarrow import parquet
 
-from diffusify.text.data_preview import preview_data
+from diffusify.text.data_preview import HUB_RECORDS, preview_data
 from diffusify.text.sources import load_records, load_texts
 
 LINE = '{"text": "one"}\n'

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import diffusify
 from diffusify.config import DiffusionConfig, DocumentFrame
@@ -23,7 +26,7 @@ from diffusify.models.recipes import block
 from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training import document_frame
 from diffusify.training.adapt import adapt
-from diffusify.training.document_frame import SENTENCES, choose_frame, measure_starts
+from diffusify.training.document_frame import SENTENCES, best_start, choose_frame, measure_starts
 from tests.families import tiny_network
 from tests.text.chats import CHATML, LLAMA3
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
@@ -42,7 +45,7 @@ def chatml() -> TextTokenizer:
 
 def llama3() -> TextTokenizer:
     """As Llama 3 Instruct's: EOS ends turns, BOS starts documents, and another token ends them."""
-    tokenizer = byte_level()
+    tokenizer = sentence_bpe()
     tokenizer.tokenizer.add_tokens(["<|end_of_text|>"], special_tokens=True)
     tokenizer.tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
     tokenizer.tokenizer.chat_template = LLAMA3
@@ -99,7 +102,7 @@ def test_losses_are_those_of_transformers(family: str) -> None:
             labels = [-100] * (len(row) - len(text) + 1) + text[1:]
             output = base.network(input_ids=torch.tensor([row]), labels=torch.tensor([labels]))
             total, count = total + output.loss.item() * (len(text) - 1), count + len(text) - 1
-        assert loss == pytest.approx(total / count, abs=1e-4)
+        assert len(loss) == count and float(loss.mean()) == pytest.approx(total / count, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_losses_are_those_of_transformers(family: str) -> None:
     [
         (chatml, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
         (chatml, "<|im_start|>", ("<|im_start|>", "<|endoftext|>")),
-        (llama3, "<|begin_of_text|>", ("<|begin_of_text|>", "<|end_of_text|>")),
+        (llama3, "<|begin_of_text|>", ("<|begin_of_text|>", "<|endoftext|>")),  # the first token that ends texts
         (byte_level, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
         (sentence_bpe, "<s>", ("<s>", "</s>")),
     ],
@@ -137,12 +140,31 @@ def test_a_base_that_learned_no_start_token_gets_none_before_prompts() -> None:
 
 @pytest.mark.parametrize("make", [chatml, byte_level, sentence_bpe, unigram])
 def test_a_tie_goes_to_the_own_tokens(make: Any) -> None:
-    """Under random weights all starts are equally good. The unigram tokenizer does not know the sentences' letters."""
+    """Under random weights no start token is significantly better."""
     tokenizer = make()
     found, _ = choose_frame(base_of(tokenizer))
     assert found.start_token_id == tokenizer.start_token_id and found.start_prompts
     if make is not chatml:
         assert found.end_token_id == tokenizer.end_token_id
+
+
+def test_only_a_significant_lead_counts() -> None:
+    noise = torch.randn(80, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean()) / noise.std()
+    error = 80**-0.5  # of a lead with this noise
+    for lead, best in ((2.9, 7), (3.1, None)):
+        assert (
+            best_start({7: torch.full((80,), 5.0), None: 5.0 - lead * error - noise, 3: torch.full((80,), 6.0)}) == best
+        )
+    assert best_start({7: torch.ones(80), 3: torch.ones(80)}) == 7
+
+
+def test_sentences_in_an_unknown_language_measure_nothing() -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "C1CC1": 3}, "<unk>"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    base = base_of(TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, **names), 3))
+    assert [len(values) for values in measure_starts(base).values()] == [0, 0, 0]
+    assert choose_frame(base) == (DocumentFrame(1, 2), "")
 
 
 def test_a_masked_model_keeps_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,6 @@ def test_a_run_on_other_contents_is_refused(blocks: str, chats: str, tmp_path: P
         tune(blocks, str(data), out, steps=1, **WIDE)
 
 
-
 def test_only_targets_are_noised(blocks: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     real = DiffusionTrainer.compute_loss

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusify.config import DocumentFrame, nearest
@@ -21,11 +23,16 @@ SENTENCES = (
     '"Has it stopped raining?" she asked, and looked up from the book on her knees.',
     "Mix the flour, the water and the salt, then let the dough rest for an hour.",
     "A list is an ordered collection of items, and each item has an index.",
+    "The committee will meet again on Tuesday to discuss the budget for the coming year.",
+    "Our team lost the first game of the season, but the players were not worried at all.",
+    "In the summer of 1912 the family moved to a small town near the coast.",
+    "We have found no sign of the error so far, although every test was run twice.",
+    "Thank you for your letter, which reached me only yesterday because I was away.",
 )
-MAX_TOKENS = 12  # of each sentence: a start token matters most for the tokens right after it
-# The tokenizer's own start token is kept if no other lowers the loss by more than this (nats per token). With other
-# sentences, differences of this size change their sign; a wrong start token costs several times as much.
-TIE = 0.05
+MAX_TOKENS = 8  # of each sentence: a start token matters most for the tokens right after it
+# The tokenizer's own start token is replaced only if another one is better by more than this. A smaller lead may be due
+# to the choice of the sentences: three leads in a thousand tries are as large by chance.
+STANDARD_ERRORS = 3.0
 NO_START = "none"
 
 _ENDS_TEXTS = re.compile(r"end.?of.?(text|document|sentence)", re.IGNORECASE)
@@ -40,7 +47,7 @@ def choose_frame(
     start with their end token. What is not given is that of the `known` frame; without one, the start token is
     measured (see `measure_starts`). A masked LM keeps its tokenizer's own. ValueError if a token is not special.
     """
-    losses: dict[int | None, float] = {}
+    losses: dict[int | None, Tensor] = {}
     if base.masked and known is None:
         known = DocumentFrame()
     if start_token is None and known is not None:
@@ -49,7 +56,8 @@ def choose_frame(
         if start_token is None:
             losses = measure_starts(base)
             start, least = next(iter(losses)), min(losses.values())
-            if losses[start] > least + TIE:
+            # Without a chat template, the tokenizer's own tokens are no marks of chats.
+            if base.tokenizer.chat_template and losses[start] > least + TIE:
                 start = min(losses, key=lambda token_id: losses[token_id])
         else:
             start = None if start_token == NO_START else _token_id(base, "start_token", start_token)
@@ -58,17 +66,17 @@ def choose_frame(
         frame = replace(frame, end_token_id=_token_id(base, "end_token", end_token))
     if not frame.start_prompts:
         frame = replace(frame, start_token_id=frame.end_token_id)
-    is_new = any(losses.values()) or start_token is not None or end_token is not None
+    is_new = any(map(len, losses.values())) or start_token is not None or end_token is not None
     return frame, _describe(base, frame, losses) if is_new else ""
 
 
 @torch.inference_mode()
-def measure_starts(base: Base) -> dict[int | None, float]:
-    """The loss (nats per token) of an AR base on SENTENCES after each possible start token; None is no token.
+def measure_starts(base: Base) -> dict[int | None, Float[Tensor, " tokens"]]:
+    """The losses (nats) of an AR base on the tokens of SENTENCES after each possible start token; None is no token.
 
     The tokenizer's own start token comes first. All sentences after all start tokens are one forward pass. A sentence's
-    first token does not count, since nothing predicts it without a start token. All losses are 0 if the tokenizer lacks
-    the sentences' words.
+    first token does not count, since nothing predicts it without a start token. There are no losses if the tokenizer
+    lacks the sentences' words.
     """
     starts = _start_candidates(base)
     context = getattr(base.network.config.get_text_config(), "max_position_embeddings", None)
@@ -76,7 +84,7 @@ def measure_starts(base: Base) -> dict[int | None, float]:
     encoded: Any = base.tokenizer(list(SENTENCES), add_special_tokens=False)["input_ids"]
     texts = [ids[:length] for ids in encoded if len(ids) > 1 and base.tokenizer.unk_token_id not in ids]
     if not texts:
-        return dict.fromkeys(starts, 0.0)
+        return dict.fromkeys(starts, torch.empty(0))
     heads = [[] if start is None else [start] for start in starts]
     rows = [torch.tensor(head + ids, device=base.network.device) for head in heads for ids in texts]
     tokens = pad_sequence(rows, batch_first=True)
@@ -86,8 +94,14 @@ def measure_starts(base: Base) -> dict[int | None, float]:
     for n, row in enumerate(rows):
         size = len(texts[n % len(texts)]) - 1
         losses.append(cross_entropy(logits[n, len(row) - 1 - size : len(row) - 1], row[-size:]))
-    means = torch.cat(losses).view(len(starts), -1).mean(1)
-    return dict(zip(starts, means.tolist(), strict=True))
+    return dict(zip(starts, torch.cat(losses).view(len(starts), -1), strict=True))
+
+
+def best_start(losses: dict[int | None, Float[Tensor, " tokens"]]) -> int | None:
+    """The start token with the lowest mean loss if its lead is significant, else the first one."""
+    own, best = next(iter(losses)), min(losses, key=lambda start: float(losses[start].sum()))
+    lead = losses[own] - losses[best]
+    return best if len(lead) > 1 and lead.mean() > STANDARD_ERRORS * lead.std() / len(lead) ** 0.5 else own
 
 
 def _start_candidates(base: Base) -> list[int | None]:
@@ -131,11 +145,11 @@ def _name(base: Base, token_id: int | None) -> str:
     return NO_START if token_id is None else str(base.tokenizer.convert_ids_to_tokens(token_id))
 
 
-def _describe(base: Base, frame: DocumentFrame, losses: dict[int | None, float]) -> str:
+def _describe(base: Base, frame: DocumentFrame, losses: dict[int | None, Tensor]) -> str:
     tokenizer = TextTokenizer(base.tokenizer, -1, frame)
     line = f"documents start with {_name(base, tokenizer.start_token_id)} and end with "
     line += _name(base, tokenizer.end_token_id) + ("" if frame.start_prompts else ", prompts have no start token")
-    measured = [
-        f"{_name(base, start)} {loss:.2f}" for start, loss in sorted(losses.items(), key=lambda pair: pair[1]) if loss
-    ]
-    return line + (f"; nats/token after each start token: {', '.join(measured)}" if measured else "")
+    means = sorted((float(values.mean()), _name(base, start)) for start, values in losses.items() if len(values))
+    return (
+        line + ("; nats/token after each start token: " if means else "") + ", ".join(f"{n} {x:.2f}" for x, n in means)
+    )

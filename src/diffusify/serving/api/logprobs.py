@@ -115,7 +115,7 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], tokenizer: TextTokenizer
             else None
             for each in tokens
         ],
-        "text_offset": list(accumulate((len(decoder.decode(each)) for each in data[:-1]), initial=0)),
+        "text_offset": list(accumulate((len(decoder.decode(each)) for each in data), initial=0))[:-1],
     }
 
 
