@@ -28,7 +28,7 @@ from diffusify.training import document_frame
 from diffusify.training.adapt import adapt
 from diffusify.training.document_frame import SENTENCES, best_start, choose_frame, measure_starts
 from tests.families import tiny_network
-from tests.text.chats import CHATML, LLAMA3
+from tests.text.chats import CHATML, LLAMA2, LLAMA3
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
 
 TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False}
@@ -49,6 +49,21 @@ def llama3() -> TextTokenizer:
     tokenizer.tokenizer.add_tokens(["<|end_of_text|>"], special_tokens=True)
     tokenizer.tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
     tokenizer.tokenizer.chat_template = LLAMA3
+    return tokenizer
+
+
+def qwen() -> TextTokenizer:
+    """As Qwen 2.5's: a template of chats with marks of its own, and the token that parts documents as EOS."""
+    tokenizer = byte_level()
+    tokenizer.tokenizer.bos_token = None
+    tokenizer.tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def llama2() -> TextTokenizer:
+    """As Llama 2 Chat's: BOS and EOS are those of documents and of turns."""
+    tokenizer = sentence_bpe()
+    tokenizer.tokenizer.chat_template = LLAMA2
     return tokenizer
 
 
@@ -110,11 +125,11 @@ def test_losses_are_those_of_transformers(family: str) -> None:
     [
         (chatml, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
         (chatml, "<|im_start|>", ("<|im_start|>", "<|endoftext|>")),
-        (llama3, "<|begin_of_text|>", ("<|begin_of_text|>", "<|endoftext|>")),  # the first token that ends texts
-        (byte_level, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
-        (sentence_bpe, "<s>", ("<s>", "</s>")),
+        (llama3, "<|begin_of_text|>", ("<|begin_of_text|>", "<|end_of_text|>")),
+        (qwen, "<|endoftext|>", ("<|endoftext|>", "<|endoftext|>")),
+        (llama2, "<s>", ("<s>", "</s>")),
     ],
-    ids=["chatml", "chatml-own", "llama3", "gpt2", "llama"],
+    ids=["chatml", "chatml-own", "llama3", "qwen", "llama2"],
 )
 def test_the_frame_is_what_a_base_learned(make: Any, learned: str, frame: tuple[str, str]) -> None:
     base = trained(make(), learned)
@@ -138,40 +153,43 @@ def test_a_base_that_learned_no_start_token_gets_none_before_prompts() -> None:
     assert framed.document("x") == [0, *framed.encode("x"), 0]
 
 
-@pytest.mark.parametrize("make", [chatml, byte_level, sentence_bpe, unigram])
-def test_a_tie_goes_to_the_own_tokens(make: Any) -> None:
+@pytest.mark.parametrize("make", [chatml, llama2, llama3, qwen])
+def test_a_tie_goes_to_the_own_start_token(make: Any) -> None:
     """Under random weights no start token is significantly better."""
     tokenizer = make()
     found, _ = choose_frame(base_of(tokenizer))
     assert found.start_token_id == tokenizer.start_token_id and found.start_prompts
-    if make is not chatml:
-        assert found.end_token_id == tokenizer.end_token_id
 
 
 def test_only_a_significant_lead_counts() -> None:
     noise = torch.randn(80, generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean()) / noise.std()
-    error = 80**-0.5  # of a lead with this noise
     for lead, best in ((2.9, 7), (3.1, None)):
-        assert (
-            best_start({7: torch.full((80,), 5.0), None: 5.0 - lead * error - noise, 3: torch.full((80,), 6.0)}) == best
-        )
+        better = 5 - noise - lead / 80**0.5  # by this many standard errors
+        assert best_start({7: torch.full((80,), 5.0), None: better, 3: torch.full((80,), 6.0)}) == best
     assert best_start({7: torch.ones(80), 3: torch.ones(80)}) == 7
 
 
 def test_sentences_in_an_unknown_language_measure_nothing() -> None:
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "C1CC1": 3}, "<unk>"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    base = base_of(TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, **names), 3))
+    names: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=LLAMA2, **names)
+    base = base_of(TextTokenizer(fast, 3))
     assert [len(values) for values in measure_starts(base).values()] == [0, 0, 0]
     assert choose_frame(base) == (DocumentFrame(1, 2), "")
 
 
-def test_a_masked_model_keeps_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "family"), [(word_piece, "bert"), (unigram, "bert"), (byte_level, "gpt2"), (sentence_bpe, "llama")]
+)
+def test_masked_models_and_those_without_chats_keep_their_own_tokens(
+    make: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(document_frame, "measure_starts", lambda base: pytest.fail("measured"))
-    base = base_of(word_piece(), "bert")
+    base = base_of(make(), family)
     assert choose_frame(base) == (OWN, "")
-    assert choose_frame(base, end_token="[PAD]")[0] == DocumentFrame(None, 0)
+    end = base.tokenizer.all_special_tokens[0]
+    assert choose_frame(base, end_token=end)[0] == DocumentFrame(None, base.tokenizer.all_special_ids[0])
 
 
 def test_given_tokens() -> None:
@@ -215,7 +233,7 @@ def test_an_adapted_model_keeps_the_measured_frame(chat_base: str, corpus: str, 
     harness = DiffusifyLM(str(out), add_bos_token=True)
     assert harness.prefix_token_id == harness.eot_token_id == 0
     assert harness.tok_encode("the cat") == [0, *model.tokenizer.encode("the cat")]
-    # The model is trained further, and was begun by an earlier version, with the frame that it has.
+    # A model keeps its frame when it is trained further, unless another is given.
     console = Console(file=StringIO())
     more = adapt(str(out), corpus, tmp_path / "more", steps=1, console=console, **TINY)
     assert DiffusionConfig.load(more).frame == DocumentFrame(0, 0)

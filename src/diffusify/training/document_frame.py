@@ -30,8 +30,8 @@ SENTENCES = (
     "Thank you for your letter, which reached me only yesterday because I was away.",
 )
 MAX_TOKENS = 8  # of each sentence: a start token matters most for the tokens right after it
-# The tokenizer's own start token is replaced only if another one is better by more than this. A smaller lead may be due
-# to the choice of the sentences: three leads in a thousand tries are as large by chance.
+# The tokenizer's own start token is replaced only if another one leads by more than this. A smaller lead may be due to
+# the choice of the sentences.
 STANDARD_ERRORS = 3.0
 NO_START = "none"
 
@@ -45,20 +45,18 @@ def choose_frame(
 
     `start_token` and `end_token` are special tokens. With the start token "none", prompts have none, and documents
     start with their end token. What is not given is that of the `known` frame; without one, the start token is
-    measured (see `measure_starts`). A masked LM keeps its tokenizer's own. ValueError if a token is not special.
+    measured (see `measure_starts`). The tokenizer's own tokens are kept for a masked LM and without a chat template, as
+    they are no marks of chats then. ValueError if a token is not special.
     """
     losses: dict[int | None, Tensor] = {}
-    if base.masked and known is None:
+    if known is None and (base.masked or not base.tokenizer.chat_template):
         known = DocumentFrame()
     if start_token is None and known is not None:
         frame = known
     else:
         if start_token is None:
             losses = measure_starts(base)
-            start, least = next(iter(losses)), min(losses.values())
-            # Without a chat template, the tokenizer's own tokens are no marks of chats.
-            if base.tokenizer.chat_template and losses[start] > least + TIE:
-                start = min(losses, key=lambda token_id: losses[token_id])
+            start = best_start(losses)
         else:
             start = None if start_token == NO_START else _token_id(base, "start_token", start_token)
         frame = DocumentFrame(start, _end_of_documents(base, start), start_prompts=start is not None)
