@@ -111,6 +111,7 @@ def test_fields_that_would_change_the_answer_are_refused(server: str) -> None:
         error(server, "chat/completions", **body, audio={})
         == '"audio" is not supported; this server takes and gives text'
     )
+    assert error(server, "chat/completions", **body, **{"a-b": 1}).startswith('"a-b" is not known')
     assert "send tools" in error(server, "chat/completions", **body, functions=[{"name": "f"}])
     assert "modalities.0" in error(server, "chat/completions", **body, modalities=["audio"])
     part = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -224,7 +225,7 @@ def test_stops_out_of_bounds(server: str, stop: Any, message: str) -> None:
         (
             "text/plain",
             '{"model": "infiller"}',
-            "body: the request has Content-Type text/plain; send JSON as application/json",
+            'the request has the Content-Type "text/plain"; send JSON as application/json',
         ),
         (
             "application/json",

@@ -81,7 +81,7 @@ def test_json_and_log_probabilities(client: Any) -> None:
         ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
-        ({"extra_body": {"max_tokens": 5}}, '"max_tokens" is not known; did you mean "max_'),
+        ({"extra_body": {"max_tokens": 5}}, '"max_tokens" is not known; did you mean "max_output_tokens"'),
     ],
 )
 def test_what_is_not_supported_is_refused(client: Any, body: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,10 +20,18 @@ from diffusify.config import DiffusionConfig, DocumentFrame
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, bits_per_byte
 from diffusify.evaluation.open_model import open_lm
+from diffusify.evaluation.scoring import likelihood_request
+from diffusify.evaluation.tasks import MultipleChoice
 from diffusify.models.bundled import bundled_models
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base
 from diffusify.models.recipes import block
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.serving.api.infill import Alternatives
+from diffusify.serving.api.schemas import AlternativesBody, ScoreBody
+from diffusify.serving.api.score import Score
+from diffusify.text.examples import Template, make_examples
+from diffusify.text.prompts import continuation_canvas, infill_canvas
 from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training import document_frame
 from diffusify.training.adapt import adapt
@@ -264,6 +273,24 @@ def test_a_base_is_evaluated_with_the_measured_frame(chat_base: str) -> None:
     (expected,) = Autoregressive()(lm.denoiser, [LikelihoodRequest((0,), (ids,))])
     bits, _ = bits_per_byte(lm.denoiser, [SENTENCES[0]], lm.tokenizer, Autoregressive())
     assert bits == pytest.approx(-expected.log_prob[0] / torch.tensor(2.0).log().item() / len(SENTENCES[0]))
+
+
+def test_prompts_without_a_start_token_have_none_anywhere(chat_base: str) -> None:
+    lm = open_lm(chat_base)
+    tokenizer = replace(lm.tokenizer, frame=DocumentFrame(0, 1, start_prompts=False))
+    lm, ids, mask = DiffusionLM(lm.denoiser, tokenizer), tokenizer.encode("The cat"), tokenizer.mask_token_id
+    sat = tokenizer.encode(" sat")
+    for prompt, head in (("The cat", ids), ("", [0])):
+        assert continuation_canvas(tokenizer, [prompt], 1, context=None).tokens.tolist() == [[*head, mask]]
+        assert likelihood_request(lm, MultipleChoice(prompt, (" sat",), 0)).context == tuple(head)
+        assert Score(lm, ScoreBody(model="m", prompt=prompt, text=" sat")).canvas.tokens.tolist() == [[*head, *sat]]
+        tokens: list[int | None] = [*([] if prompt == "" else ids), None, 5]
+        body = AlternativesBody(model="m", tokens=tokens, position=len(tokens) - 2)
+        assert Alternatives(lm, body).canvas.tokens.tolist() == [[*head, mask]]
+    record = Dataset.from_dict({"record": ['{"a": "The cat", "b": " sat"}'], "fault": [None]})
+    examples = make_examples(record, tokenizer, template=Template("{a}", "{b}"), each_turn=True, length=32)
+    assert examples.rows["tokens"][:] == [[*ids, *sat, 1]]
+    assert infill_canvas(tokenizer, ["The cat[[1]]"], context=None).tokens.tolist() == [[0, *ids, mask, 1]]
 
 
 def test_a_long_context_keeps_its_end_if_it_has_no_start_token() -> None:

@@ -128,7 +128,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return respond(invalid_body(error, request.headers.get("content-type")))
+        fields = request.scope["route"].body_field.field_info.annotation.model_fields
+        return respond(invalid_body(error, fields, request.headers.get("content-type", "")))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

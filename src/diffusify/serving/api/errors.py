@@ -1,15 +1,14 @@
 """Errors as HTTP responses in the format of OpenAI's API."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
 from diffusify.config import nearest
-from diffusify.serving.api.chat_schemas import ChatBody
-from diffusify.serving.api.openai_schemas import CompletionBody
-from diffusify.serving.api.schemas import UNSUPPORTED_FIELDS, InfillBody
+from diffusify.serving.api.schemas import UNSUPPORTED_FIELDS
 from diffusify.serving.engine.engine import QueueFull
 from diffusify.serving.engine.model_pool import UnknownModel
 
@@ -53,27 +52,25 @@ def to_error_response(error: BaseException) -> ErrorResponse:
     return ErrorResponse(500, "internal server error; see the server's log for details", "server_error")
 
 
-def invalid_body(error: RequestValidationError, content_type: str | None) -> ErrorResponse:
-    """The response for a body that does not fit its schema: one line about the first field that is wrong."""
+_TYPES = ("str", "int", "float", "bool", "dict")
+
+
+def invalid_body(error: RequestValidationError, fields: Collection[str], content_type: str) -> ErrorResponse:
+    """The response for a body that does not fit its schema of `fields`: one line about its first error."""
     first = error.errors()[0]
+    loc, kind = first["loc"][1:], first["type"]
     # Pydantic also names the alternatives of a type, such as `str` and `list[str]`.
-    path = [str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
-    param = ".".join(part for part in path if part not in ("str", "int", "float", "bool", "dict"))
-    if first["type"] == "extra_forbidden":
-        return ErrorResponse(400, _unknown_field(path[-1]), param=param)
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
-        return ErrorResponse(400, f"the body is not valid JSON: {reason} at character {first['loc'][-1]}")
-    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    if not param and "json" not in (content_type or ""):
-        message = f"the request has Content-Type {content_type or 'of no kind'}; send JSON as application/json"
-    return ErrorResponse(400, f"{param or 'body'}: {message}", param=param or None)
-
-
-_FIELDS = sorted({name for body in (CompletionBody, ChatBody, InfillBody) for name in body.model_fields})
-
-
-def _unknown_field(name: str) -> str:
-    """The error message for an unknown field, with the most similar known one."""
-    reason = UNSUPPORTED_FIELDS.get(name)
-    return f'"{name}" is not supported; {reason}' if reason else f'"{name}" is not known{nearest(name, _FIELDS)}'
+    path = [str(part) for part in loc if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)]
+    param = ".".join(path) or None
+    if kind == "extra_forbidden":
+        name = ".".join(map(str, loc))
+        reason = UNSUPPORTED_FIELDS.get(name)
+        unknown = f'"{name}" is not known{nearest(name, fields) if len(loc) == 1 else ""}'
+        return ErrorResponse(400, f'"{name}" is not supported; {reason}' if reason else unknown, param=name)
+    if kind == "json_invalid":
+        return ErrorResponse(400, f"the body is not valid JSON: {first['ctx']['error']} at character {loc[-1]}")
+    if param is None and "json" not in content_type:
+        message = f'the request has the Content-Type "{content_type}"; send JSON as application/json'
+        return ErrorResponse(400, message)
+    message = str(first["ctx"]["error"]) if kind == "value_error" else first["msg"]
+    return ErrorResponse(400, f"{param or 'body'}: {message}", param=param)
