@@ -101,13 +101,14 @@ def test_grouped_attention_obeys_masks_of_every_row() -> None:
 
 @needs_packing
 def test_packed_weights_can_be_saved_but_not_moved_or_trained(tmp_path: Path) -> None:
-    network: Any = tiny_network("llama").eval()
-    plain = tiny_network("llama").eval()
+    network: Any = tiny_network("llama", tie_word_embeddings=True).eval()
+    plain = tiny_network("llama", tie_word_embeddings=True).eval()
     plain.load_state_dict(network.state_dict())
     optimize_for_inference(network)
     network.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(weight, plain.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    network.tie_weights()
     assert network.to("cpu", torch.float32) is network
     with pytest.raises(
         ValueError, match="prepacked weights stay on the CPU in torch.float32; for cpu and torch.float64"

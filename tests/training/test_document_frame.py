@@ -14,8 +14,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import diffusify
+from diffusify.cli import app
 from diffusify.config import DiffusionConfig, DocumentFrame
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, bits_per_byte
@@ -250,6 +252,16 @@ def test_an_adapted_model_keeps_the_measured_frame(chat_base: str, corpus: str, 
     other = adapt(str(out), corpus, tmp_path / "other", steps=1, start_token="none", end_token="<|im_end|>", **TINY)
     assert DiffusionConfig.load(other).frame == DocumentFrame(1, 1, start_prompts=False)
     assert next(diffusify.load(other).stream("The cat", max_new_tokens=4)).tokens[0, 0] != 1
+
+
+def test_the_command_takes_and_shows_them(chat_base: str, corpus: str, tmp_path: Path) -> None:
+    options = [f"{name}={value}" for name, value in TINY.items()] + ["start_token=none", "end_token=<|im_end|>"]
+    command = ["adapt", chat_base, "--data", corpus, "--steps", "1", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command + [word for option in options for word in ("-o", option.replace("F", "f"))])
+    assert "documents start with <|im_end|> and end with <|im_end|>, prompts have no start token\n" in done.output
+    facts = json.loads(CliRunner().invoke(app, ["show", str(tmp_path / "run"), "--json"]).stdout)
+    assert (facts["start_token"], facts["end_token"]) == ("<|im_end|> (1), not before prompts", "<|im_end|> (1)")
+    assert "| start token id of a document | 1 |" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_an_unfinished_run_keeps_its_frame(chat_base: str, corpus: str, tmp_path: Path) -> None:

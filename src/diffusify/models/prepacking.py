@@ -88,6 +88,9 @@ class PrepackedPart(nn.Module):
         out = self.joint(x)
         return out if self._whole else out[..., self._part]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Ignore a weight that is tied again, by `tie_weights`: the packed weight has the same values."""
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
         if self.bias is not None:
