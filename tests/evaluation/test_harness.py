@@ -135,7 +135,7 @@ def test_a_greedy_continuation_is_recognised(causal_base: str, corpus: str, tmp_
 
 
 def test_invalid_arguments_are_refused(causal_base: str) -> None:
-    with pytest.raises(ValueError, match="dtype=int8"):
+    with pytest.raises(ValueError, match='dtype "int8"'):
         DiffusifyLM(causal_base, dtype="int8")
     with pytest.raises(ValueError, match="temperature"):
         DiffusifyLM(causal_base, temperature=-1.0)

@@ -14,7 +14,7 @@ from diffusify.models import prepacking
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.fused_layers import FusedForward, fuse_layers
 from diffusify.models.grouped_attention import use_grouped_attention
-from diffusify.models.huge_pages import _whole_pages
+from diffusify.models.memory import _whole_pages
 from diffusify.models.prepacking import PrepackedPart, can_prepack, prepack
 from tests.families import FAMILIES, tiny_network
 

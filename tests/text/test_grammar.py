@@ -86,7 +86,7 @@ def test_json_of_a_schema(lm: DiffusionLM) -> None:
 
 
 def test_rows_of_a_batch_have_their_own_constraints() -> None:
-    each = [SamplingConfig(regex=REGEXES[0]), SamplingConfig(), SamplingConfig(regex=REGEXES[1])]
+    each = [SamplingConfig(regex=REGEXES[0]), SamplingConfig(threshold=0.9), SamplingConfig(regex=REGEXES[1])]
     first, _, third = BLOCK.prepare_generation(["The", "The", "The"], 16, each).results()
     assert re.fullmatch(REGEXES[0], first.completion or "") and re.fullmatch(REGEXES[1], third.completion or "")
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffusify.cli.options import AsJson, Model
+from diffusify.cli.options import AsJson, Device, Dtype, Model
 from diffusify.cli.sampling_options import load_model
 from diffusify.cli.terminal import console, report_errors
 
@@ -38,9 +38,8 @@ def bench(
     ] = "builtin:pydoc",
     prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate per prompt.")] = 64,
-    dtype: Annotated[
-        str, typer.Option(help="Data type of the weights of all models: float32 or bfloat16.")
-    ] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for bench.json and the plot bench.png.", show_default="not saved")
     ] = None,
@@ -54,17 +53,13 @@ def bench(
     with report_errors():
         from dataclasses import asdict
 
-        import torch
-
         from diffusify.evaluation.bench import bench as run
         from diffusify.evaluation.bench import cut_prompts, decoding_settings, plot
         from diffusify.models.loading import load_base
         from diffusify.text.sources import load_texts
 
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {dtype} must be float32 or bfloat16")
-        lm = load_model(model, dtype=getattr(torch, dtype))
-        source = load_base(base or lm.config.base_model, dtype=lm.denoiser.network.dtype)
+        lm = load_model(model, dtype=dtype, device=device)
+        source = load_base(base or lm.config.base_model, dtype=lm.denoiser.network.dtype, device=lm.denoiser.device)
         if source.masked:
             raise ValueError(f"{source.source} is a masked language model; give an AR model to score texts with --base")
         texts = (dict(row)["text"] for row in load_texts(data))

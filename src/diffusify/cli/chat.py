@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from diffusify.cli.chat_client import SERVER_OPTIONS, ChatClient
+from diffusify.cli.options import Device, Dtype
 from diffusify.cli.sampling_options import (
     Cache,
     Guidance,
@@ -45,6 +46,8 @@ def chat(
         typer.Option(help="Address of a `diffusify serve` server, such as http://127.0.0.1:8000."),
     ] = None,
     key: Annotated[str | None, typer.Option(help="API key of the server.", envvar="DIFFUSIFY_KEY")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     preset: Preset = None,
     settings: Settings = None,
     temperature: Temperature = None,
@@ -78,5 +81,5 @@ def chat(
             return
         if model is None:
             raise ValueError("no model; give a folder, a bundled name or a hub id, or the --url of a server")
-        chosen, lm = sampling_config(model, options), load_model(model)
+        chosen, lm = sampling_config(model, options), load_model(model, dtype=dtype, device=device)
         chat_loop(lambda messages: print_answer(lm, messages, max_new_tokens, chosen), system)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from diffusify.cli.options import AsJson
+from diffusify.cli.options import AsJson, Device, Dtype
 from diffusify.cli.sampling_options import Preset, Steps, Temperature
 from diffusify.cli.terminal import console, report_errors, suggest
 
@@ -64,7 +64,8 @@ def eval_(
     shots: Annotated[
         int, typer.Option(help="Number of few-shot examples in each prompt, taken from the first items of the task.")
     ] = 0,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     tries: Annotated[
         int,
@@ -107,8 +108,6 @@ def eval_(
     with report_errors():
         from dataclasses import replace
 
-        import torch
-
         from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
         from diffusify.evaluation.html_report import scores_table
         from diffusify.evaluation.open_model import open_lm
@@ -132,8 +131,8 @@ def eval_(
             task.name: few_shot(items(task, data=data, limit=count, protocol=protocol), shots) for task in chosen
         }
         sweep_steps = tuple(int(number) for number in sweep.split(",") if number)
-        lm = open_lm(model, dtype=getattr(torch, dtype))
-        baseline_lm = open_lm(baseline, dtype=getattr(torch, dtype)) if baseline else None
+        lm = open_lm(model, dtype=dtype, device=device)
+        baseline_lm = open_lm(baseline, dtype=dtype, device=device) if baseline else None
         settings = SamplingConfig.preset(preset, lm.config) if preset else SamplingConfig()
         changes = {"steps": steps, "temperature": temperature}
         plan = EvalPlan(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffusify.cli.options import AsJson, Model
+from diffusify.cli.options import AsJson, Device, Dtype, Model
 from diffusify.cli.sampling_options import (
     Cache,
     Guidance,
@@ -40,6 +40,8 @@ def generate(
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Generate a text without a prompt.")] = False,
     watch: Watch = False,
     as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     preset: Preset = None,
     settings: Settings = None,
     temperature: Temperature = None,
@@ -65,5 +67,5 @@ def generate(
         if prompt is None and not unconditional and sys.stdin.isatty():
             raise ValueError("no prompt; give one, pipe one to standard input, or use --unconditional")
         text = "" if unconditional else read_stdin() if prompt is None else prompt
-        lm = load_model(model)
+        lm = load_model(model, dtype=dtype, device=device)
         print_generation(lm, lm.prepare_generation([text], max_new_tokens, chosen), watch=watch, as_json=as_json)

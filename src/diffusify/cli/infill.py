@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from diffusify.cli.options import AsJson, Model
+from diffusify.cli.options import AsJson, Device, Dtype, Model
 from diffusify.cli.sampling_options import (
     Cache,
     Guidance,
@@ -38,6 +38,8 @@ def infill(
     ],
     watch: Watch = False,
     as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     preset: Preset = None,
     settings: Settings = None,
     temperature: Temperature = None,
@@ -62,5 +64,5 @@ def infill(
 
         chosen = sampling_config(model, locals(), infilling=True)
         parse_masked_spans(text)  # reports a malformed span before the weights are read
-        lm = load_model(model)
+        lm = load_model(model, dtype=dtype, device=device)
         print_generation(lm, lm.prepare_infilling([text], chosen), watch=watch, as_json=as_json)

@@ -1,7 +1,7 @@
 """Options that many commands share, and the parser of `-o KEY=VALUE`."""
 
 import json
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -11,6 +11,16 @@ Model = Annotated[
         help="Folder of a diffusion model (made by `diffusify adapt`, `tune`, `merge` or `import`), "
         "the name of a bundled model such as smollm2-block, or a Hugging Face Hub id."
     ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device to run on, such as cpu or cuda:0.", show_default="the GPU (CUDA, XPU or MPS) if any, else the CPU"
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Data type of the weights.", show_default="float32 on a CPU, bfloat16 on a GPU"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -126,7 +126,7 @@ Lossless = Annotated[
     typer.Option(
         "--lossless",
         help="Speculative decoding with the exact output of autoregressive decoding, in fewer forward passes (recipe "
-        "block). Equal to --tolerance 0.",
+        "block). Equal to --tolerance 0. It is the default of models that keep their AR half.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -135,7 +135,7 @@ Tolerance = Annotated[
     typer.Option(
         help="Speculative decoding that accepts a draft token whose log-probability is at most this many nats below "
         "that of the AR choice (recipe block). 0 is lossless.",
-        show_default="no speculative decoding",
+        show_default="0 for models that keep their AR half",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -174,8 +174,8 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     return replace(start, **changes)
 
 
-def load_model(folder: str, **options: Any) -> "DiffusionLM":
+def load_model(folder: str, *, device: str, dtype: str) -> "DiffusionLM":
     """Load a diffusion model from a folder, by bundled name or from the hub. ValueError if there is none."""
     from diffusify.sampling.diffusion_lm import DiffusionLM
 
-    return DiffusionLM.from_pretrained(folder, **options)
+    return DiffusionLM.from_pretrained(folder, dtype=dtype, device=device)

@@ -4,11 +4,12 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from diffusify.cli.options import Device, Dtype
 from diffusify.cli.terminal import report_errors
 
 _LIMITS, _ACCESS = "Limits", "Access and logging"
@@ -34,13 +35,8 @@ def serve(
         str, typer.Option(help="Address to listen on. 0.0.0.0 accepts connections from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    device: Annotated[
-        str | None, typer.Option(help="Device to run on, such as cuda:0.", show_default="cuda if available, else cpu")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Data type of the weights.", show_default="bfloat16 on a GPU, float32 on a CPU"),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     tokens: Annotated[
         int,
         typer.Option(
@@ -92,12 +88,13 @@ def serve(
                 f"[yellow]warning: {host} is open to everyone who can reach it; --key SECRET requires a key[/]"
             )
         try:
+            from diffusify.evaluation.open_model import open_lm
             from diffusify.serving.api.app import Limits, create_app
             from diffusify.serving.api.server import Server
         except ImportError as error:
             raise ValueError(f"serving needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
         limits = Limits(tokens=tokens, waiting=waiting, seconds=seconds)
-        opener = partial(_open, device=device, dtype=dtype)
+        opener = partial(open_lm, device=device, dtype=dtype)
         loaded = {name: opener(source) for name, source in sources.items()}
         app = create_app(
             loaded,
@@ -136,13 +133,3 @@ def model_names(models: list[str]) -> dict[str, str]:
             raise ValueError(f'two models have the name "{name}"; write OTHER={source}')
         sources[name] = source
     return sources
-
-
-def _open(source: str, device: str | None, dtype: str | None):
-    import torch
-
-    from diffusify.evaluation.open_model import open_lm
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    return open_lm(source, dtype=getattr(torch, dtype), device=device)

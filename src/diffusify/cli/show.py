@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusify.cli.options import AsJson, Model
-from diffusify.cli.sampling_options import load_model
 from diffusify.cli.terminal import report_errors
 
 
@@ -14,24 +13,27 @@ def show(model: Model, as_json: AsJson = False) -> None:
     """Show the size and the configuration of a model, and whether it can infill."""
     with report_errors():
         from diffusify.config import to_plain
+        from diffusify.models.saving import load_denoiser
+        from diffusify.text.tokenizer import TextTokenizer
 
-        lm = load_model(model)
-        network, config = lm.denoiser.network, lm.config
+        denoiser, words = load_denoiser(model)
+        config = denoiser.diffusion_config
+        tokenizer = TextTokenizer(words, config.mask_token_id, config.frame)
 
         def token(token_id: int) -> str:
-            return f"{lm.tokenizer.tokenizer.convert_ids_to_tokens(token_id)} ({token_id})"
+            return f"{words.convert_ids_to_tokens(token_id)} ({token_id})"
 
         facts = {
             "architecture": config.architecture,
             "base": config.base_model,
             "recipe": config.recipe,
-            "parameters": sum(weight.numel() for weight in network.parameters()),
-            "vocabulary": lm.denoiser.config.get_text_config().vocab_size,
-            "context": lm.denoiser.context_length,
+            "parameters": sum(weight.numel() for weight in denoiser.network.parameters()),
+            "vocabulary": denoiser.config.get_text_config().vocab_size,
+            "context": denoiser.context_length,
             "mask_token": token(config.mask_token_id),
-            "start_token": token(lm.tokenizer.start_token_id)
+            "start_token": token(tokenizer.start_token_id)
             + ("" if config.frame.start_prompts else ", not before prompts"),
-            "end_token": token(lm.tokenizer.end_token_id),
+            "end_token": token(tokenizer.end_token_id),
             "attention": str(config.attention),
             "shift": config.shift,
             "default_policy": str(config.policy),

@@ -10,7 +10,6 @@ from typing import Any
 
 from diffusify.config import DiffusionConfig, to_current, to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
-from diffusify.evaluation.open_model import settings_for
 from diffusify.evaluation.scoring import ItemScore, score
 from diffusify.evaluation.tasks import Item, item_checksum
 from diffusify.models.saving import checksum
@@ -59,7 +58,7 @@ def evaluate(
     `progress` is called after each item with the task and the number of scored items. ValueError if the folder holds an
     evaluation with other settings or items.
     """
-    measure, sampling = measure or best_measure(lm.denoiser), settings_for(lm, sampling)
+    measure, sampling = measure or best_measure(lm.denoiser), lm.with_defaults(sampling)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
     plain = {name: to_plain(value) for name, value in settings.items()}
     _check_settings(folder, plain | {"weights": checksum(lm.denoiser)})

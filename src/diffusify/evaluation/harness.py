@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffusify.config import from_plain
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, Measure, MonteCarlo
-from diffusify.evaluation.open_model import open_lm, settings_for
+from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import truncate_left
 from diffusify.sampling.sampling_config import SamplingConfig
 
@@ -39,7 +39,7 @@ class DiffusifyLM(TemplateLM):
         self,
         pretrained: str,
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
@@ -51,9 +51,7 @@ class DiffusifyLM(TemplateLM):
         **sampling: Any,
     ) -> None:
         super().__init__()
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
-        self.lm = open_lm(pretrained, dtype=getattr(torch, dtype), device=device or "cpu")
+        self.lm = open_lm(pretrained, dtype=dtype, device=device or "auto")
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
         self._sampling_config({})
         exact = self.lm.config.reads_as_ar_model and not bound
@@ -95,7 +93,7 @@ class DiffusifyLM(TemplateLM):
 
     def _sampling_config(self, task: dict[str, Any]) -> SamplingConfig:
         """The sampling settings with a task's own. ValueError for unknown or invalid fields."""
-        return settings_for(self.lm, from_plain(self.sampling | task, SamplingConfig, "model_args"))
+        return from_plain(self.sampling | task, SamplingConfig, "model_args")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens

@@ -19,7 +19,6 @@ from diffusify.evaluation.likelihood import (
     best_measure,
     bits_per_byte,
 )
-from diffusify.evaluation.open_model import settings_for
 from diffusify.evaluation.tasks import Item, MultipleChoice
 from diffusify.evaluation.text_metrics import distinct, entropy, perplexity
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -142,7 +141,7 @@ def _bits_per_byte(plan: EvalPlan, lm: DiffusionLM, baseline: tuple[str, Diffusi
 
 def _unconditional(plan: EvalPlan, lm: DiffusionLM, judge: DiffusionLM) -> dict[str, float]:
     """The perplexity under `judge` and the diversity of unconditional samples (at temperature 1 if unset)."""
-    sampling = settings_for(lm, replace(plan.sampling, temperature=plan.sampling.temperature or 1.0))
+    sampling = replace(plan.sampling, temperature=plan.sampling.temperature or 1.0)
     run = lm.prepare_generation([""] * plan.free, _sample_length(lm), sampling)
     run.results()
     generated = [tokens[mask].tolist() for tokens, mask in zip(run.canvas.tokens, run.canvas.written, strict=True)]
@@ -168,7 +167,7 @@ def _loss_by_noise(lm: DiffusionLM, texts: Sequence[str]) -> dict[str, dict[floa
 
 
 def _sample(lm: DiffusionLM, prompt: str, plan: EvalPlan) -> str:
-    run = lm.prepare_generation([prompt], _sample_length(lm), settings_for(lm, plan.sampling))
+    run = lm.prepare_generation([prompt], _sample_length(lm), plan.sampling)
     return step_colored(lm.tokenizer, run)
 
 

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from diffusify.models.fused_layers import fuse_layers
 from diffusify.models.grouped_attention import use_grouped_attention
-from diffusify.models.huge_pages import use_huge_pages
+from diffusify.models.memory import return_freed_memory, use_huge_pages
 from diffusify.models.prepacking import packed_memory, prepack
 
 
@@ -14,4 +14,5 @@ def optimize_for_inference(network: PreTrainedModel) -> None:
     use_grouped_attention(network)
     fuse_layers(network)
     prepack(network)
+    return_freed_memory()
     use_huge_pages(packed_memory(network))

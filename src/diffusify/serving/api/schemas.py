@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from diffusify.config import from_plain
-from diffusify.diffusion.attention import Causal
 from diffusify.diffusion.policies import Policy
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import Preset, SamplingConfig
@@ -76,7 +75,7 @@ class SamplingFields(Body):
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None,
         description="Self-speculative decoding: accepts a draft token that is at most this many nats less likely than "
-        "the AR half's own choice; 0 is lossless.",
+        "the AR half's own choice; 0 is lossless, the default of models that keep their AR half.",
     )
     policy: str | dict[str, Any] | None = Field(None, description="A decoding policy, as in a diffusion_config.json.")
     window: Count | None = Field(None, description="Number of tokens decoded at a time, for bidirectional models.")
@@ -106,9 +105,6 @@ class SamplingFields(Body):
         stepwise = {"regex": self.constraint, "logits_processor": self.penalties()}
         if self.preset and any(stepwise.values()):
             start = replace(start, tolerance=None)
-        if isinstance(config.attention, Causal) and not any(stepwise.values()):
-            changes = {name: value for name, value in changes.items() if name in ("top_k", "tolerance")}
-            start = SamplingConfig(tolerance=0.0)
         seed = secrets.randbits(31) if self.seed is None else self.seed
         return replace(start, **changes, **stepwise, temperature=self.temperature, top_p=self.top_p, seed=seed)
 
