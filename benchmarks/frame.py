@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, Measure, MonteCarlo
+from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.evaluation.open_model import open_lm
 from diffusify.models.loading import load_base
 from diffusify.sampling.diffusion_lm import DiffusionLM

@@ -17,7 +17,8 @@ import torch
 from machine import save
 
 from diffusify.evaluation.benchmark_data import chosen_tasks, items
-from diffusify.evaluation.likelihood import LikelihoodRequest, MonteCarlo
+from diffusify.evaluation.likelihood import MonteCarlo
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import likelihood_request
 from diffusify.evaluation.tasks import MultipleChoice

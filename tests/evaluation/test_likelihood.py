@@ -10,16 +10,11 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.evaluation import likelihood
-from diffusify.evaluation.likelihood import (
-    Autoregressive,
-    Likelihood,
-    LikelihoodRequest,
-    MonteCarlo,
-    TokenByToken,
-    bits_per_byte,
-)
+from diffusify.evaluation.bits_per_byte import bits_per_byte
+from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo, TokenByToken
+from diffusify.evaluation.likelihood_requests import Likelihood, LikelihoodRequest
 from diffusify.models.denoiser import Denoiser
-from tests.families import MASK, tiny_denoiser
+from tests.families import CAUSAL, MASK, tiny_denoiser
 from tests.text import makers
 
 REQUESTS = [
@@ -35,9 +30,13 @@ def close(one: Likelihood, other: Likelihood) -> None:
 
 
 @pytest.mark.parametrize("attention", [Causal(), BlockCausal(4)])
+@pytest.mark.parametrize("family", sorted(CAUSAL))
 @torch.no_grad()
-def test_ar_log_probabilities_are_those_of_transformers(attention: Causal | BlockCausal) -> None:
-    denoiser = tiny_denoiser("llama", attention, 1)
+def test_ar_log_probabilities_are_those_of_transformers(family: str, attention: Causal | BlockCausal) -> None:
+    """The choices of a request share a row, so they must not see each other."""
+    windows = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
+    kernel = "eager" if family == "gemma2" else "sdpa"
+    denoiser = tiny_denoiser(family, attention, 1, kernel=kernel, **windows)
     for request, result in zip(REQUESTS, Autoregressive()(denoiser, REQUESTS), strict=True):
         for choice, log_prob, greedy in zip(request.choices, result.log_prob, result.greedy or (), strict=True):
             tokens = torch.tensor([[*request.context, *choice]])

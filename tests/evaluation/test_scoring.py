@@ -8,7 +8,8 @@ import torch
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal
-from diffusify.evaluation.likelihood import Autoregressive, Likelihood, LikelihoodRequest, MonteCarlo
+from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo
+from diffusify.evaluation.likelihood_requests import Likelihood, LikelihoodRequest
 from diffusify.evaluation.scoring import likelihood_request, nearest_tokens, normalize_answer, score
 from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded
 from diffusify.models.recipes import as_is

@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 import diffusify
 from diffusify.cli import app
 from diffusify.config import DiffusionConfig, DocumentFrame
+from diffusify.evaluation.bits_per_byte import bits_per_byte
 from diffusify.evaluation.harness import DiffusifyLM
-from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, bits_per_byte
+from diffusify.evaluation.likelihood import Autoregressive
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import likelihood_request
 from diffusify.evaluation.tasks import MultipleChoice

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from diffusify.config import from_plain
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.likelihood import Autoregressive, LikelihoodRequest, Measure, MonteCarlo
+from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import truncate_left
 from diffusify.sampling.sampling_config import SamplingConfig

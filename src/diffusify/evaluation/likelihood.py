@@ -3,62 +3,33 @@
 Axes: b rows, n positions, d draws, c choices.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean, stdev
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.bounds import control_variate_estimates, log_probability, stratified_masks
 from diffusify.diffusion.logits import CHUNK_SIZE
 from diffusify.diffusion.objectives import cross_entropy
+from diffusify.evaluation.branches import Branches, causal_inputs
+from diffusify.evaluation.likelihood_requests import (
+    Likelihood,
+    LikelihoodRequest,
+    batches,
+    choice_rows,
+    fitting_context,
+    pad,
+    request_chunks,
+    stack,
+)
 from diffusify.models.denoiser import Denoiser
-from diffusify.text.tokenizer import TextTokenizer
-
-REQUESTS_PER_CHUNK = 64  # requests that are batched together
-
-
-@dataclass(frozen=True)
-class LikelihoodRequest:
-    """A context and its possible continuations, as token ids; the context begins with the start token.
-
-    `scales` multiply the choices' log-probabilities before these are compared: 1 each for sums (the default), or one
-    over the length for means. ValueError if the context or a choice is empty, or the number of scales is wrong.
-    """
-
-    context: tuple[int, ...]
-    choices: tuple[tuple[int, ...], ...]
-    scales: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.context or not self.choices or not all(self.choices):
-            raise ValueError("a request needs a context (at least the start token) and choices of at least one token")
-        if self.scales and len(self.scales) != len(self.choices):
-            raise ValueError(f"{len(self.scales)} scales for {len(self.choices)} choices; give one for each, or none")
-
-    def best(self, log_prob: Sequence[float]) -> int:
-        """The index of the choice with the highest scaled log-probability; the first if several are equal."""
-        scaled = [a * b for a, b in zip(log_prob, self.scales or [1.0] * len(log_prob), strict=True)]
-        return scaled.index(max(scaled))
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """The log-probability of every choice (nats), or a lower bound, and its standard error, 0 if exact.
-
-    `greedy` says for each choice whether greedy decoding generates exactly its tokens; None if unknown.
-    """
-
-    log_prob: tuple[float, ...]
-    se: tuple[float, ...]
-    draws: int = 1
-    greedy: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,19 +47,34 @@ class Autoregressive:
                 f"a model with {config.attention} and shift {config.shift} is not autoregressive; "
                 "measure MonteCarlo() or TokenByToken() (--likelihood bound or one-by-one)"
             )
-        for values in _measure_texts(denoiser, requests, self.batch_tokens, _ar_log_probs):
-            log_prob, misses = zip(*values, strict=True)
-            yield Likelihood(log_prob, (0.0,) * len(values), greedy=tuple(count == 0 for count in misses))
+        for chunk in request_chunks(requests):
+            rows = [row for request in chunk for row in _branches(denoiser, request)]
+            values: dict[int, Tensor] = {}
+            sizes = [(1, len(row.tokens)) for row in rows]
+            for batch in batches(sizes, self.batch_tokens, denoiser.device):
+                measured = _ar_log_probs(denoiser, [rows[i] for i in batch])
+                values |= zip(batch, measured, strict=True)
+            each_choice = iter(torch.cat([values[i] for i in range(len(rows))]).tolist())
+            for request in chunk:
+                log_prob, misses = zip(*(next(each_choice) for _ in request.choices), strict=True)
+                yield Likelihood(log_prob, (0.0,) * len(log_prob), greedy=tuple(count == 0 for count in misses))
 
 
 @torch.inference_mode()
-def _ar_log_probs(denoiser: Denoiser, canvas: Canvas) -> Float[Tensor, "b 2"]:
-    """The AR log-probability of each text, and the number of its tokens that greedy decoding would not choose."""
-    targets, row = canvas.tokens[canvas.editable], canvas.editable.nonzero()[:, 0]
-    chunks = zip(denoiser.predict(canvas, positions=canvas.editable).chunks(), targets.split(CHUNK_SIZE), strict=True)
+def _ar_log_probs(denoiser: Denoiser, rows: list[Branches]) -> tuple[Float[Tensor, "c 2"], ...]:
+    """The AR log-probability of each continuation, and the number of its tokens that greedy decoding would not choose.
+
+    The result has a tensor for each row.
+    """
+    inputs, column, source = causal_inputs(rows, denoiser.device)
+    targets = inputs.tokens.flatten()[column]
+    chunks = zip(
+        denoiser.lazy_logits(denoiser.hidden_states(inputs, source)).chunks(), targets.split(CHUNK_SIZE), strict=True
+    )
     values = [torch.stack([-cross_entropy(chunk, t), (chunk.argmax(-1) != t).float()], 1) for chunk, t in chunks]
-    total = torch.zeros(len(canvas.tokens), 2, dtype=torch.float64, device=targets.device)
-    return total.index_add_(0, row, torch.cat(values).double())
+    lengths = torch.tensor([len(choice) for row in rows for choice in row.continuations])
+    totals = [each.sum(0) for each in torch.cat(values).cpu().double().split(lengths.tolist())]
+    return torch.stack(totals).split([len(row.continuations) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ class MonteCarlo:
 
     def __call__(self, denoiser: Denoiser, requests: Sequence[LikelihoodRequest]) -> Iterator[Likelihood]:
         """Measure requests in order. ValueError for choices that do not fit the context length."""
-        for chunk in _chunks(requests):
+        for chunk in request_chunks(requests):
             rounds: list[list[_Round]] = [[] for _ in chunk]
             active = list(range(len(chunk)))
             for number in range(self.max_rounds):
@@ -171,17 +157,18 @@ class MonteCarlo:
         noise, size = denoiser.diffusion_config.mask_token_id, denoiser.diffusion_config.block_size
         noisy, clean, share = [], [], []
         for request in requests:
-            texts = _choice_rows(denoiser, request)
+            texts = choice_rows(denoiser, request)
             unit = texts.position_ids // size if size else torch.zeros_like(texts.tokens)
             seed = zlib.crc32(repr((self.seed, number, request.context, request.choices)).encode())
             generator, draws = Generator().manual_seed(seed), self._draws_per_round(request)
             masks = list(stratified_masks(texts, unit, draws, noise, generator, same_noise=True))
-            noisy.append(_stack([canvas for canvas, _ in masks]))
+            noisy.append(stack([canvas for canvas, _ in masks]))
             clean.append(texts.tokens.repeat(draws, 1))
             share.append(torch.cat([open_share for _, open_share in masks]))
         results: dict[int, _Round] = {}
-        for batch in _batches(noisy, self.batch_tokens, denoiser.device):
-            canvas, text = _stack([noisy[i] for i in batch]), _pad([clean[i] for i in batch])
+        sizes = [(len(canvas.tokens), canvas.tokens.shape[1]) for canvas in noisy]
+        for batch in batches(sizes, self.batch_tokens, denoiser.device):
+            canvas, text = stack([noisy[i] for i in batch]), pad([clean[i] for i in batch])
             nll = _masked_nll(denoiser, canvas.to(denoiser.device), text.to(denoiser.device)).cpu()
             for i, values in zip(batch, nll.split([len(clean[i]) for i in batch]), strict=True):
                 width, draws_and_choices = clean[i].shape[1], (-1, len(requests[i].choices))
@@ -240,91 +227,24 @@ def _measure_texts(
     measure: Callable[[Denoiser, Canvas], Tensor],
 ) -> Iterator[list]:
     """For each request in order, the values of `measure` for its choices."""
-    for chunk in _chunks(requests):
-        texts = [_choice_rows(denoiser, request) for request in chunk]
+    for chunk in request_chunks(requests):
+        texts = [choice_rows(denoiser, request) for request in chunk]
         results: dict[int, list] = {}
-        for batch in _batches(texts, batch_tokens, denoiser.device):
-            measured = measure(denoiser, _stack([texts[i] for i in batch]).to(denoiser.device))
+        sizes = [(len(canvas.tokens), canvas.tokens.shape[1]) for canvas in texts]
+        for batch in batches(sizes, batch_tokens, denoiser.device):
+            measured = measure(denoiser, stack([texts[i] for i in batch]).to(denoiser.device))
             for i, values in zip(batch, measured.split([len(texts[i].tokens) for i in batch]), strict=True):
                 results[i] = values.tolist()
         yield from (results[i] for i in range(len(chunk)))
 
 
-def _choice_rows(denoiser: Denoiser, request: LikelihoodRequest) -> Canvas:
-    """A row for each choice. A context that does not fit loses its beginning, but not its start token."""
-    rows, context = [], denoiser.context_length
-    for choice in request.choices:
-        head = request.context
-        if context is not None and len(head) + len(choice) > context:
-            if len(choice) >= context:
-                raise ValueError(
-                    f"a choice of {len(choice)} tokens does not fit the context of {context} tokens; leave it out"
-                )
-            start = int(denoiser.diffusion_config.frame.start_prompts)
-            head = head[:start] + head[len(head) + len(choice) + start - context :]
-        rows.append(
-            Canvas.clean(
-                torch.tensor([[*head, *choice]]), editable=torch.tensor([[False] * len(head) + [True] * len(choice)])
-            )
-        )
-    return _stack(rows)
-
-
-def _pad(tensors: list[Tensor]) -> Tensor:
-    """Concatenate rows of several widths, padded with zeros at the end."""
-    n = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([nn.functional.pad(tensor, (0, n - tensor.shape[1])) for tensor in tensors])
-
-
-def _stack(canvases: list[Canvas]) -> Canvas:
-    return Canvas(*(_pad([getattr(canvas, field.name) for canvas in canvases]) for field in fields(Canvas)))
-
-
-def _chunks(requests: Sequence[LikelihoodRequest]) -> Iterator[Sequence[LikelihoodRequest]]:
-    return (requests[i : i + REQUESTS_PER_CHUNK] for i in range(0, len(requests), REQUESTS_PER_CHUNK))
-
-
-def _batches(canvases: list[Canvas], max_tokens: int | None, device: torch.device) -> Iterator[list[int]]:
-    """Indices of canvases to run together, the longest first, with at most `max_tokens` tokens after padding.
-
-    A single canvas may have more. The default depends on the device; on a CPU, batches beyond its caches are slower.
-    """
-    max_tokens = max_tokens or (512 if device.type == "cpu" else 16384)
-    batch: list[int] = []
-    rows = 0
-    for i in sorted(range(len(canvases)), key=lambda i: -canvases[i].tokens.shape[1]):
-        if batch and (rows + len(canvases[i].tokens)) * canvases[batch[0]].tokens.shape[1] > max_tokens:
-            yield batch
-            batch, rows = [], 0
-        batch.append(i)
-        rows += len(canvases[i].tokens)
-    if batch:
-        yield batch
+def _branches(denoiser: Denoiser, request: LikelihoodRequest) -> list[Branches]:
+    """The choices in as few rows as possible: those that leave room for the same context share a row."""
+    contexts = [fitting_context(denoiser, request.context, choice) for choice in request.choices]
+    pairs = groupby(zip(contexts, request.choices, strict=True), key=lambda pair: pair[0])
+    return [Branches(context, tuple(choice for _, choice in group)) for context, group in pairs]
 
 
 def _se(values: Sequence[float]) -> float:
     """The standard error of a mean."""
     return stdev(values) / len(values) ** 0.5
-
-
-def bits_per_byte(
-    denoiser: Denoiser, texts: Sequence[str], tokenizer: TextTokenizer, measure: Measure, *, length: int = 256
-) -> tuple[float, float]:
-    """The bits per byte of texts and their standard error, in windows of at most `length` tokens.
-
-    Each window follows a start token and no other context. With `MonteCarlo` the value is an upper bound. ValueError if
-    there is no text.
-    """
-    length = min(length, (denoiser.context_length or length + 1) - 1)
-    requests, sizes = [], []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        windows = [ids[start : start + length] for start in range(0, len(ids), length)]
-        requests += [LikelihoodRequest((tokenizer.start_token_id,), (tuple(window),)) for window in windows]
-        sizes += [len(tokenizer.decode(window, continues=i > 0).encode()) for i, window in enumerate(windows)]
-    if not requests:
-        raise ValueError("there is no text to measure")
-    bits = [-result.log_prob[0] / math.log(2) for result in measure(denoiser, requests)]
-    mean = sum(bits) / sum(sizes)
-    spread = sum((one - mean * size) ** 2 for one, size in zip(bits, sizes, strict=True)) ** 0.5
-    return mean, spread / sum(sizes)

@@ -9,16 +9,10 @@ from typing import Any
 from datasets import Dataset
 
 from diffusify.config import to_plain
+from diffusify.evaluation.bits_per_byte import bits_per_byte
 from diffusify.evaluation.evaluate import difference, evaluate, score_row
 from diffusify.evaluation.html_report import Report, calibration_curve, line_plot, step_colored
-from diffusify.evaluation.likelihood import (
-    Autoregressive,
-    Measure,
-    MonteCarlo,
-    TokenByToken,
-    best_measure,
-    bits_per_byte,
-)
+from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo, TokenByToken, best_measure
 from diffusify.evaluation.tasks import Item, MultipleChoice
 from diffusify.evaluation.text_metrics import distinct, entropy, perplexity
 from diffusify.sampling.diffusion_lm import DiffusionLM

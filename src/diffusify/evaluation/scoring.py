@@ -11,7 +11,8 @@ from typing import Any
 from rouge_score.rouge_scorer import RougeScorer
 
 from diffusify.evaluation.answers import choice_letter, final_answer, last_number, majority
-from diffusify.evaluation.likelihood import LikelihoodRequest, Measure
+from diffusify.evaluation.likelihood import Measure
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.evaluation.sandbox import runs_without_error
 from diffusify.evaluation.tasks import Infill, Item, MultipleChoice, OpenEnded
 from diffusify.sampling.diffusion_lm import DiffusionLM

@@ -10,7 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.objectives import cross_entropy
-from diffusify.evaluation.likelihood import LikelihoodRequest, MonteCarlo
+from diffusify.evaluation.likelihood import MonteCarlo
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.api.schemas import ScoreBody
 from diffusify.serving.api.service import get_service, wait_or_cancel
