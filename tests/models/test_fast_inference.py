@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from diffusify.canvas import Canvas
 from diffusify.models import prepacking
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.fused_layers import FusedForward, fuse_layers
 from diffusify.models.grouped_attention import use_grouped_attention
 from diffusify.models.memory import _whole_pages
 from diffusify.models.prepacking import PrepackedPart, can_prepack, prepack
-from tests.families import FAMILIES, tiny_network
+from tests.families import FAMILIES, tiny_denoiser, tiny_network
 
 needs_packing = pytest.mark.skipif(not can_prepack(torch.float32), reason="this processor gains nothing from packing")
 IDS = torch.tensor([[5, 9, 11, 3, 17, 20], [7, 8, 2, 30, 31, 12]])
@@ -87,16 +88,23 @@ def test_a_layer_that_computes_something_else_is_kept() -> None:
     torch.testing.assert_close(network(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_grouped_attention_obeys_masks_of_every_row() -> None:
-    network = tiny_network("qwen3").eval()
+def test_grouped_attention_is_that_of_transformers() -> None:
+    """With a mask for every row, with causal attention, and with full attention without a mask."""
+    denoiser = tiny_denoiser("qwen3")
+    network: Any = denoiser.network
     mask = torch.zeros(2, 1, 6, 6).masked_fill(torch.rand(2, 1, 6, 6) < 0.4, torch.finfo(torch.float32).min)
     mask.diagonal(dim1=2, dim2=3).zero_()
+
+    def outputs() -> list[Tensor]:
+        masked, causal = network(input_ids=IDS, attention_mask=mask).logits, network(input_ids=IDS).logits
+        return [masked, causal, denoiser(Canvas.clean(IDS)).logits[:, 1:]]
+
     with torch.no_grad():
-        expected = network(input_ids=IDS, attention_mask=mask).logits
+        expected = outputs()
         use_grouped_attention(network)
         assert network.config._attn_implementation == "grouped"
-        logits = network(input_ids=IDS, attention_mask=mask).logits
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        found = outputs()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_packing

@@ -85,7 +85,7 @@ def test_candidates_of_a_text_have_its_settings() -> None:
 
 def test_sampling_noise_is_float64() -> None:
     """Uniform numbers with 24 bits cut the tail of the distribution, which acts as a lower temperature."""
-    noise = RowGenerators.from_seeds([0]).exponential(torch.ones(1, 4).bool(), 50_000)
+    noise = RowGenerators.from_seeds([0]).uniform(torch.ones(1, 50_000).bool())
     assert noise.dtype == torch.float64 and (noise.float().double() != noise).float().mean() > 0.9
 
 

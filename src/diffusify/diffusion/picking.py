@@ -27,8 +27,8 @@ class Greedy:
 class Draw:
     """A sampled token, with temperature, top-k and top-p (nucleus) truncation.
 
-    The score is the token's log-probability before temperature and truncation. The noise is float64, since float32
-    cuts the tail of the distribution and acts as a lower temperature. Raises ValueError for a setting out of range.
+    The score is the token's log-probability before temperature and truncation. Raises ValueError for a setting out of
+    range.
     """
 
     temperature: float = 1.0
@@ -48,7 +48,7 @@ class Draw:
     def __call__(
         self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-        probs = (logits.double() / self.temperature).softmax(-1)
+        probs = (logits / self.temperature).softmax(-1)
         if self.top_k is not None:
             kth = probs.topk(min(self.top_k, probs.shape[-1])).values[..., -1:]
             probs = probs.masked_fill(probs < kth, 0.0)
@@ -56,9 +56,12 @@ class Draw:
             ordered, order = probs.sort(-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= self.top_p * ordered.sum(-1, keepdim=True)
             probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-        # The Gumbel-max trick in its exponential form: argmax of probs / Exponential(1) is a sample from probs.
-        tokens = (probs / rng.exponential(positions, probs.shape[-1])).argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        uniform = rng.uniform(positions)[positions][:, None]  # in float64, so the sums are, too
+        cumulative = probs.cumsum(-1, dtype=uniform.dtype)
+        total = cumulative[:, -1:]
+        threshold = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, threshold, right=True)  # the inverse of the distribution function
+        return tokens[:, 0], logits.gather(-1, tokens)[:, 0] - logits.logsumexp(-1)
 
 
 Pick = Greedy | Draw

@@ -38,16 +38,20 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """The same output as transformers' `sdpa`, which is called for all that groups do not support.
 
-    Groups need fewer heads of keys than of queries, one mask for all heads, and no dropout or other extension.
+    Groups need fewer heads of keys than of queries, one mask for all heads or none, and no dropout or other extension.
     """
     (b, h, m, d), g = query.shape, key.shape[1]
     extended = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    supported = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
-    if attention_mask is None or not supported or extended or g == h:
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        supported = not causal and query.device.type == "cpu"  # kernels of GPUs group by themselves
+    else:
+        supported = attention_mask.is_floating_point() and attention_mask.shape[1] == 1
+    if not supported or extended or g == h:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )  # fmt: skip
-    mask = _repeated_mask(attention_mask, h // g)
+    mask = None if attention_mask is None else _repeated_mask(attention_mask, h // g)
     folded = query.reshape(b, g, -1, d)
     out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.view(b, h, m, -1).transpose(1, 2).contiguous(), None

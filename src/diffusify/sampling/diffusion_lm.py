@@ -1,6 +1,6 @@
 """The main class of the library, a diffusion language model that takes and returns strings."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.generation import Generation, GenerationRun
+from diffusify.sampling.row_text import Answer, Continuation, Infilling
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.grammar import compile_regex
@@ -24,7 +25,6 @@ from diffusify.text.prompts import (
     continuation_canvas,
     count_length_candidates,
     decode_canvas,
-    decode_spans,
     infill_canvas,
 )
 from diffusify.text.tokenizer import TextTokenizer
@@ -121,11 +121,8 @@ class DiffusionLM:
 
         The result is an iterator over the steps, whose `results()` runs them and returns the generated texts.
         """
-
-        def decode(canvas: Canvas) -> dict[str, Any]:
-            return {"text": self.read(canvas), "completion": "".join(decode_spans(self.tokenizer, canvas)[0])}
-
-        return self._prepare(prompts, max_new_tokens, settings, self.tokenizer.end_token_ids, decode)
+        text = Continuation(self.tokenizer)
+        return self._prepare(prompts, max_new_tokens, settings, self.tokenizer.end_token_ids, text)
 
     def prepare_chat(
         self, chats: Sequence[list[Any]], max_new_tokens: int | list[int] | None, settings: Settings
@@ -135,13 +132,8 @@ class DiffusionLM:
         A chat is a list of messages, or of the token ids of `ChatTemplate.prompt`.
         """
         template = self.chat_template
-
-        def decode(canvas: Canvas) -> dict[str, Any]:
-            answer = template.decode_answer(canvas.tokens[canvas.written].tolist())
-            return {"text": answer, "completion": answer}
-
         prompts = [chat if chat and isinstance(chat[0], int) else template.prompt(chat) for chat in chats]
-        return self._prepare(prompts, max_new_tokens, settings, template.end_token_ids, decode)
+        return self._prepare(prompts, max_new_tokens, settings, template.end_token_ids, Answer(template))
 
     def prepare_infilling(self, texts: Sequence[InfillText], settings: Settings) -> GenerationRun:
         """Prepare the infilling of texts (see `infill` and `prepare_generation`)."""
@@ -151,19 +143,23 @@ class DiffusionLM:
                 "attend to the text after a masked span; adapt the base model with `--recipe ar`, with "
                 "`-o infilling=0.25`, or, for a masked language model, with `--recipe mlm`"
             )
-
-        def decode(canvas: Canvas) -> dict[str, Any]:
-            return {"text": self.read(canvas), "spans": tuple(decode_spans(self.tokenizer, canvas)[0])}
-
         banned = tuple(sorted({self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}))
         denoiser = self.denoiser.infiller
         per_text = _one_per_text(settings, len(texts))
+        if stops := next((each.stop for each in per_text if each.stop), ()):
+            raise ValueError(f"stop={stops[0]!r} ends a continuation, but a masked span has a length; leave out stop")
         _check_batch(per_text, denoiser.diffusion_config)
         choices = count_length_candidates(texts)
         canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context_length, candidates=choices)
         automata = self._automata(per_text)
         return GenerationRun(
-            denoiser, canvas, per_text, decode, banned=banned, num_candidates=choices, automata=automata
+            denoiser,
+            canvas,
+            per_text,
+            Infilling(self.tokenizer),
+            banned=banned,
+            num_candidates=choices,
+            automata=automata,
         )
 
     def _automata(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
@@ -180,7 +176,7 @@ class DiffusionLM:
         max_new_tokens: int | list[int] | None,
         settings: Settings,
         end_token_id: int | tuple[int, ...],
-        decode: Callable[[Canvas], dict[str, Any]],
+        text: Continuation | Answer,
     ) -> GenerationRun:
         per_text, beam = [self.with_defaults(each) for each in _one_per_text(settings, len(prompts))], 1
         _check_batch(per_text, self.config)
@@ -194,7 +190,7 @@ class DiffusionLM:
             self.denoiser,
             canvas,
             per_text,
-            decode,
+            text,
             end_token_id=end_token_id,
             num_candidates=beam,
             automata=self._automata(per_text),

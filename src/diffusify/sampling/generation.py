@@ -1,12 +1,12 @@
 """Generation of a batch of texts, and its results."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
@@ -15,15 +15,21 @@ from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.guidance import GuidedDenoiser
 from diffusify.sampling.kv_cache import BlockCache, WindowCache
+from diffusify.sampling.row_text import Answer, Continuation, Infilling, leading_tokens
 from diffusify.sampling.sampler import DenoiseFn, Frame, denoise, end_tokens, generated_ends
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.sampling.shadow import ShadowDenoiser
 from diffusify.sampling.speculative import Speculative
+from diffusify.text.stop_strings import find_stop
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text. `forwards` (network forward passes) and `seconds` are those of its whole batch."""
+    """A generated text. `forwards` (network forward passes) and `seconds` are those of its whole batch.
+
+    `tokens` are those of the text, without an end token or what follows a stop string. `finish_reason` is "stop" after
+    an end token or a stop string, "length" if all tokens were used, and None when infilling.
+    """
 
     text: str
     tokens: int
@@ -32,6 +38,7 @@ class Generation:
     seed: int
     completion: str | None = None  # the generated text without the prompt
     spans: tuple[str, ...] | None = None  # the text generated for each masked span, when infilling
+    finish_reason: Literal["stop", "length"] | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -65,22 +72,23 @@ class GenerationRun:
         denoiser: Denoiser,
         canvas: Canvas,
         settings: list[SamplingConfig],
-        decode: Callable[[Canvas], dict[str, Any]],
+        text: Continuation | Answer | Infilling,
         *,
         end_token_id: int | tuple[int, ...] | None = None,
         banned: tuple[int, ...] = (),
         num_candidates: int = 1,
         automata: Mapping[str, Automaton] | None = None,
     ) -> None:
-        """`settings` has one entry per text; `decode` turns a canvas of one row into the text fields of a `Generation`.
+        """`settings` has one entry per text; `text` turns a row of the canvas into a text.
 
         Any `end_token_id` ends a text; constrained ones end with the first. `automata` maps the regular expressions of
-        the settings to their compiled form. Raises ValueError if a masked
-        span is too short for every text that its regular expression matches.
+        the settings to their compiled form. Raises ValueError if a masked span is too short for every text that its
+        regular expression matches.
         """
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
         self.settings = [each for each in settings for _ in range(num_candidates)]
-        self._end_token_id, self._banned, self._decode = end_token_id, banned, decode
+        self._end_token_id, self._banned, self._text = end_token_id, banned, text
+        self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended
         self.num_candidates = num_candidates
         self._frames = self._run(denoiser)
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
@@ -96,18 +104,46 @@ class GenerationRun:
 
     def _run(self, denoiser: Denoiser) -> Iterator[Frame]:
         start_time = perf_counter()
-        for frame in self._steps(denoiser):
+        for frame in self._end_at_stops(self._steps(denoiser)):
             self.canvas, self.forwards, self.score = frame.canvas, frame.forwards, frame.score
             self.seconds = perf_counter() - start_time
             yield frame
 
-    def _steps(self, denoiser: Denoiser) -> Iterator[Frame]:
+    def _end_at_stops(self, steps: Generator[Frame, Canvas | None, None]) -> Iterator[Frame]:
+        """The frames of `steps`, in which rows end before the first stop string in their final text."""
+        frame, canvas = None, None
+        while True:
+            try:
+                frame = steps.send(canvas)
+            except StopIteration:
+                break
+            canvas = self._without_stops(frame.canvas, frame.settled)
+            yield replace(frame, canvas=canvas)
+        if frame is not None and canvas is not None:  # the last step of a policy that remasks settles its window
+            ended = self._without_stops(canvas, torch.full_like(frame.settled, canvas.tokens.shape[1]))
+            if ended is not canvas:
+                yield replace(frame, canvas=ended)
+
+    def _without_stops(self, canvas: Canvas, settled: Int[Tensor, " b"]) -> Canvas:
+        """The canvas with rows that end before the first stop string in their first `settled` positions."""
+        for row, settings in enumerate(self.settings):
+            if not settings.stop or row in self._stopped:
+                continue
+            assert not isinstance(self._text, Infilling), "prepare_infilling refuses stop strings"
+            final = canvas[row : row + 1, : int(settled[row])]
+            completion = self._text.completion(final)
+            if stop := find_stop(completion, settings.stop):
+                self._stopped[row] = self._text.fields(final, completion[stop.start :])
+                canvas = canvas.end_row(row, leading_tokens(self._text, final, completion[: stop.start]))
+        return canvas
+
+    def _steps(self, denoiser: Denoiser) -> Generator[Frame, Canvas | None, None]:
         config, settings = (
             denoiser.diffusion_config,
             self.settings[0],
         )  # only fields that are equal in all rows are used
         noise, block_size = config.mask_token_id, config.block_size
-        rng = RowGenerators.from_seeds([each.seed for each in self.settings], denoiser.device)
+        rng = RowGenerators.from_seeds([each.seed for each in self.settings])
         samplers = [
             each.sampler(config.policy, banned=self._banned, end_token_id=self._end_token_id, constraint=constraint)
             for each, constraint in zip(self.settings, self._constraints, strict=True)
@@ -137,14 +173,20 @@ class GenerationRun:
         """Run all remaining steps and return the finished texts."""
         for _ in self._frames:
             pass
-        tokens = self._generated().sum(1).tolist()
-        cost = {"forwards": self.forwards, "seconds": self.seconds}
-        return [
-            Generation(
-                tokens=tokens[row], seed=self.settings[row].seed, **cost, **self._decode(self.canvas[row : row + 1])
-            )
-            for row in self.best_rows
-        ]
+        return [self._result(row) for row in self.best_rows]
+
+    def _result(self, row: int) -> Generation:
+        canvas, tokens = self.canvas[row : row + 1], int(self._generated()[row].sum())
+        fields = self._stopped.get(row) or self._text.fields(canvas)
+        ended = row in self._stopped or tokens < int(canvas.written.sum())
+        return Generation(
+            tokens=tokens,
+            forwards=self.forwards,
+            seconds=self.seconds,
+            seed=self.settings[row].seed,
+            finish_reason=None if self._end_token_id is None else "stop" if ended else "length",
+            **fields,
+        )
 
     @property
     def best_rows(self) -> list[int]:

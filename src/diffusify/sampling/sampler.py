@@ -4,7 +4,7 @@ Axes: b texts, g texts of a group with equal samplers, n positions, k requested 
 e end tokens, w windows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -125,15 +125,15 @@ def denoise(
     *,
     noise: int,
     rng: RowGenerators | None = None,
-) -> Iterator[Frame]:
-    """Yield the canvas after every step, with one sampler for each row.
+) -> Generator[Frame, Canvas | None, None]:
+    """Yield the canvas after every step, with one sampler for each row. A canvas that is sent replaces it.
 
     `window_index` numbers the windows (blocks) that are decoded one after the other, lowest first; by default there is
     one window. Every row advances independently and has its own random generator in `rng` (seeds 0, 1, ... by default),
     so its text does not depend on the other rows. A step that would repeat the last forward pass reuses its logits.
     """
     b, device = len(canvas.tokens), canvas.tokens.device
-    rng = rng or RowGenerators.from_seeds(list(range(b)), device)
+    rng = rng or RowGenerators.from_seeds(list(range(b)))
     window_index = torch.zeros_like(canvas.tokens) if window_index is None else window_index
     no_window = torch.iinfo(window_index.dtype).max
     groups = _group_rows(samplers, rng, device)
@@ -188,7 +188,7 @@ def denoise(
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
         canvas = canvas.apply(move, guess, noise)
         unsettled = canvas.open | (canvas.editable & erases[:, None] & (window_index >= active[:, None]))
-        yield Frame(canvas, score, forwards, settled=(unsettled.long().cumsum(1) == 0).sum(1))
+        canvas = (yield Frame(canvas, score, forwards, settled=(unsettled.long().cumsum(1) == 0).sum(1))) or canvas
 
 
 class _RowGroup:

@@ -61,6 +61,8 @@ class SamplingConfig:
 
     Parameters that control length and cache:
 
+    - `stop`: A text or several, one of which ends a continuation or answer: generation stops as soon as it is complete,
+      and the result ends where it begins.
     - `length_beam`: Number of predicted lengths to try, of which the most confident text is kept. Defaults to 3. Only
       used if the model has a length head and `max_new_tokens` is not given.
     - `cache`: "exact" caches finished blocks of block models. "prefix" and "dual" are approximate caches for
@@ -85,8 +87,12 @@ class SamplingConfig:
     seed: int = 0
     logits_processor: LogitsProcessor | None = None
     regex: str | None = None
+    stop: str | list[str] | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if "" in self.stop:
+            raise ValueError("a stop string is empty, and every text contains it; leave it out")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0; 0 is greedy decoding")
         if self.threshold is not None and self.policy is not None:

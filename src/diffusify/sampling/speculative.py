@@ -4,7 +4,7 @@ Axes: b texts, n canvas positions, m positions of a pass, p nodes of the draft t
 may generate, v vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from jaxtyping import Float, Int
@@ -65,9 +65,14 @@ class Speculative:
         self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
 
     @torch.inference_mode()
-    def __call__(self, canvas: Canvas, *, noise: int, rng: RowGenerators | None = None) -> Iterator[Frame]:
-        """Yield the canvas after every pass. Raises ValueError unless open positions follow a prompt in each row."""
-        rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))), canvas.tokens.device)
+    def __call__(
+        self, canvas: Canvas, *, noise: int, rng: RowGenerators | None = None
+    ) -> Generator[Frame, Canvas | None, None]:
+        """Yield the canvas after every pass; a canvas that is sent replaces it.
+
+        Raises ValueError unless open positions follow a prompt in each row.
+        """
+        rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))))
         b, n = canvas.tokens.shape
         at = torch.arange(n, device=canvas.tokens.device)
         settled = torch.where(canvas.open, at, n).amin(1)  # number of settled tokens
@@ -99,7 +104,7 @@ class Speculative:
             tree = DraftTree.from_logits(
                 ahead.masked_fill_(~matches.any(-1, keepdim=True), -torch.inf), self.candidates
             )
-            yield Frame(canvas, score, forwards, settled=settled)
+            canvas = (yield Frame(canvas, score, forwards, settled=settled)) or canvas
 
     def _verify(
         self, logits: Float[Tensor, "b p v"], tree: DraftTree, rng: RowGenerators
