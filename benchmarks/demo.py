@@ -7,6 +7,7 @@ Reads the finished run; the samples are generated again to time them.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from machine import save
@@ -24,7 +25,7 @@ if __name__ == "__main__":
         "bound_nats_per_token": [round(point["eval_bound"], 2) for point in points],
         "bound_standard_error": round(points[-1]["eval_bound_se"], 2),
         "ar_loss_nats_per_token": [round(point["eval_ar_nll"], 2) for point in points],
-        "writing": samples(folder)[1],
+        "decoding": [asdict(row) for row in samples(folder)[1]],
     }
     print(json.dumps(result, indent=2))
     print("wrote", save("demo", "make demo && python benchmarks/demo.py runs/demo", settings["seed"], result))

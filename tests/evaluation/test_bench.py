@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 import diffusify
 from diffusify.cli import app
 from diffusify.diffusion.policies import Unmask
-from diffusify.evaluation.bench import AR, bench, cut_prompts, decoding_settings, plot
+from diffusify.evaluation.bench import AR, PACKED_AR, bench, cut_prompts, decoding_settings, plot
 from diffusify.models.loading import load_base
+from diffusify.models.saving import load_denoiser
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 from tests.conftest import TEXT
@@ -28,10 +29,12 @@ def test_rows_describe_the_generated_texts(model: str, causal_base: str, tmp_pat
     prompts = cut_prompts(lm, TEXT, 3, lengths=(8, 16))
     assert [len(lm.tokenizer.encode(prompt)) for prompt in prompts] == [8, 16, 8]
     settings = {"one": SamplingConfig(policy=Unmask()), "lossless": SamplingConfig(tolerance=0.0)}
-    rows = {row.way: row for row in bench(lm, base, prompts, settings, max_new_tokens=9)}
-    assert list(rows) == [AR, "one", "lossless"]
+    ar_half = load_denoiser(model)[0].network
+    rows = {row.way: row for row in bench(lm, base, prompts, settings, ar_half=ar_half, max_new_tokens=9)}
+    assert list(rows) == [AR, PACKED_AR, "one", "lossless"]
+    assert rows["lossless"].agreement == rows[PACKED_AR].agreement == 1
     assert rows[AR].tokens_per_forward == 1 == rows["one"].tokens_per_forward <= rows["lossless"].tokens_per_forward
-    assert rows["one"].agreement == 1 and rows[AR].agreement is None and rows[AR].speedup is None
+    assert rows["one"].agreement < 1 and rows[AR].agreement is None and rows[AR].speedup is None
     metrics = ("perplexity", "distinct_2", "entropy")
     assert [getattr(rows[AR], name) for name in metrics] == [getattr(rows["lossless"], name) for name in metrics]
     assert all(math.isfinite(row.perplexity) and row.tokens_per_second > 0 for row in rows.values())
@@ -47,5 +50,5 @@ def test_every_setting_runs(model: str, causal_base: str, corpus: str, tmp_path:
     command = ["bench", model, "--data", corpus, "--prompts", "1", "--max-new-tokens", "5", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
-    assert [row["way"] for row in json.loads(done.stdout)] == [AR, *decoding_settings(lm)]
+    assert [row["way"] for row in json.loads(done.stdout)] == [AR, PACKED_AR, *decoding_settings(lm)]
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(done.stdout)

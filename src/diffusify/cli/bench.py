@@ -47,8 +47,9 @@ def bench(
 ) -> None:
     """Measure the speed and text quality of all decoding methods, next to AR decoding.
 
-    Columns: tokens per second, speedup over AR decoding, tokens per forward pass, share of tokens equal to one token
-    per forward pass, perplexity under --base, distinct 2-grams, and entropy of the texts.
+    Columns: tokens per second, speedup over AR decoding by transformers, tokens per forward pass, share of tokens equal
+    to AR decoding (or to one token per forward pass, if the model keeps no AR half), perplexity under --base, distinct
+    2-grams, and entropy of the texts.
     """
     with report_errors():
         from dataclasses import asdict
@@ -56,6 +57,7 @@ def bench(
         from diffusify.evaluation.bench import bench as run
         from diffusify.evaluation.bench import cut_prompts, decoding_settings, plot
         from diffusify.models.loading import load_base
+        from diffusify.models.saving import load_denoiser
         from diffusify.text.sources import load_texts
 
         lm = load_model(model, dtype=dtype, device=device)
@@ -66,7 +68,19 @@ def bench(
         chosen = cut_prompts(lm, texts, prompts)
         with console.status("generating") as status:
             settings, base_network = decoding_settings(lm), source.network.eval()
-            rows = run(lm, base_network, chosen, settings, max_new_tokens=max_new_tokens, progress=status.update)
+            ar_half = None
+            if lm.config.reads_as_ar_model:
+                denoiser, _ = load_denoiser(model, dtype=base_network.dtype, device=base_network.device)
+                ar_half = denoiser.network
+            rows = run(
+                lm,
+                base_network,
+                chosen,
+                settings,
+                ar_half=ar_half,
+                max_new_tokens=max_new_tokens,
+                progress=status.update,
+            )
         plain = [asdict(row) for row in rows]
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -19,15 +19,16 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import Preset, SamplingConfig
 from diffusify.text.prompts import continuation_canvas
 
-AR = "left to right"
+AR, PACKED_AR = "AR, transformers", "AR, packed weights"
 
 
 @dataclass(frozen=True)
 class BenchRow:
     """The results of one decoding setting over all prompts: medians of rates, and means of text metrics.
 
-    `speedup` is the median over prompts of the rate relative to AR decoding in the same round. `agreement` is the share
-    of tokens that equal those of decoding one token per forward pass. `perplexity` is under the base model.
+    `speedup` is the median over prompts of the rate relative to AR decoding by `transformers` in the same round.
+    `agreement` is the share of tokens that equal those of AR decoding, or, if the model keeps no AR half, of decoding
+    one token per forward pass. `perplexity` is under the base model.
     """
 
     way: str
@@ -61,24 +62,28 @@ def bench(
     prompts: list[str],
     settings: dict[str, SamplingConfig],
     *,
+    ar_half: PreTrainedModel | None = None,
     max_new_tokens: int = 64,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[BenchRow]:
     """Continue every prompt with every setting, prompt by prompt, so that machine load affects all settings alike.
 
-    AR decoding uses the model's own AR half if it has one, otherwise `base`. `progress` receives a line per prompt.
+    `ar_half` is the model's network as `transformers` opens it (`load_denoiser`), if the model keeps its AR half. AR
+    decoding then uses it, and once more the network with packed weights; otherwise it uses `base`. `progress` receives
+    a line per prompt.
     """
-    ar_network = lm.denoiser.network if lm.config.reads_as_ar_model else base
-    texts: dict[str, list[list[int]]] = {AR: []} | {name: [] for name in settings}
+    ar_networks = {AR: base} if ar_half is None else {AR: ar_half, PACKED_AR: lm.denoiser.network}
+    texts: dict[str, list[list[int]]] = {name: [] for name in (*ar_networks, *settings)}
     seconds: dict[str, list[float]] = {name: [] for name in texts}
     forwards: dict[str, list[int]] = {name: [] for name in texts}
-    reference = next(iter(settings))
-    greedy_ar(lm, ar_network, prompts[0], 4)  # warms up
+    reference = next(iter(settings)) if ar_half is None else AR
+    for network in ar_networks.values():
+        greedy_ar(lm, network, prompts[0], 4)  # warms up
     for number, prompt in enumerate(prompts, 1):
         for name in texts:
             start = perf_counter()
-            if name == AR:
-                ids = greedy_ar(lm, ar_network, prompt, max_new_tokens)
+            if name in ar_networks:
+                ids = greedy_ar(lm, ar_networks[name], prompt, max_new_tokens)
                 passes = len(ids)
             else:
                 ids, passes = generate_ids(lm, prompt, max_new_tokens, settings[name])
@@ -112,7 +117,7 @@ def plot(rows: list[BenchRow], file: Path) -> None:
     axes = figure.subplots()
     for row in rows:
         point = (row.perplexity, row.tokens_per_second)
-        axes.scatter(*point, color="tab:red" if row.way == AR else "tab:blue")
+        axes.scatter(*point, color="tab:red" if row.way in (AR, PACKED_AR) else "tab:blue")
         axes.annotate(row.way, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="perplexity under the base model", ylabel="tokens per second", ylim=(0, None))
     axes.margins(x=0.2)
