@@ -24,6 +24,7 @@ FLOORS = {
     "serving": 6,
     "serving.engine": 7,
     "serving.api": 8,
+    "serving.bulk": 8,
     "cli": 9,
     "demo": 10,
     "__main__": 10,

@@ -89,6 +89,15 @@ class Canvas:
         tokens = torch.where(move.write, guess.tokens, self.tokens)
         return replace(self, tokens=torch.where(open, noise, tokens), open=open)
 
+    def end_row(self, row: int, tokens: list[int]) -> "Canvas":
+        """The canvas with these tokens, as far as they fit, in place of the editable ones of a row, before padding."""
+        canvas = Canvas(*(x.clone() for x in (self.tokens, self.open, self.editable, self.document)))
+        start, size = int(self.editable[row].long().argmax()), int(self.editable[row].sum())
+        end = start + min(len(tokens), size)
+        canvas.tokens[row, start:end] = torch.tensor(tokens[:size], dtype=torch.long, device=canvas.tokens.device)
+        canvas.open[row], canvas.editable[row, end:], canvas.document[row, end:] = False, False, 0
+        return canvas
+
     def __getitem__(self, index: slice | tuple[slice, slice] | Int[Tensor, " rows"]) -> "Canvas":
         """A canvas of some of the rows, or of some of the columns."""
         return Canvas(self.tokens[index], self.open[index], self.editable[index], self.document[index])

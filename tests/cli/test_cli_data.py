@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusify.cli import app
+from diffusify.cli.options import unescape
 from diffusify.cli.terminal import read_stdin, report_errors
-from diffusify.cli.tune import unescape
 
 run = CliRunner()
 

@@ -1,10 +1,12 @@
 """The commands: their output, their help and their errors."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -38,7 +40,7 @@ def test_help_does_not_import_torch() -> None:
 @pytest.mark.parametrize("command", [[], *([name] for panel in COMMANDS.values() for name in panel)], ids=" ".join)
 def test_every_command_has_help(command: list[str]) -> None:
     done = run.invoke(app, [*command, "--help"])
-    assert done.exit_code == 0 and "Usage: " in done.stdout
+    assert done.exit_code == 0 and "usage: " in done.stdout.lower()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_json_has_all_fields_of_a_generation(models: dict[str, str]) -> None:
     )
     result = json.loads(done.stdout)
     speeds = {"tokens", "forwards", "tokens_per_forward", "seconds", "tokens_per_second"}
-    assert set(result) == {"text", "completion", "seed"} | speeds
+    assert set(result) == {"text", "completion", "seed", "finish_reason"} | speeds
     assert result["tokens_per_forward"] == pytest.approx(result["tokens"] / result["forwards"], abs=1e-3)
     done = run.invoke(app, ["infill", models["ar"], "The [[3]] sat on [[2]] mat", "--json"])
     assert done.exit_code == 0, done.output
@@ -113,6 +115,33 @@ def test_prompt_from_standard_input_and_no_prompt(models: dict[str, str]) -> Non
     done = run.invoke(app, ["generate", models["block"], "--max-new-tokens", "4"], input="The dog")
     assert done.stdout.startswith("The dog")
     assert run.invoke(app, ["generate", models["block"], "--unconditional", "--max-new-tokens", "4"]).exit_code == 0
+
+
+def test_stop_ends_a_text(models: dict[str, str]) -> None:
+    """As often as it is given; the two characters \\n are a line break."""
+
+    def generate(*options: str) -> dict[str, Any]:
+        words = ["generate", models["ar"], "The cat", "--max-new-tokens", "20", "--json", *options]
+        return json.loads(run.invoke(app, words).stdout)
+
+    completion = generate()["completion"]
+    middle = completion[len(completion) // 2]
+    found = generate("--stop", "never in it", "--stop", middle)
+    assert found["completion"] == completion[: completion.index(middle)] and found["finish_reason"] == "stop"
+    allowed = generate("--regex", "a\\nb", "--stop", r"\n")
+    assert allowed["completion"] == "a" and allowed["text"] == "The cata"
+    done = run.invoke(app, ["chat", models["ar"], "--max-new-tokens", "4", "--stop", ""], input="hi\n\n")
+    assert done.exit_code == 2 and "a stop string is empty" in done.stderr
+
+
+def test_several_texts_of_one_prompt(models: dict[str, str]) -> None:
+    words = ["generate", models["block"], "The cat", "--max-new-tokens", "6", "--temperature", "1"]
+    alone = [run.invoke(app, [*words, "--seed", str(seed)]).stdout for seed in (3, 4, 5)]
+    assert len(set(alone)) == 3
+    done = run.invoke(app, [*words, "--seed", "3", "-n", "3"])
+    assert [part.strip() for part in re.split(r"^-+$", done.stdout, flags=re.MULTILINE)] == [*map(str.strip, alone)]
+    found = json.loads(run.invoke(app, [*words, "--seed", "3", "--n", "3", "--json"]).stdout)
+    assert [each["seed"] for each in found] == [3, 4, 5] and [f"{each['text']}\n" for each in found] == alone
 
 
 def test_watch_does_not_change_the_text(models: dict[str, str]) -> None:
@@ -236,6 +265,9 @@ def test_import_a_released_model(causal_base: str, tmp_path: Path) -> None:
         (["generate", "MODEL", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "MODEL", "x", "--max-new-tokens", "999"], "context is 64"),
         (["generate", "MODEL", "x", "--unconditional"], "leave out either"),
+        (["generate", "MODEL", "x", "-n", "3"], "temperature 0 is greedy"),
+        (["generate", "MODEL", "x", "-n", "0"], "-n 0 must be at least 1"),
+        (["generate", "MODEL", "x", "-n", "3", "--watch", "--temperature", "1"], "leave out -n 3 or --watch"),
         (["infill", "MODEL", "a [[999]] b"], "context is 64"),
         (["infill", "MODEL", "no hole"], "no hole"),
         (["infill", "MODEL", "a [[x]]"], "[[x]]"),

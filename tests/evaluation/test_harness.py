@@ -1,6 +1,7 @@
 """The real lm-evaluation-harness, offline, on tasks of a local file: its own `hf` model beside ours."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import yaml
 from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
 
+from diffusify.cli import app
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo
@@ -132,6 +135,29 @@ def test_a_greedy_continuation_is_recognised(causal_base: str, corpus: str, tmp_
     other = [greedy[0] + 1, *greedy[1:]]
     results = lm._loglikelihood_tokens([(("", ""), prompt, greedy), (("", "x"), prompt[:-1], other)])
     assert [is_greedy for _, is_greedy in results] == [True, False]
+
+
+@pytest.mark.slow  # the harness reads the files of all its tasks
+def test_the_command_runs_an_evaluation(
+    causal_base: str, tasks: TaskManager, theirs: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    words = ["lm-eval", "--model", "diffusify", "--model_args", f"pretrained={causal_base}", "--tasks"]
+    words += [f"{tasks.include_path}/choosing.yaml", "-o", str(tmp_path), "-s"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "|choosing|" in done.stdout, done.output
+    (samples,) = tmp_path.rglob("samples_choosing_*.jsonl")
+    found = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+    assert numbers({"choosing": found})["choosing"] == pytest.approx(numbers(theirs)["choosing"], abs=1e-3)
+
+
+def test_the_command_takes_the_arguments_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    done = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
+    assert done.exit_code == 0 and "--include_path" in done.stdout and "Evaluate language models" in done.stdout
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    done = CliRunner().invoke(app, ["lm-eval", "--model", "diffusify", "--tasks", "hellaswag"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: lm-eval needs `pip install 'diffusify[eval]'`")
 
 
 def test_invalid_arguments_are_refused(causal_base: str) -> None:

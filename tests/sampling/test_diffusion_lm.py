@@ -175,7 +175,7 @@ def test_an_answer_ends_with_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm.denoiser, "predict", predict)
     for end in lm.chat_template.end_token_ids:  # noqa: B007  (read by `predict`): the end of a turn, and that of a text
         answer = lm.chat(messages, max_new_tokens=16, cache="none")
-        assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4
+        assert (answer.text, answer.tokens) == ("it", 1) and answer.forwards <= 4 and answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("attention", [Bidirectional(), BlockCausal(4)])
@@ -292,6 +292,7 @@ SETTINGS = {
     "suppress_tokens": st.lists(st.integers(0, 99)).map(tuple),
     "cache": st.sampled_from(["exact", "prefix", "dual", "none"]),
     "seed": st.integers(0, 2**32),
+    "stop": st.one_of(st.text(min_size=1), st.lists(st.text(min_size=1))),
 }
 
 
@@ -350,6 +351,7 @@ def test_presets_suit_the_model(family: str, attention: AttentionPattern, recipe
         ({"window": 0}, "window=0"),
         ({"guidance": -1.0}, "guidance=-1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"seed": 2**64}, "must be from -2"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from diffusify.cli import (
     generate,
     import_checkpoint,
     infill,
+    lm_eval,
     merge,
     plan,
     push,
@@ -52,6 +53,7 @@ COMMANDS = {
     },
     "Evaluate a model": {
         "eval": evaluate.eval_,
+        "lm-eval": lm_eval.lm_eval,
         "compare": compare.compare,
         "bench": bench.bench,
     },
@@ -60,4 +62,5 @@ for panel, commands in COMMANDS.items():
     for name, function in commands.items():
         # Typer keeps the line breaks of docstrings, so the lines of each paragraph are joined.
         text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
-        app.command(name, help=text, rich_help_panel=panel)(function)
+        settings = lm_eval.CONTEXT_SETTINGS if name == "lm-eval" else None
+        app.command(name, help=text, rich_help_panel=panel, context_settings=settings)(function)

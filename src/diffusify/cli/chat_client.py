@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 # The options of `diffusify chat` that are also fields of a chat request.
 SERVER_OPTIONS = (
     *("preset", "steps", "threshold", "tolerance", "temperature", "top_k", "top_p", "repetition_penalty"),
-    *("guidance", "regex", "window", "cache", "seed"),
+    *("guidance", "regex", "window", "cache", "seed", "stop"),
 )
 
 

@@ -1,6 +1,7 @@
 """Options that many commands share, and the parser of `-o KEY=VALUE`."""
 
 import json
+import re
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -52,6 +53,11 @@ def read_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def unescape(text: str) -> str:
+    r"""Replace the two characters \n, which a shell does not interpret, by a line break, and \\ by a backslash."""
+    return re.sub(r"\\([n\\])", lambda match: "\n" if match[1] == "n" else "\\", text)
 
 
 def training_argument_types() -> dict[str, Any]:

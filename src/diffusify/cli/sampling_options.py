@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from diffusify.cli.options import read_value
+from diffusify.cli.options import read_value, unescape
 
 if TYPE_CHECKING:
     from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -73,6 +73,14 @@ Guidance = Annotated[
 Regex = Annotated[
     str | None,
     typer.Option(help="Regular expression that the whole generated text must match.", rich_help_panel=_SAMPLING),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=r"Text that ends the generation, and is left out. Can be given several times. \n is a line break.",
+        show_default="none",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -167,6 +175,8 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     changes = {name: options[name] for name in names if options.get(name) is not None}
     if "policy" in changes:
         changes["policy"] = from_plain(read_value(changes["policy"]), Policy, "--policy")
+    if "stop" in changes:
+        changes["stop"] = tuple(map(unescape, changes["stop"]))
     if options.get("lossless"):
         if "tolerance" in changes:
             raise ValueError("--lossless is --tolerance 0; give one of the two")

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -66,17 +67,25 @@ def suggest(*commands: str) -> None:
 
 
 def print_generation(lm: "DiffusionLM", run: "GenerationRun", *, watch: bool, as_json: bool) -> None:
-    """Finish a generation run of one text and print the text; its statistics go to standard error."""
+    """Finish a generation run and print its texts, with a rule between them; its statistics go to standard error.
+
+    As JSON, one text is an object, and several are a list.
+    """
     if watch:
         show_live(lm, run)
-    result = run.results()[0]
+    results = run.results()
     if as_json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
+        plain = [result.to_dict() for result in results]
+        print(json.dumps(plain if len(plain) > 1 else plain[0], ensure_ascii=False))
         return
-    print(result.text)
+    for n, result in enumerate(results):
+        if n:
+            Console().rule(characters="-", style="dim")
+        print(result.text)
+    whole = replace(results[0], tokens=sum(result.tokens for result in results))
     console.print(
-        f"{result.tokens} tokens in {result.forwards} forward passes ({result.tokens_per_forward:.2f} tokens per "
-        f"forward pass), {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s)",
+        f"{whole.tokens} tokens in {whole.forwards} forward passes ({whole.tokens_per_forward:.2f} tokens per forward "
+        f"pass), {whole.seconds:.1f} s ({whole.tokens_per_second:.1f} tokens/s)",
         style="dim",
     )
 

@@ -1,13 +1,12 @@
 """`diffusify tune`: finetune a diffusion model on pairs of prompt and target, or on chats."""
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffusify.cli.options import argument_types, parse_options, training_argument_types
+from diffusify.cli.options import argument_types, parse_options, training_argument_types, unescape
 from diffusify.cli.terminal import console, report_errors, suggest
 from diffusify.cli.training_options import (
     LoraRank,
@@ -124,8 +123,3 @@ def tune(
             example = template.fill_prompt(dict.fromkeys(template.prompt_fields, "..."))
             first = f"diffusify generate {folder} {shlex.quote(example)}"
         suggest(first, f"diffusify merge {folder} --out {folder}-merged" if lora else f"diffusify show {folder}")
-
-
-def unescape(text: str) -> str:
-    r"""Replace the two characters \n, which a shell does not interpret, by a line break, and \\ by a backslash."""
-    return re.sub(r"\\([n\\])", lambda match: "\n" if match[1] == "n" else "\\", text)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.objectives import cross_entropy
+from diffusify.diffusion.precision import widest_float
 
 # (noisy canvas, clean tokens) -> logits [k, v] at the canvas's open positions, row by row
 Predictor = Callable[[Canvas, Tensor], Tensor]
@@ -57,8 +58,8 @@ def stratified_masks(
     phase = torch.zeros_like(size, dtype=phase.dtype).scatter(0, key, phase.gather(1, unit).flatten())
     for sample in range(samples):
         count = ((phase + sample / samples).frac() * size).long() + 1
-        uniform = torch.rand(1 if same_noise else b, n, generator=generator, dtype=torch.float64).to(key.device)
-        order = (key + uniform.expand(b, -1).flatten()).argsort()
+        uniform = torch.rand(1 if same_noise else b, n, generator=generator, dtype=torch.float64)
+        order = (key.cpu() + uniform.expand(b, -1).flatten()).argsort().to(key.device)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(b * n, device=key.device) - (size.cumsum(0) - size)[key[order]]
         open = (rank < count[key]).view(b, n) & clean.editable
@@ -112,11 +113,11 @@ def log_probability(predict: Predictor, clean: Canvas, order: Int[Tensor, "b n"]
     longest row's editable tokens.
     """
     ranks = order.masked_fill(~clean.editable, torch.iinfo(order.dtype).max).argsort(1).argsort(1)
-    total = torch.zeros(len(order), dtype=torch.float64, device=order.device)
+    total = torch.zeros(len(order), dtype=widest_float(order.device), device=order.device)
     for step in range(int(clean.editable.sum(1).max())):
         open = (ranks >= step) & clean.editable
         canvas = replace(clean, tokens=torch.where(open, noise, clean.tokens), open=open)
-        logits = predict(canvas, clean.tokens).double()
+        logits = predict(canvas, clean.tokens).to(total.dtype)
         log_probs = logits.log_softmax(-1).gather(-1, clean.tokens[open][:, None])[:, 0]
         current = (ranks == step)[open]
         rows = open.nonzero()[:, 0]

@@ -16,7 +16,7 @@ from diffusify.canvas import Move
 from diffusify.diffusion.quotas import Evenly, Quota
 from diffusify.diffusion.ranking import Confidence, Ranking, select_top
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.diffusion.step import StepState, kl_divergence, open_fraction
+from diffusify.diffusion.step import StepState, kl_divergence, open_count, open_fraction
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ class Rdm:
 
     def __call__(self, state: StepState) -> Move:
         open, rank = state.canvas.open, state.guess.score
-        share = open_fraction(self.curve, state)
         if self.noise:
             gumbel = -torch.log(-torch.log(state.rng.uniform(state.positions)))
-            rank = rank + self.noise * share[:, None] * gumbel
-        low = select_top(-rank, state.positions, (state.window_size * share + 1e-9).floor().long())
+            rank = rank + self.noise * open_fraction(self.curve, state)[:, None] * gumbel
+        low = select_top(-rank, state.positions, open_count(self.curve, state))
         erase = low & ~open
         if self.conditional:
             erase = erase & (state.guess.tokens == state.canvas.tokens) & (state.guess.score < state.score)

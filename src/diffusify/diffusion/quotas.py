@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diffusify.diffusion.ranking import Entropy
-from diffusify.diffusion.step import StepState, open_fraction
+from diffusify.diffusion.step import StepState, open_count
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Accelerating:
     """A cosine schedule: a share cos(pi/2 p) of the positions is open after a share p of the steps (MaskGIT)."""
 
     def __call__(self, state: StepState) -> Int[Tensor, " b"]:
-        still_open = (state.window_size * open_fraction("cosine", state) + 1e-9).floor().long()
-        return (state.positions.sum(1) - still_open).clamp_min(1)
+        return (state.positions.sum(1) - open_count("cosine", state)).clamp_min(1)
 
 
 @dataclass(frozen=True)

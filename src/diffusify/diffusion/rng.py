@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from diffusify.diffusion.precision import widest_float
+
 
 @dataclass(frozen=True)
 class RowGenerators:
@@ -34,9 +36,8 @@ class RowGenerators:
 
         The 24 bits of float32 would cut the tail of a distribution, which acts as a lower temperature.
         """
-        counts, dtype = self._counts(positions), torch.float64
-        numbers = torch.cat([torch.rand(count, generator=each, dtype=dtype) for count, each in counts])
-        dtype = torch.float32 if positions.device.type == "mps" else dtype
+        counts, dtype = self._counts(positions), widest_float(positions.device)
+        numbers = torch.cat([torch.rand(count, generator=each, dtype=torch.float64) for count, each in counts])
         out = torch.zeros(positions.shape, dtype=dtype, device=positions.device)
         return out.masked_scatter(positions, numbers.to(positions.device, dtype))
 

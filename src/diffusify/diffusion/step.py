@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess
 from diffusify.diffusion.logits import LazyLogits
+from diffusify.diffusion.precision import widest_float
 from diffusify.diffusion.rng import RowGenerators
 
 
@@ -68,8 +69,14 @@ class StepState:
 
 def open_fraction(curve: Literal["linear", "cosine"], state: StepState) -> Float[Tensor, " b"]:
     """The share of positions that a curve leaves open after this step; 0 after the last step."""
-    progress = (state.step + 1).double() / state.steps
+    progress = (state.step + 1).to(widest_float(state.step.device)) / state.steps
     return (1 - progress if curve == "linear" else torch.cos(math.pi / 2 * progress)).clamp_min(0)
+
+
+def open_count(curve: Literal["linear", "cosine"], state: StepState) -> Int[Tensor, " b"]:
+    """The number of the window's positions that a curve leaves open after this step, rounded down."""
+    share = open_fraction(curve, state)
+    return (state.window_size * (share + 4 * torch.finfo(share.dtype).eps)).floor().long()
 
 
 def kl_divergence(state: StepState, before: StepState) -> Float[Tensor, "b n"]:

@@ -1,15 +1,9 @@
-"""The lm-evaluation-harness model `diffusify`, registered when this module is imported.
-
-    python -m diffusify.evaluation.harness --model diffusify --model_args pretrained=DIR --tasks hellaswag
-
-runs `lm_eval` with the model registered.
-"""
+"""The lm-evaluation-harness model `diffusify`, registered when this module is imported, as `diffusify lm-eval` does."""
 
 from itertools import groupby
 from typing import Any
 
 import torch
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -52,7 +46,8 @@ class DiffusifyLM(TemplateLM):
         **sampling: Any,
     ) -> None:
         super().__init__()
-        self.lm = open_lm(pretrained, dtype=dtype, device=device or "auto")
+        device = "auto" if device in (None, "cuda:0") else device  # lm_eval's default, which not every machine has
+        self.lm = open_lm(pretrained, dtype=dtype, device=device)
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
         self._sampling_config({})
         exact = self.lm.config.reads_as_ar_model and not bound
@@ -178,17 +173,10 @@ class DiffusifyLM(TemplateLM):
         self, prompts: list[str], max_new_tokens: int, stops: list[str], settings: dict[str, Any]
     ) -> list[str]:
         task = {name: settings[name] for name in ("temperature", "top_p", "top_k") if name in settings}
+        task["stop"] = [stop for stop in stops if stop]
         contexts = [truncate_left(self.tok_encode(prompt), self.max_length, max_new_tokens) for prompt in prompts]
         run = self.lm.prepare_generation(contexts, max_new_tokens, self._sampling_config(task))
-        return [_until_stop(result.completion or "", stops) for result in run.results()]
-
-
-def _until_stop(text: str, stops: list[str]) -> str:
-    """The text before the first stop sequence."""
-    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+        return [result.completion or "" for result in run.results()]
 
 
 register_model("diffusify")(DiffusifyLM)
-
-if __name__ == "__main__":
-    cli_evaluate()

@@ -169,7 +169,7 @@ class MonteCarlo:
         sizes = [(len(canvas.tokens), canvas.tokens.shape[1]) for canvas in noisy]
         for batch in batches(sizes, self.batch_tokens, denoiser.device):
             canvas, text = stack([noisy[i] for i in batch]), pad([clean[i] for i in batch])
-            nll = _masked_nll(denoiser, canvas.to(denoiser.device), text.to(denoiser.device)).cpu()
+            nll = _masked_nll(denoiser, canvas.to(denoiser.device), text.to(denoiser.device))
             for i, values in zip(batch, nll.split([len(clean[i]) for i in batch]), strict=True):
                 width, draws_and_choices = clean[i].shape[1], (-1, len(requests[i].choices))
                 tensors = (values[:, :width], noisy[i].open, share[i], noisy[i].editable)
@@ -206,10 +206,10 @@ def _estimate(rounds: list[_Round]) -> Float[Tensor, " c"]:
 
 @torch.inference_mode()
 def _masked_nll(denoiser: Denoiser, canvas: Canvas, clean: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """The cross-entropy at every open position, 0 elsewhere."""
+    """The cross-entropy at every open position, 0 elsewhere; on the CPU in float64."""
     logits = denoiser(canvas, clean if denoiser.diffusion_config.block_size else None, positions=canvas.open).logits
-    nll = cross_entropy(logits, clean[canvas.open]).double()
-    return torch.zeros(clean.shape, dtype=nll.dtype, device=nll.device).masked_scatter(canvas.open, nll)
+    nll = cross_entropy(logits, clean[canvas.open]).cpu().double()
+    return torch.zeros(clean.shape, dtype=nll.dtype).masked_scatter(canvas.open.cpu(), nll)
 
 
 Measure = Autoregressive | TokenByToken | MonteCarlo

@@ -72,10 +72,8 @@ def leading_tokens(text: Continuation | Answer, canvas: Canvas, beginning: str) 
 
     A token that is only partly in it is replaced by tokens of that part.
     """
-    ids = canvas.tokens[canvas.written].tolist()
-    prompt_length = canvas.tokens.shape[1] - len(ids)
-    for count in range(len(ids), -1, -1):
-        whole = text.completion(canvas[:, : prompt_length + count])
-        if beginning.startswith(whole):
-            return ids[:count] + text.tokenizer.encode(beginning[len(whole) :], continues=True)
-    raise AssertionError("no text is the beginning of every text")
+    ids, start = canvas.tokens[canvas.written].tolist(), int(canvas.editable[0].long().argmax())
+    count = len(ids)
+    while not beginning.startswith(whole := text.completion(canvas[:, : start + count])):
+        count -= 1
+    return ids[:count] + text.tokenizer.encode(beginning[len(whole) :], continues=True)

@@ -99,6 +99,8 @@ class SamplingConfig:
             raise ValueError(f"threshold={self.threshold} is a policy by itself; leave out threshold or {self.policy}")
         if self.tolerance is not None and self.tolerance < 0:
             raise ValueError(f"tolerance={self.tolerance} must be at least 0 nats; 0 is lossless")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must be from -2**63 to 2**64 - 1")
         if self.length_beam < 1:
             raise ValueError(f"length_beam={self.length_beam} must be at least 1; 1 tries the most likely length only")
         if self.window is not None and self.window < 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusify.canvas import Canvas
 from diffusify.sampling.generation import GenerationRun
 from diffusify.sampling.sampler import Frame
+from diffusify.text.stop_strings import find_stop
 from diffusify.text.tool_calls import ToolCallFormat
 
 WrittenToken = tuple[int, int, float]  # position, token id, log-probability
@@ -54,7 +55,7 @@ class ProgressTracker:
             return StartEvent(*_initial_rows(step.canvas), step.num_candidates)
         assert before is not None
         after = step.canvas
-        changed = ~after.open & (before.open | (before.tokens != after.tokens))
+        changed = after.written & (before.open | (before.tokens != after.tokens))
         erase = [[position for position, *_ in row] for row in _by_row(after.open & ~before.open, after, step.score)]
         return StepEvent(_by_row(changed, after, step.score), erase, step.settled.tolist(), step.forwards)
 
@@ -146,7 +147,8 @@ class TextStream:
 
     def _find_end(self, text: str) -> tuple[int, str] | None:
         """Where the stop string or tool call begins that is complete first, and the reason to finish there."""
-        ends = [(at + len(stop), at, "stop") for stop in self.stops if (at := text.find(stop)) >= 0]
+        stop = find_stop(text, self.stops)
+        ends = [] if stop is None else [(stop.end, stop.start, "stop")]
         if self.calls is not None and (at := self.calls.find_call(text)) >= 0:
             ends.append((at + len(self.calls.sign), at, "tool_calls"))
         return min(ends)[1:] if ends else None

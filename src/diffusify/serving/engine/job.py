@@ -1,4 +1,4 @@
-"""A request's generation on its way through the engine."""
+"""A generation on its way through the engine."""
 
 import asyncio
 import math
@@ -20,12 +20,11 @@ class Work(Protocol):
 
 
 @dataclass(eq=False)
-class Job:
-    """The work of one request. Iterating over a job yields what `on_step` returns, until `work` is finished.
+class QueuedJob:
+    """Work in the queue of a model.
 
-    `prepare` makes the work. `on_step` is called with the work before its first step and with each step after it;
-    None is not passed on. Both run in the engine's thread. Iterating raises ValueError for a request that cannot be
-    served and TimeoutError after `timeout` seconds.
+    `prepare` makes the work. `on_step` is called with the work before its first step and with each step after it. After
+    `timeout` seconds the job ends with a TimeoutError. `error` is what an ended job has raised.
     """
 
     model: str
@@ -35,6 +34,35 @@ class Job:
     work: Any = None
     started: float = field(default_factory=monotonic)
     cancelled: bool = False
+    ended: bool = False
+    error: BaseException | None = None
+
+    def cancel(self) -> None:
+        """Stop the work. Its rows are freed before the next forward pass."""
+        self.cancelled = True
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether the job has taken longer than `timeout`."""
+        return monotonic() - self.started > self.timeout
+
+    def notify(self, step: Any) -> None:
+        """Report a step."""
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the job, with an error if there is one."""
+        self.ended, self.error = True, error
+
+
+@dataclass(eq=False)
+class Job(QueuedJob):
+    """The work of one request. Iterating over a job yields what `on_step` returns, until `work` is finished.
+
+    `prepare` and `on_step` run in the engine's thread; None is not passed on. Iterating raises ValueError for a request
+    that cannot be served and TimeoutError after `timeout` seconds.
+    """
 
     def __post_init__(self) -> None:
         self._event_loop = asyncio.get_running_loop()
@@ -55,15 +83,6 @@ class Job:
             pass
         return self.work
 
-    def cancel(self) -> None:
-        """Stop the work. Its rows are freed before the next forward pass."""
-        self.cancelled = True
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether the job has taken longer than `timeout`."""
-        return monotonic() - self.started > self.timeout
-
     def notify(self, step: Any) -> None:
         """Report a step to whoever iterates over the job."""
         message = None if self.on_step is None else self.on_step(step)
@@ -72,6 +91,7 @@ class Job:
 
     def end(self, error: BaseException | None = None) -> None:
         """End the job, with an error if there is one."""
+        super().end(error)
         self._post((True, error))
 
     def _post(self, item: tuple[bool, Any]) -> None:

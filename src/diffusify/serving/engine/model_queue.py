@@ -4,7 +4,7 @@ from collections import deque
 
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.engine.batching import Loop, PassBatcher
-from diffusify.serving.engine.job import Job
+from diffusify.serving.engine.job import QueuedJob
 
 
 class ModelQueue:
@@ -17,22 +17,22 @@ class ModelQueue:
         self.name, self.tokens = name, tokens
         self.batcher = PassBatcher(lm.denoiser)
         self.lm = DiffusionLM(self.batcher.denoiser, lm.tokenizer)
-        self.waiting: deque[Job] = deque()
-        self.running: dict[Job, Loop] = {}
+        self.waiting: deque[QueuedJob] = deque()
+        self.running: dict[QueuedJob, Loop] = {}
 
     @property
     def rows(self) -> int:
         """The number of rows of all running jobs."""
         return sum(len(job.work.canvas.tokens) for job in self.running)
 
-    def receive(self, job: Job) -> None:
+    def receive(self, job: QueuedJob) -> None:
         """Prepare a job and add it to the queue. A job that cannot be served ends at once with its error."""
         try:
             job.work = job.prepare(self.lm)
             rows, n = job.work.canvas.tokens.shape
             if rows * n > self.tokens:
                 raise ValueError(
-                    f"the request needs {rows} x {n} tokens (texts x length), and the server takes at most "
+                    f"the request needs {rows} x {n} tokens (texts x length), and the engine takes at most "
                     f"{self.tokens}; request fewer or shorter texts"
                 )
         except Exception as error:
@@ -48,7 +48,7 @@ class ModelQueue:
             if loop in self.batcher.loops:
                 self.running[job] = loop
 
-    def _fits(self, new: Job) -> bool:
+    def _fits(self, new: QueuedJob) -> bool:
         """Whether the rows of all running jobs and a new one, padded to the longest, stay within the budget."""
         shapes = [job.work.canvas.tokens.shape for job in (*self.running, new)]
         return sum(rows for rows, _ in shapes) * max(n for _, n in shapes) <= self.tokens
@@ -69,7 +69,7 @@ class ModelQueue:
             del self.running[job]
 
 
-def _run(job: Job) -> None:
+def _run(job: QueuedJob) -> None:
     try:
         job.notify(job.work)
         for step in job.work:
