@@ -365,9 +365,14 @@ def test_a_model_with_an_ar_half_decodes_losslessly_unless_told_otherwise() -> N
     def texts(**sampling: Any) -> list[tuple[str, int]]:
         return [(result.text, result.forwards) for result in lm.generate(PROMPTS, 8, **sampling)]
 
-    for sampling in ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "seed": 3}):
+    for sampling in (
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5, "seed": 3},
+        {"repetition_penalty": 2.0},
+    ):
         assert texts(**sampling) == texts(tolerance=0.0, **sampling)
-    for sampling in ({"steps": 2}, {"cache": "none"}, {"repetition_penalty": 2.0}, {"guidance": 1.0}):
+    for sampling in ({"steps": 2}, {"cache": "none"}, {"window": 3}, {"guidance": 1.0}):
         assert texts(**sampling) == texts(policy=Unmask(), **sampling)
     infilling = model(BlockCausal(4, clean="block"))  # keeps no AR half
     assert infilling.generate("The", 8).text == infilling.generate("The", 8, policy=Unmask()).text

@@ -13,6 +13,7 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal
 from diffusify.diffusion.picking import Draw
 from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.sampler import Sampler
 from diffusify.sampling.speculative import Speculative
 from tests.families import CAUSAL, MASK, tiny_denoiser, tiny_network
 
@@ -96,7 +97,7 @@ def test_sampled_texts_follow_the_ar_distribution() -> None:
         for c, r in top_three([*prompt, a, b]).items()
     }
     canvas = Canvas.from_tokens([[*prompt, None, None, None]] * samples, noise=MASK, pad=0)
-    *_, last = Speculative(denoiser, Draw(3.0, top_k=3))(canvas, noise=MASK)
+    *_, last = Speculative(denoiser)(canvas, [Sampler(Draw(3.0, top_k=3))], noise=MASK)
     counts = Counter(map(tuple, last.canvas.tokens[:, 3:].tolist()))
     assert set(counts) <= set(expected)
     chi2 = sum((counts[text] - samples * p) ** 2 / (samples * p) for text, p in expected.items())
@@ -109,7 +110,7 @@ def test_a_row_stops_at_its_end_token() -> None:
     text = greedy_texts("llama")[0]
     end = text[8]
     canvas = Canvas.from_tokens([row], noise=MASK, pad=0)
-    *_, last = Speculative(denoiser, end_token_id=end)(canvas, noise=MASK)
+    *_, last = Speculative(denoiser)(canvas, [Sampler(end_token_id=end)], noise=MASK)
     first = text.index(end, 3)
     assert last.canvas.tokens[0, : first + 1].tolist() == text[: first + 1]
     assert last.canvas.open[0, first + 5 :].all()

@@ -128,7 +128,15 @@ def test_events_lead_to_the_answer(client: httpx.Client, more: dict[str, Any]) -
 
 def test_sent_text_never_changes(client: httpx.Client) -> None:
     """Also with a sampler that masks tokens again, the deltas add up to the final text."""
-    body = {"model": "infiller", "prompt": "The", "max_tokens": 12, "window": 4, "policy": "ReMdm", "seed": 3}
+    body = {
+        "model": "infiller",
+        "prompt": "The",
+        "max_tokens": 12,
+        "window": 4,
+        "steps": 24,
+        "policy": "ReMdm",
+        "seed": 3,
+    }
     found = events(client, "completions", **body)
     sent = "".join(c["text"] for name, data in found if not name and data != "[DONE]" for c in data["choices"])
     assert sent == post(client, "completions", **body)["choices"][0]["text"]

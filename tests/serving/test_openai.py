@@ -123,10 +123,9 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     )
     record = chat.choices[0].logprobs
     assert record is not None and record.content and all(len(one.top_logprobs) == 2 for one in record.content)
-    lossless = client.completions.create(**body, logprobs=0, extra_body={"tolerance": 0.0}).choices[0].logprobs
-    assert lossless is not None and lossless.token_logprobs and max(lossless.token_logprobs) <= 0
-    with pytest.raises(openai.BadRequestError, match="cannot report top logprobs"):
-        client.completions.create(**body, logprobs=2, extra_body={"tolerance": 0.0})
+    lossless = client.completions.create(**body, logprobs=3, extra_body={"tolerance": 0.0}).choices[0].logprobs
+    assert lossless is not None and (lossless.tokens, lossless.token_logprobs) == (answer.tokens, answer.token_logprobs)
+    assert lossless.top_logprobs == answer.top_logprobs
 
 
 def test_biases_and_penalties(client: openai.OpenAI) -> None:

@@ -96,6 +96,13 @@ class Constraint:
                     "change its length, or the regular expression or schema"
                 )
 
+    def possible_rows(self, canvas: Canvas) -> Bool[Tensor, " b"]:
+        """The rows whose decided tokens are those of some accepted text."""
+        possible = torch.ones(len(canvas.tokens), dtype=torch.bool)
+        for row, run in _editable_runs(canvas):
+            possible[row] &= self._possible_states(_cells(canvas, row, run)) is not None
+        return possible.to(canvas.tokens.device)
+
     def allowed_tokens(self, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> Callable[[Tensor, int], Tensor]:
         """A function (index, v) -> mask [len(index), v] of the tokens that each position may have by itself.
 

@@ -219,8 +219,6 @@ def _one_per_text(settings: Settings, count: int) -> list[SamplingConfig]:
 def _check_batch(settings: list[SamplingConfig], config: DiffusionConfig) -> None:
     """Raise ValueError if settings differ that a whole batch has to share, because they change the forward pass."""
     shared = ["cache", "guidance", "tolerance", "length_beam"]
-    if any(each.tolerance is not None for each in settings):
-        shared += ["temperature", "top_k", "top_p", "suppress_tokens"]
     for name in shared:
         if len({getattr(each, name) for each in settings}) > 1:
             raise ValueError(f"{name} must be the same for all texts of a batch; generate them in separate calls")

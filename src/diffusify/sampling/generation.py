@@ -111,18 +111,19 @@ class GenerationRun:
 
     def _end_at_stops(self, steps: Generator[Frame, Canvas | None, None]) -> Iterator[Frame]:
         """The frames of `steps`, in which rows end before the first stop string in their final text."""
-        frame, canvas = None, None
+        frame = None
         while True:
             try:
-                frame = steps.send(canvas)
+                frame = steps.send(None if frame is None else frame.canvas)
             except StopIteration:
                 break
-            canvas = self._without_stops(frame.canvas, frame.settled)
-            yield replace(frame, canvas=canvas)
-        if frame is not None and canvas is not None:  # the last step of a policy that remasks settles its window
-            ended = self._without_stops(canvas, torch.full_like(frame.settled, canvas.tokens.shape[1]))
-            if ended is not canvas:
-                yield replace(frame, canvas=ended)
+            frame = replace(frame, canvas=self._without_stops(frame.canvas, frame.settled))
+            yield frame
+        if frame is not None:  # a policy that remasks settles its last window at the end
+            settled = torch.full_like(frame.settled, frame.canvas.tokens.shape[1])
+            canvas = self._without_stops(frame.canvas, settled)
+            if canvas is not frame.canvas:
+                yield replace(frame, canvas=canvas, settled=settled)
 
     def _without_stops(self, canvas: Canvas, settled: Int[Tensor, " b"]) -> Canvas:
         """The canvas with rows that end before the first stop string in their first `settled` positions."""
@@ -149,10 +150,7 @@ class GenerationRun:
             for each, constraint in zip(self.settings, self._constraints, strict=True)
         ]
         if settings.tolerance is not None:
-            speculative = Speculative(
-                denoiser, settings.pick, settings.tolerance, banned=samplers[0].banned, end_token_id=self._end_token_id
-            )
-            return speculative(self.canvas, noise=noise, rng=rng)
+            return Speculative(denoiser, settings.tolerance)(self.canvas, samplers, noise=noise, rng=rng)
 
         def denoise_fn() -> DenoiseFn:
             if getattr(samplers[0].policy, "needs_shadow", False):
@@ -173,10 +171,11 @@ class GenerationRun:
         """Run all remaining steps and return the finished texts."""
         for _ in self._frames:
             pass
-        return [self._result(row) for row in self.best_rows]
+        tokens = self._generated().sum(1).tolist()
+        return [self._result(row, tokens[row]) for row in self.best_rows]
 
-    def _result(self, row: int) -> Generation:
-        canvas, tokens = self.canvas[row : row + 1], int(self._generated()[row].sum())
+    def _result(self, row: int, tokens: int) -> Generation:
+        canvas = self.canvas[row : row + 1]
         fields = self._stopped.get(row) or self._text.fields(canvas)
         ended = row in self._stopped or tokens < int(canvas.written.sum())
         return Generation(

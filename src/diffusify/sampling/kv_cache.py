@@ -64,7 +64,8 @@ class ColumnCacheLayer(CacheLayerMixin):
 
     def _write(self, stored: Float[Tensor, "h bn d"], new: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h w d"]:
         """Write the new states to their columns; the stored states of the columns in use."""
-        stored.index_copy_(1, self.store.flat_columns, new.transpose(0, 1).flatten(1, 2))
+        columns = self.store.flat_columns.to(stored.device)  # the network may lie on several devices
+        stored.index_copy_(1, columns, new.transpose(0, 1).flatten(1, 2))
         return stored.unflatten(1, (len(new), -1)).transpose(0, 1)[:, :, : self.store.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

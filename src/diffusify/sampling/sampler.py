@@ -31,6 +31,9 @@ class DenoiseFn(Protocol):
 # (logits [k, v], canvas, positions [b, n]) -> logits [k, v], applied before tokens are picked at these positions.
 LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
+# (written [b, n], logits at these positions, row by row), called in every step after tokens are picked.
+Observer = Callable[[Tensor, LazyLogits], None]
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -60,6 +63,7 @@ class Sampler:
     - `repetition_penalty` divides the positive logits of tokens that are already in the text, and multiplies the
       negative ones (CTRL). `logits_processor` is applied after it and the ban.
     - `constraint` restricts the tokens to those of allowed texts.
+    - `observer` receives the logits of the tokens that a step writes.
 
     Raises ValueError if `steps` is below 1.
     """
@@ -72,6 +76,7 @@ class Sampler:
     repetition_penalty: float = 1.0
     logits_processor: LogitsProcessor | None = None
     constraint: Constraint | None = None
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -89,9 +94,14 @@ class Sampler:
         """Yield the canvas after every step; see `denoise`."""
         return denoise(denoiser, canvas, [self] * len(canvas.tokens), window_index, noise=noise, rng=rng)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether `process_logits` depends on the text so far."""
+        return self.repetition_penalty != 1 or self.logits_processor is not None or self.constraint is not None
+
     def process_logits(self, logits: LazyLogits, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         """The model's logits after penalty, bans, processor and constraint."""
-        if self.repetition_penalty == 1 and not self.banned and self.logits_processor is None and not self.constraint:
+        if not self.banned and not self.reads_text:
             return logits
         indices = positions.nonzero()
         allowed = self.constraint.allowed_tokens(canvas, positions) if self.constraint else None
@@ -136,7 +146,7 @@ def denoise(
     rng = rng or RowGenerators.from_seeds(list(range(b)))
     window_index = torch.zeros_like(canvas.tokens) if window_index is None else window_index
     no_window = torch.iinfo(window_index.dtype).max
-    groups = _group_rows(samplers, rng, device)
+    groups = [_RowGroup(sampler, rows, rng, device) for sampler, rows in equal_samplers(samplers)]
     remasks, rescores = (
         torch.tensor([getattr(sampler.policy, name, False) for sampler in samplers], device=device)
         for name in ("remasks", "rescores")
@@ -183,6 +193,8 @@ def denoise(
             constraint, write = group.sampler.constraint, group_move.write
             if constraint:
                 write = constraint.consistent_writes(state.canvas, write, group_guess)
+            if group.sampler.observer is not None and len(state.logits):
+                group.sampler.observer(write, state.logits[write[state.positions]])
             guess.tokens[rows], guess.score[rows] = group_guess.tokens, group_guess.score
             move.write[rows], move.erase[rows] = write, group_move.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
@@ -222,10 +234,10 @@ class _RowGroup:
         return state
 
 
-def _group_rows(samplers: Sequence[Sampler], rng: RowGenerators, device: torch.device) -> list[_RowGroup]:
-    """Groups of the rows with equal samplers, in order of their first row."""
+def equal_samplers(samplers: Sequence[Sampler]) -> list[tuple[Sampler, list[int]]]:
+    """Each different sampler with its rows, in order of their first row."""
     unique = [sampler for i, sampler in enumerate(samplers) if sampler not in samplers[:i]]
-    return [_RowGroup(each, [i for i, other in enumerate(samplers) if other == each], rng, device) for each in unique]
+    return [(each, [i for i, other in enumerate(samplers) if other == each]) for each in unique]
 
 
 def _window_steps(canvas: Canvas, window_index: Int[Tensor, "b n"], totals: Sequence[int | None]) -> Int[Tensor, "b w"]:

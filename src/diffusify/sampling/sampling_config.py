@@ -14,14 +14,12 @@ from diffusify.diffusion.picking import Draw, Greedy, Pick
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.step import StepState
-from diffusify.sampling.sampler import LogitsProcessor, Sampler
+from diffusify.sampling.sampler import LogitsProcessor, Observer, Sampler
 
 Preset = Literal["quality", "balanced", "fast"]
 
 # Fields of stepwise denoising, which speculative decoding does not support.
-_STEPWISE = (
-    *("steps", "threshold", "policy", "window", "cache", "guidance", "repetition_penalty", "logits_processor", "regex"),
-)
+_STEPWISE = ("steps", "threshold", "policy", "window", "cache", "guidance")
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class SamplingConfig:
     """Holds the parameters of a generation. All of them are optional.
 
     A model that keeps its AR half decodes losslessly by default: it generates the text of AR decoding, in fewer forward
-    passes. Any parameter of denoising steps (`steps`, `threshold`, `policy`, `window`, `cache`) selects diffusion
-    decoding instead, as do `guidance`, `repetition_penalty`, `logits_processor` and `regex`.
+    passes. Any of `steps`, `threshold`, `policy`, `window`, `cache` and `guidance` selects diffusion decoding instead.
 
     Parameters that control the denoising steps:
 
@@ -54,6 +51,8 @@ class SamplingConfig:
     - `repetition_penalty`: Values above 1 make tokens that already occur in the text less likely. Defaults to 1.
     - `suppress_tokens`: Token ids that are never generated.
     - `logits_processor`: A callable `(logits, canvas, positions) -> logits`, applied after them. It cannot be saved.
+    - `observer`: A callable `(written, logits)`, which receives the positions that a step writes and their logits, as
+      `LazyLogits`. It cannot be saved.
     - `regex`: A regular expression that each generated text, without its prompt, must match as a whole. See
       `schema_regex` for JSON.
     - `guidance`: Scale of classifier-free guidance. Values above 0 follow the prompt more closely, at twice the cost.
@@ -87,6 +86,7 @@ class SamplingConfig:
     seed: int = 0
     logits_processor: LogitsProcessor | None = None
     regex: str | None = None
+    observer: Observer | None = None
     stop: str | list[str] | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -152,7 +152,8 @@ class SamplingConfig:
     def save(self, file: Path | str) -> None:
         """Save the settings as JSON. Raises ValueError for a `logits_processor` or a policy of your own."""
         custom_policy = None if isinstance(self.policy, Policy | None) else self.policy
-        for name, code in (("logits_processor", self.logits_processor), ("policy", custom_policy)):
+        codes = {"logits_processor": self.logits_processor, "observer": self.observer, "policy": custom_policy}
+        for name, code in codes.items():
             if code is not None:
                 raise ValueError(
                     f"{name}={code} is code, which cannot be saved; leave it out and pass it when sampling"
@@ -190,5 +191,6 @@ class SamplingConfig:
             end_token_id=end_token_id,
             repetition_penalty=float(self.repetition_penalty),
             logits_processor=self.logits_processor,
+            observer=self.observer,
             constraint=constraint,
         )

@@ -4,7 +4,7 @@ Axes: b texts, n canvas positions, m positions of a pass, p nodes of the draft t
 may generate, v vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.attention import AttentionInputs
-from diffusify.diffusion.picking import Greedy, Pick
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.draft_sampling import SamplerRows
 from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.kv_cache import ColumnCache
-from diffusify.sampling.sampler import Frame, after_end, end_tokens
+from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
 
 
 class Speculative:
@@ -33,19 +33,18 @@ class Speculative:
     that much below the AR half's own choice (typical acceptance, Medusa). This takes fewer passes and gives a slightly
     less likely text.
 
+    Penalties, processors and constraints of a sampler change the AR half's logits after every node as its text requires.
+
     Raises ValueError if the model keeps no AR half, the network has no KV cache, or `tolerance` is negative.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        pick: Pick = Greedy(),
         tolerance: float = 0.0,
         *,
         candidates: int = 4,
         masks: int = 6,
-        banned: tuple[int, ...] = (),
-        end_token_id: int | tuple[int, ...] | None = None,
     ) -> None:
         pattern = denoiser.diffusion_config.attention
         if not denoiser.diffusion_config.reads_as_ar_model:
@@ -60,26 +59,33 @@ class Speculative:
             )
         if tolerance < 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0 nats; 0 is lossless")
-        self.denoiser, self.pick, self.size = denoiser, pick, denoiser.diffusion_config.block_size or 1
-        self.candidates, self.masks = candidates, masks
-        self.tolerance, self.banned, self.end_token_id = tolerance, banned, end_token_id
+        self.denoiser, self.size = denoiser, denoiser.diffusion_config.block_size or 1
+        self.candidates, self.masks, self.tolerance = candidates, masks, tolerance
 
     @torch.inference_mode()
     def __call__(
-        self, canvas: Canvas, *, noise: int, rng: RowGenerators | None = None
+        self,
+        canvas: Canvas,
+        samplers: Sequence[Sampler] = (Sampler(),),
+        *,
+        noise: int,
+        rng: RowGenerators | None = None,
     ) -> Generator[Frame, Canvas | None, None]:
-        """Yield the canvas after every pass; a canvas that is sent replaces it.
+        """Yield the canvas after every pass, with one sampler for each row or for all; a canvas that is sent replaces it.
 
-        Raises ValueError unless open positions follow a prompt in each row.
+        The policies and steps of the samplers have no effect. Raises ValueError unless open positions follow a prompt
+        in each row.
         """
         rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))))
         b, n = canvas.tokens.shape
+        samplers = list(samplers) * b if len(samplers) == 1 else samplers
         at = torch.arange(n, device=canvas.tokens.device)
         settled = torch.where(canvas.open, at, n).amin(1)  # number of settled tokens
         end = torch.where(canvas.open, at + 1, 0).amax(1)
         if (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() or (settled < 1).any():
             raise ValueError("speculative decoding continues prompts and cannot infill; leave out tolerance")
-        ends = end_tokens([self.end_token_id] * b, at.device)
+        ends = end_tokens([sampler.end_token_id for sampler in samplers], at.device)
+        groups = SamplerRows.groups(samplers, rng, at.device)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
         start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.size, at.device), 0
@@ -87,12 +93,16 @@ class Speculative:
             mask_node, mask_offset = tree.place_masks(self.masks)
             logits, drafts = self._forward(canvas.tokens, start, settled, tree, mask_node, mask_offset, noise, past)
             forwards += 1
-            tokens, log_prob, node = self._verify(logits, tree, rng)
+            for group in groups:
+                group.process_logits(logits, canvas, settled, tree)
+            tokens, log_prob, node, parent = self._verify(logits, tree, groups)
             accepted = tree.depth.gather(1, node[:, None])[:, 0]
             offset = at - settled[:, None]
             write = todo[:, None] & (offset >= 0) & (offset <= accepted[:, None]) & canvas.open
             offset = offset.clamp(0, self.size - 1)
             guess = Guess(tokens.gather(1, offset), log_prob.gather(1, offset))
+            for group in groups:
+                group.observe(logits, write, settled, parent)
             canvas = canvas.apply(Move(write, erase=torch.zeros_like(write)), guess, noise)
             score = torch.where(write, guess.score, score)
             start = torch.where(todo, settled, start)
@@ -107,14 +117,16 @@ class Speculative:
             canvas = (yield Frame(canvas, score, forwards, settled=settled)) or canvas
 
     def _verify(
-        self, logits: Float[Tensor, "b p v"], tree: DraftTree, rng: RowGenerators
-    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"], Int[Tensor, " b"]]:
-        """The next tokens, their log-probabilities under the AR half, and the last accepted node.
+        self, logits: Float[Tensor, "b p v"], tree: DraftTree, groups: list[SamplerRows]
+    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"], Int[Tensor, " b"], Int[Tensor, "b k"]]:
+        """The next tokens, their log-probabilities under the AR half, the last accepted node, and each token's parent.
 
         The tokens up to that node are drafts, and the next one is the AR half's own; the rest is undefined.
         """
-        every_node = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        choice, choice_log_prob = (x.view(every_node.shape) for x in self.pick(logits.flatten(0, 1), every_node, rng))
+        choice = torch.empty(logits.shape[:2], dtype=torch.long, device=logits.device)
+        choice_log_prob = torch.empty(logits.shape[:2], device=logits.device)
+        for group in groups:
+            choice[group.rows], choice_log_prob[group.rows] = group.pick(logits)
         row = torch.arange(len(logits), device=logits.device)
         normalizer = logits.gather(2, choice[..., None])[..., 0] - choice_log_prob
         log_prob = logits[row[:, None], tree.parent, tree.token] - normalizer.gather(1, tree.parent)
@@ -127,7 +139,8 @@ class Speculative:
         depths = torch.arange(1, self.size + 1, device=row.device)[:, None]
         path = (tree.ancestors[row, node][:, None] & (tree.depth[:, None] == depths)).long().argmax(-1)
         tokens = tree.path[row, node].scatter(1, depth, choice[row, node][:, None])
-        return tokens, log_prob.gather(1, path).scatter(1, depth, choice_log_prob[row, node][:, None]), node
+        log_prob = log_prob.gather(1, path).scatter(1, depth, choice_log_prob[row, node][:, None])
+        return tokens, log_prob, node, torch.cat([torch.zeros_like(path[:, :1]), path[:, :-1]], 1)
 
     def _forward(
         self,
@@ -187,6 +200,4 @@ class Speculative:
         root = row * m + (settled - 1 - start)[:, None]
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
         logits = self.denoiser.logits(inputs, torch.cat([root, rest], 1).flatten(), past=past).unflatten(0, (b, -1))
-        if self.banned:
-            logits[..., list(self.banned)] = -torch.inf
         return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :]

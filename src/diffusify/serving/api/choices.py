@@ -108,8 +108,8 @@ class Choices:
 
         def prepare_with_logprobs(lm: DiffusionLM) -> GenerationRun:
             run = prepare(lm)
-            policy = run.settings[0].policy
-            self._top_logprobs = policy if isinstance(policy, TopLogprobs) else None
+            observer = run.settings[0].observer
+            self._top_logprobs = observer if isinstance(observer, TopLogprobs) else None
             return run
 
         await self.service.compile(self.lm, self.body.constraint)
@@ -151,7 +151,7 @@ class Choices:
             yield None, cut
         if not fitting:
             return
-        body = self.body.model_copy(update={"regex": tools.regex, "tolerance": None, "logprobs": None})
+        body = self.body.model_copy(update={"regex": tools.regex, "logprobs": None})
         settings = body.sampling_config(self.lm)
 
         def prepare(lm: DiffusionLM) -> GenerationRun:

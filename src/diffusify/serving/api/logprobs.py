@@ -5,7 +5,7 @@ Axes: b rows, n positions.
 
 import math
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -14,42 +14,30 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from diffusify.canvas import Canvas, Move
-from diffusify.diffusion.step import StepState
+from diffusify.canvas import Canvas
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.text.tokenizer import TextTokenizer
 
 
 @dataclass(eq=False)
 class TopLogprobs:
-    """Wraps a policy and records the `top` most likely tokens of each position in the step that writes it.
+    """Records the `top` most likely tokens of each position in the step that writes it.
 
     `found` holds them as (token id, log-probability), by row and position.
     """
 
-    policy: Callable[[StepState], Move]
     top: int
     found: dict[tuple[int, int], list[tuple[int, float]]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in ("remasks", "rescores", "needs_shadow", "history_length"):
-            setattr(self, name, getattr(self.policy, name, False))
-
-    def __call__(self, state: StepState) -> Move:
-        move = self.policy(state)
-        if len(state.logits):
-            cells = move.write.nonzero().tolist()
-            chunks = [
-                chunk.log_softmax(-1).topk(self.top) for chunk in state.logits[move.write[state.positions]].chunks()
-            ]
-            for (row, position), log_probs, ids in zip(
-                cells,
-                [values for chunk in chunks for values in chunk.values.tolist()],
-                [values for chunk in chunks for values in chunk.indices.tolist()],
-                strict=True,
-            ):
-                likely = [(i, p) for i, p in zip(ids, log_probs, strict=True) if p > -math.inf]
-                self.found[row, position] = likely
-        return move
+    def __call__(self, write: Bool[Tensor, "b n"], logits: LazyLogits) -> None:
+        chunks = [chunk.log_softmax(-1).topk(self.top) for chunk in logits.chunks()]
+        for (row, position), log_probs, ids in zip(
+            write.nonzero().tolist(),
+            [values for chunk in chunks for values in chunk.values.tolist()],
+            [values for chunk in chunks for values in chunk.indices.tolist()],
+            strict=True,
+        ):
+            self.found[row, position] = [(i, p) for i, p in zip(ids, log_probs, strict=True) if p > -math.inf]
 
 
 @dataclass(frozen=True)

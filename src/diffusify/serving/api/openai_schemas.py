@@ -74,20 +74,7 @@ class OpenAIFields(SamplingFields):
             if token >= vocab_size:
                 raise ValueError(f"logit_bias: token {token} is outside the vocabulary of {vocab_size} tokens")
         config = super().sampling_config(lm, infilling=infilling)
-        return self._with_top_logprobs(config, lm)
-
-    def _with_top_logprobs(self, config: SamplingConfig, lm: DiffusionLM) -> SamplingConfig:
-        """The settings with a policy that records the most likely tokens, if they were requested."""
-        if not self.num_top_logprobs:
-            return config
-        if config.tolerance is not None:
-            if self.tolerance is not None or self.preset:
-                raise ValueError(
-                    f"tolerance={config.tolerance} cannot report top logprobs; leave out either tolerance or them"
-                )
-            config = replace(config, tolerance=None)
-        policy = TopLogprobs(config.sampler(lm.config.policy).policy, self.num_top_logprobs)
-        return replace(config, threshold=None, policy=policy)
+        return replace(config, observer=TopLogprobs(self.num_top_logprobs)) if self.num_top_logprobs else config
 
     @model_validator(mode="after")
     def _check_denoise(self) -> "OpenAIFields":

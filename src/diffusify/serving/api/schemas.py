@@ -102,11 +102,9 @@ class SamplingFields(Body):
         changes = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.policy is not None:
             changes["policy"] = from_plain(self.policy, Policy, "policy")
-        stepwise = {"regex": self.constraint, "logits_processor": self.penalties()}
-        if self.preset and any(stepwise.values()):
-            start = replace(start, tolerance=None)
         seed = secrets.randbits(31) if self.seed is None else self.seed
-        return replace(start, **changes, **stepwise, temperature=self.temperature, top_p=self.top_p, seed=seed)
+        changes |= {"regex": self.constraint, "logits_processor": self.penalties(), "seed": seed}
+        return replace(start, **changes, temperature=self.temperature, top_p=self.top_p)
 
     def penalties(self) -> Penalties | None:
         """The logits processor, if there is one."""
