@@ -42,7 +42,8 @@ bench: $(DEMOS) $(INFILLER)
 	$(BIN)/pip install -q --no-deps rxnmapper==0.4.3 rxnfp==0.1.0
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
-	$(BENCH)/decoding.py runs/5 runs/10 runs/30 runs/180
+	$(BENCH)/decoding.py smollm2-block
+	$(BENCH)/training_length.py runs/5 runs/10 runs/30 runs/180
 	$(BENCH)/caches.py runs/infiller
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py

@@ -60,8 +60,10 @@ def main() -> None:
     texts = [dict(row)["text"] for row in load_texts(chosen.data)]
     result: dict = {"prompts": chosen.prompts, "new_tokens": 128, "models": []}
     for name in chosen.models:
-        model = {"model": Path(name).name}
-        model |= {dtype: ways(name, texts, chosen.prompts, dtype) for dtype in DTYPES}
+        by_dtype = {dtype: ways(name, texts, chosen.prompts, dtype) for dtype in DTYPES}
+        names = [row["way"] for row in by_dtype[DTYPES[0]]]
+        by_name = {way: {dtype: rows[i] for dtype, rows in by_dtype.items()} for i, way in enumerate(names)}
+        model = {"model": Path(name).name, "ways": by_name}
         print(json.dumps(model, indent=2), flush=True)
         result["models"].append(model)
     result["equal_texts"] = {"model": Path(chosen.models[0]).name, "of": chosen.equal} | {
