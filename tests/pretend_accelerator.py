@@ -5,7 +5,6 @@ their own device only; and numpy() is refused. On `mps` there is no float64. Aut
 pretended. Inside `accelerator()` everything that takes a device knows the pretended ones, in this thread and those that it starts.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device
 
 PLAIN_GENERATOR = torch.Generator
 
@@ -66,6 +66,9 @@ class DeviceTensor(Tensor):
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {self.place} device type tensor to numpy. Use Tensor.cpu() to copy it first.")
@@ -119,7 +122,7 @@ class Generator(PLAIN_GENERATOR):
 
     def __new__(cls, device: torch.device | str = "cpu") -> "Generator":
         generator = PLAIN_GENERATOR.__new__(cls, "cpu")
-        generator.place = _with_index(torch.device(device))
+        generator.place = _as_device(device)
         return generator
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -150,20 +153,25 @@ class PretendDevices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return _moved(func, *args, **kwargs)
+        if func is torch._C._nn._parse_to:  # the arguments of `Module.to`
+            return func(*args, **kwargs)
         if func is Tensor.backward:  # it may repeat forward passes
             with self:
                 return torch.autograd.backward(args[0])
         first = next(_tensors(args), None)
         is_copy = func in (torch.tensor, torch.as_tensor)
-        if kwargs.get("device") is not None:
-            place = _with_index(torch.device(kwargs["device"]))
+        given = kwargs.get("device")
+        if given is None and func in _device._device_constructors():
+            given = _device.CURRENT_DEVICE  # of `with torch.device(...)`
+        if given is not None:
+            place = _as_device(given)
         elif first is None or (is_copy and args[0] is not first):
             place = torch.device("cpu")
         else:
             place = first.device
         if "generator" in kwargs:
             _check_generator(func, kwargs["generator"], place)
-        if kwargs.get("device") is not None or is_copy:
+        if given is not None or is_copy:
             kwargs = kwargs | {"device": place if place.type == "meta" else "cpu"}
             return _on(func(*_unwrapped(args), **kwargs), place)
         out = func(*args, **kwargs)
@@ -184,13 +192,17 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             elif isinstance(value, str | torch.device) or type(value) is int:
                 device = value
     out = tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
-    if device is None or (place := _with_index(torch.device(device))) == tensor.device:
+    if device is None or (place := _as_device(device)) == tensor.device:
         return out.clone() if kwargs.get("copy") and out is tensor else out
     moved: Any = out.to(place) if place.type == "meta" else _Move.apply(out, place)
     return moved
 
 
-def _with_index(device: torch.device) -> torch.device:
+def _as_device(value: Any) -> torch.device:
+    """A device from its name or number; an accelerator without a number is the first one."""
+    if isinstance(value, int):
+        return torch.device(torch.accelerator.current_accelerator().type, value)  # pyright: ignore[reportOptionalMemberAccess]
+    device = torch.device(value)
     return torch.device(device.type, 0) if device.index is None and device.type not in ("cpu", "meta") else device
 
 
@@ -230,6 +242,7 @@ def accelerator(kind: str = "cuda", *, memory: tuple[int, ...] = (1 << 40,)) -> 
         device_count=lambda: len(memory),
         is_available=lambda: True,
         current_stream=lambda: SimpleNamespace(is_capturing=lambda: False),
+        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated"), lambda: 0),
     )
     plain_run = Thread.run
 
@@ -240,7 +253,10 @@ def accelerator(kind: str = "cuda", *, memory: tuple[int, ...] = (1 << 40,)) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Thread, "run", run)
         patch.setattr(torch, "accelerator", machine)
-        properties = {"mem_get_info": lambda index=0: (memory[index], memory[index]), "device_count": lambda: len(memory)}
+        properties = {
+            "mem_get_info": lambda index=0: (memory[index], memory[index] + (2 << 30)),
+            "device_count": lambda: len(memory),
+        }
         properties |= dict.fromkeys(
             ("current_device", "memory_reserved", "memory_allocated", "set_device", "get_device_properties"),
             lambda index=0: 0,
@@ -250,10 +266,6 @@ def accelerator(kind: str = "cuda", *, memory: tuple[int, ...] = (1 << 40,)) -> 
         # Wrappers have no inference mode: a view of a plain tensor would be an inference tensor.
         patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # tied weights stay tied
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").partition(".")[0] in ("torch", "diffusify") and (
-                vars(module).get("Generator") is PLAIN_GENERATOR
-            ):
-                patch.setattr(module, "Generator", Generator)
+        patch.setattr(torch, "Generator", Generator)
         with PretendDevices():
             yield

@@ -18,6 +18,12 @@ from diffusify.cli.training_options import (
     recipe_function,
 )
 
+# The arguments of the Python function that `-o` sets.
+_RUN_OPTIONS = (
+    *("length", "start_token", "end_token", "held_out", "seed"),
+    *("streaming", "max_corrupt", "max_skipped", "load_in_4bit"),
+)
+
 
 def adapt(
     base: Annotated[
@@ -84,9 +90,7 @@ def adapt(
             pairs,
             argument_types(make_recipe),
             argument_types(Lora, "alpha", "embeddings") if lora is not None else {},
-            argument_types(
-                run, "length", "start_token", "end_token", "held_out", "seed", "streaming", "max_corrupt", "max_skipped"
-            ),
+            argument_types(run, *_RUN_OPTIONS),
             training_argument_types(),
         )
         if own_recipe and recipe_options:

@@ -18,6 +18,12 @@ from diffusify.cli.training_options import (
     recipe_function,
 )
 
+# The arguments of the Python function that `-o` sets.
+_RUN_OPTIONS = (
+    *("length", "start_token", "end_token", "held_out", "seed"),
+    *("max_corrupt", "max_skipped", "load_in_4bit"),
+)
+
 
 def tune(
     model: Annotated[
@@ -98,7 +104,7 @@ def tune(
             option or [],
             argument_types(make_recipe) if make_recipe else {},
             argument_types(Lora, "alpha", "embeddings") if lora is not None else {},
-            argument_types(run, "length", "start_token", "end_token", "held_out", "seed", "max_corrupt", "max_skipped"),
+            argument_types(run, *_RUN_OPTIONS),
             training_argument_types(),
         )
         folder = run(

@@ -1,8 +1,17 @@
-"""The device and the data type that a model is opened with."""
+"""The devices and the data type that a model is opened with."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory, get_max_memory
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from diffusify.models.weight_files import count_numbers
+
+_WEIGHTS_SHARE = 0.9  # of an accelerator's free memory; the rest is for activations and keys and values
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -10,7 +19,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def choose_device(device: torch.device | str = "auto") -> torch.device:
     """The device of that name; `auto` is the accelerator (CUDA, XPU or MPS) if there is one, else the CPU.
 
-    ValueError if this machine has no such device.
+    A name without a number, and `auto`, stand for all accelerators of the kind (see `device_map`). ValueError if this machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -45,3 +54,37 @@ def choose_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
         return torch.float32
     emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if emulated else torch.bfloat16
+
+
+def device_map(
+    files: Sequence[Path],
+    network_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, torch.device] | None:
+    """The device of each part of a network whose weights are in safetensors files; None for the CPU.
+
+    A device without a number is the first of its kind, or all of them if the weights do not fit into its free memory.
+    ValueError if they do not fit into all.
+    """
+    if device.type == "cpu":
+        return None
+    if device.index is not None or torch.accelerator.device_count() == 1:
+        return {"": device}
+    free = {i: int(_WEIGHTS_SHARE * free) for i, free in get_max_memory().items() if isinstance(i, int)}
+    size = dtype.itemsize * count_numbers(files)
+    if size <= free[0]:
+        return {"": torch.device(device.type, 0)}
+    with torch.device("meta"):
+        network = network_class(config)
+    network.tie_weights()
+    whole = list(network._no_split_modules or ())
+    limits = get_balanced_memory(network, free, no_split_module_classes=whole, dtype=dtype)
+    parts = infer_auto_device_map(network, limits, no_split_module_classes=whole, dtype=dtype)
+    if not free.keys() >= set(parts.values()):
+        raise ValueError(
+            f"the weights take {size / 2**30:.1f} GiB in {dtype}, and the {len(free)} accelerators have "
+            f"{sum(free.values()) / 2**30:.1f} GiB for them; free some memory, or give device=cpu or a smaller dtype"
+        )
+    return {name: torch.device(device.type, i) for name, i in parts.items()}

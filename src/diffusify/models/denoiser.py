@@ -79,6 +79,7 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of inputs and outputs: the network's, or that of its first layer if it lies on several."""
         return self.network.device
 
     @property
@@ -153,7 +154,7 @@ class Denoiser(nn.Module):
         assert self.length_head is not None, "lengths were requested without a length head"
         prompts = prompt_canvas(canvas)
         inputs = self.diffusion_config.attention(prompts, shift=self.diffusion_config.shift)
-        return self.length_head(self._run_body(inputs).last_hidden_state, prompts)
+        return self.length_head(self._run_body(inputs).last_hidden_state.to(self.device), prompts)
 
     def logits(
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
@@ -177,7 +178,8 @@ class Denoiser(nn.Module):
         """
         output = self._run_body(inputs, past)
         self._output_class = type(output)
-        return output.last_hidden_state.flatten(0, 1)[index]
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return hidden[index.to(hidden.device)].to(self.device)  # the last layer may lie on another device
 
     def lazy_logits(self, hidden: Float[Tensor, "k d"], weights: tuple[Tensor, ...] = ()) -> LazyLogits:
         """Logits that `project` computes from hidden states when they are read; `weights` get gradients, too."""

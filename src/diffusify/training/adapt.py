@@ -14,6 +14,7 @@ from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, ensure_mask_token
 from diffusify.models.lora import Lora, add_lora, check_lora
+from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, block, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
@@ -33,6 +34,7 @@ def adapt(
     *,
     recipe: Recipe | None = None,
     lora: Lora | None = None,
+    load_in_4bit: bool = False,
     steps: int | None = None,
     minutes: float | None = None,
     length: int = 256,
@@ -52,7 +54,8 @@ def adapt(
       is given, and with its adapters if it has some.
     - `data`: texts as `load_texts` takes them. `self:DATA` is text that the base generates itself from openings of
       DATA's texts (see `with_generated_texts`).
-    - `recipe`: default `block()`. `lora` trains adapters instead of all weights.
+    - `recipe`: default `block()`. `lora` trains adapters instead of all weights; with `load_in_4bit`, on a base with
+      4-bit weights (QLoRA), which takes a fraction of the memory.
     - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
     - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
       it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
@@ -69,6 +72,8 @@ def adapt(
     recipe, out = recipe or saved_recipe(base) or block(), Path(out)
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora)
+    if load_in_4bit:
+        check_load_in_4bit(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
     training = check_training_options(training, minutes=minutes)
     settings = {
@@ -77,6 +82,7 @@ def adapt(
         "data_checksum": source_checksum(SELF_SOURCE.sub(r"\1", data)),
         "recipe": to_plain(recipe),
         "lora": to_plain(lora),
+        "load_in_4bit": load_in_4bit or None,  # earlier versions saved nothing
         "budget": {"steps": budget.steps, "minutes": minutes},
         "length": length,
         "start_token": start_token,
@@ -91,7 +97,7 @@ def adapt(
         return out
     check_limit(max_corrupt)
     source_files(SELF_SOURCE.sub(r"\1", data))  # raises if files are missing
-    source = open_base(base)
+    source = open_base(base, load_in_4bit=load_in_4bit)
     check_can_generate(data, base, masked=source.masked)
     weights = checksum(source.network)
     frame, note = choose_frame(source, known_frame(out, base), start_token=start_token, end_token=end_token)

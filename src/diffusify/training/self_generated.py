@@ -20,6 +20,7 @@ from diffusify.config import cache_folder
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.lora import merge_lora
+from diffusify.models.quantization import is_quantized
 from diffusify.text.bad_records import BadRecords
 from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import parse_records
@@ -159,9 +160,10 @@ class TextGenerator:
     ) -> None:
         """Append the records that a partial file lacks. Each batch has its own seed, so the result is the same."""
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        network: Any = copy.deepcopy(self.network)
-        merge_lora(network)
-        network.to(device=device, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32).eval()
+        network: Any = copy.deepcopy(self.network).eval()
+        if not is_quantized(network):
+            merge_lora(network)
+            network.to(device=device, dtype=torch.bfloat16 if fast_bfloat16() else torch.float32)
         optimize_for_inference(network)
         done = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.is_file() else []
         done = done[: len(done) - len(done) % BATCH_SIZE]

@@ -11,6 +11,7 @@ from rich.console import Console
 from diffusify.config import sees_right_context, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.lora import Lora, check_lora
+from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
@@ -31,6 +32,7 @@ def tune(
     template: Template | None = None,
     recipe: Recipe | None = None,
     lora: Lora | None = None,
+    load_in_4bit: bool = False,
     length_head: bool = False,
     epochs: float = 1.0,
     steps: int | None = None,
@@ -53,8 +55,8 @@ def tune(
       questions (see `with_generated_answers`).
     - `template`: the prompt and the target of a record; default: its well-known fields (see `make_examples`). Only
       targets, their end token included, are noised and learned.
-    - `lora` trains new adapters instead of all weights. `length_head` also trains a head that predicts a target's
-      length from its prompt.
+    - `lora` trains new adapters instead of all weights, and `load_in_4bit` on a base with 4-bit weights (QLoRA).
+    - `length_head` also trains a head that predicts a target's length from its prompt.
     - `steps` or `minutes` is the budget; default: `epochs`.
     - `length`: longer examples are skipped; default: 512 tokens, or the model's context if that is shorter.
     - `held_out` prompts are held out to measure the NELBO; 0 trains on all and measures nothing.
@@ -72,6 +74,8 @@ def tune(
         raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
     recipe = _choose_recipe(model, recipe)
     check_lora(model, lora)
+    if load_in_4bit:
+        check_load_in_4bit(model, lora)
     if template is not None and SELF_SOURCE.search(data):
         raise ValueError(f"data {data}: answers that a model generates are chats, which need no template; leave it out")
     if length_head and not sees_right_context(recipe.attention):
@@ -86,6 +90,7 @@ def tune(
         "template": to_plain(template),
         "recipe": to_plain(recipe),
         "lora": to_plain(lora),
+        "load_in_4bit": load_in_4bit or None,  # earlier versions saved nothing
         "length_head": length_head,
         "budget": {"epochs": epochs, "steps": steps, "minutes": minutes},
         "length": length,
@@ -99,7 +104,7 @@ def tune(
         console.print(f"{out} already holds this run, finished")
         return out
     records = load_records(SELF_SOURCE.sub(r"\1", data), seed=seed)  # raises if files are missing
-    base = open_base(model)
+    base = open_base(model, load_in_4bit=load_in_4bit)
     check_can_generate(data, model, masked=base.masked)
     weights = checksum(base.network)
     frame, note = choose_frame(base, known_frame(out, model), start_token=start_token, end_token=end_token)

@@ -46,6 +46,8 @@ def generate_file(
         yield BulkProgress(results, source.count)
         done = results.records
         for result in generate_records(lm, islice(source, done, None), settings, start=done, tokens=tokens):
+            if "error" in result:
+                result["error"] = f"record {results.records + 1}: {result['error']}"
             line = json.dumps(result, ensure_ascii=False, default=str) + "\n"
             file.write(line.encode(errors="backslashreplace"))  # a lone surrogate as JSON spells it
             file.flush()
@@ -65,6 +67,7 @@ def _opened(output: Path, identity: dict[str, Any]) -> Iterator[IO[bytes]]:
     """The output, opened for reading and appending; no other process can open it so."""
     card = output.with_name(f".{output.name}.json")
     if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
         card.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     elif not card.exists():
         raise ValueError(f"output {output} exists and was not written by this command; give another file, or delete it")

@@ -59,8 +59,7 @@ def _result(number: int, record: Record | ValueError, job: QueuedJob) -> Record:
     if job.error is None:
         assert isinstance(record, dict), "the job of an unreadable record ends with an error"
         return with_result(record, job.work.results()[0])
-    where = f"record {number + 1}"
     if not isinstance(job.error, ValueError):
-        job.error.add_note(f"while generating the text of {where}")
+        job.error.add_note(f"while generating the text of record {number + 1}")
         raise job.error
-    return {**(record if isinstance(record, dict) else {}), "error": f"{where}: {job.error}"}
+    return {**(record if isinstance(record, dict) else {}), "error": str(job.error)}

@@ -71,7 +71,7 @@ class _KVPoolLayer(ColumnCacheLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self._write(self.keys, key_states), self._write(self.values, value_states)
-        rows = slice(len(self.store.rows)) if self.store.contiguous else self.store.rows
+        rows = slice(len(self.store.rows)) if self.store.contiguous else self.store.rows.to(self.keys.device)
         return self.keys[rows, :, : self.store.width], self.values[rows, :, : self.store.width]
 
     def _write(self, stored: Tensor, new: Float[Tensor, "b h m d"]) -> Tensor:
@@ -80,5 +80,6 @@ class _KVPoolLayer(ColumnCacheLayer):
         taller, wider = store.height - stored.shape[0], store.n + 1 - stored.shape[2]
         if taller > 0 or wider > 0:
             stored = functional.pad(stored, (0, 0, 0, max(0, wider), 0, 0, 0, max(0, taller)))
-        stored[store.rows[:, None], :, store.columns] = new.transpose(1, 2)
+        rows, columns = (index.to(stored.device) for index in (store.rows, store.columns))
+        stored[rows[:, None], :, columns] = new.transpose(1, 2)
         return stored
