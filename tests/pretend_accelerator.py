@@ -1,8 +1,9 @@
 """A pretend accelerator for tests without one: tensors that say they are on `cuda:0` and compute on the CPU.
 
 As on a real one, tensors of different devices cannot be mixed, except where CUDA allows it; random generators serve
-their own device only; and numpy() is refused. On `mps` there is no float64. Autocast, streams and kernels are not
-pretended. Inside `accelerator()` everything that takes a device knows the pretended ones, in this thread and those that it starts.
+their own device only; and numpy() is refused. On `mps` there is no float64. Autocast, streams, kernels and vmap are not
+pretended. Inside `accelerator()` everything that takes a device knows the pretended ones, in this thread and in those
+that it starts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -120,8 +121,10 @@ def _common_place(func: Any, args: Any, tensors: list[Tensor]) -> torch.device:
 class Generator(PLAIN_GENERATOR):
     """A random generator that remembers its device."""
 
+    place: torch.device
+
     def __new__(cls, device: torch.device | str = "cpu") -> "Generator":
-        generator = PLAIN_GENERATOR.__new__(cls, "cpu")
+        generator = PLAIN_GENERATOR.__new__(cls, "cpu")  # pyright: ignore[reportCallIssue]
         generator.place = _as_device(device)
         return generator
 
@@ -153,7 +156,7 @@ class PretendDevices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return _moved(func, *args, **kwargs)
-        if func is torch._C._nn._parse_to:  # the arguments of `Module.to`
+        if func is torch._C._nn._parse_to:  # pyright: ignore[reportAttributeAccessIssue]  (arguments of `Module.to`)
             return func(*args, **kwargs)
         if func is Tensor.backward:  # it may repeat forward passes
             with self:

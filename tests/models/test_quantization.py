@@ -22,11 +22,11 @@ from tests.text import makers
 
 def test_it_is_refused_before_any_work(causal_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
-    for run, options in ((adapt, {}), (tune, {"recipe": block(4)})):
+    for run in (adapt, tune):
         with pytest.raises(ValueError, match="load_in_4bit=True keeps .* trains adapters; add --lora 16"):
-            run(causal_base, "missing.jsonl", tmp_path / "out", load_in_4bit=True, **options)
+            run(causal_base, "missing.jsonl", tmp_path / "out", recipe=block(4), load_in_4bit=True)
         with pytest.raises(ValueError, match=r"needs bitsandbytes; run: pip install 'diffusify\[quant\]'"):
-            run(causal_base, "missing.jsonl", tmp_path / "out", load_in_4bit=True, lora=Lora(4), **options)
+            run(causal_base, "missing.jsonl", tmp_path / "out", recipe=block(4), load_in_4bit=True, lora=Lora(4))
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="does not work with FSDP; run several processes as DDP, by torchrun"):
@@ -64,7 +64,11 @@ def test_adapters_of_a_4_bit_base_open_on_the_plain_one(
     """They are trained on texts that the 4-bit base generates, and trained further; all layers learn."""
     monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path / "cache"))
     base = tmp_path / "base"
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # 4-bit weights are blocks of 64
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 16,
+    }  # 4-bit weights are blocks of 64
     tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, **sizes).save_pretrained(base)
     makers.byte_level().tokenizer.save_pretrained(base)
     options: dict[str, Any] = {"load_in_4bit": True, "length": 32, "held_out": 64, "bf16": False}

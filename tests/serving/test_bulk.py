@@ -58,7 +58,9 @@ def mixed_records() -> list[dict[str, Any]]:
 def alone(lm: DiffusionLM, record: dict[str, Any], number: int) -> dict[str, Any]:
     """What a record gets alone."""
     names = ("temperature", "top_k", "stop", "steps", "seed")
-    sampling = {"seed": 10 + number} | {name: record[name] for name in names if record.get(name) is not None}
+    sampling: dict[str, Any] = {"seed": 10 + number} | {
+        name: record[name] for name in names if record.get(name) is not None
+    }
     if "text" in record:
         result = lm.infill(record["text"], **sampling)
         found: dict[str, Any] = {"text": result.text, "spans": list(result.spans or ())}
@@ -141,7 +143,7 @@ def test_an_interrupted_file_is_continued(infiller: DiffusionLM, tmp_path: Path)
     assert found[15].pop("error") == "record 16: max_new_tokens=0 must be at least 1"
     assert [*found[:15], found[16]] == [*generate_records(infiller, records[:15], SETTINGS), found[16]]
     for count in (4, 7):
-        steps = generate_file(infiller, BulkInput(source), output, SETTINGS, tokens=256)
+        steps: Any = generate_file(infiller, BulkInput(source), output, SETTINGS, tokens=256)
         for _ in range(count):
             next(steps)
         steps.close()

@@ -19,7 +19,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def choose_device(device: torch.device | str = "auto") -> torch.device:
     """The device of that name; `auto` is the accelerator (CUDA, XPU or MPS) if there is one, else the CPU.
 
-    A name without a number, and `auto`, stand for all accelerators of the kind (see `device_map`). ValueError if this machine has no such device.
+    A name without a number, and `auto`, stand for all accelerators of the kind (see `device_map`). ValueError if this
+    machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.bundled import find_model
@@ -46,9 +46,9 @@ def keep_gradients(network: PreTrainedModel) -> None:
 
     bitsandbytes packs them in the first forward pass without gradients, and packed weights pass no gradients on.
     """
-    for module in network.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    modules: list[Any] = [each for each in network.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
+    for module in modules:
+        module.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(network: PreTrainedModel) -> bool:

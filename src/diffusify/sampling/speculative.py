@@ -33,7 +33,8 @@ class Speculative:
     that much below the AR half's own choice (typical acceptance, Medusa). This takes fewer passes and gives a slightly
     less likely text.
 
-    Penalties, processors and constraints of a sampler change the AR half's logits after every node as its text requires.
+    Penalties, processors and constraints of a sampler change the AR half's logits after every node as its text
+    requires.
 
     Raises ValueError if the model keeps no AR half, the network has no KV cache, or `tolerance` is negative.
     """
@@ -71,10 +72,10 @@ class Speculative:
         noise: int,
         rng: RowGenerators | None = None,
     ) -> Generator[Frame, Canvas | None, None]:
-        """Yield the canvas after every pass, with one sampler for each row or for all; a canvas that is sent replaces it.
+        """Yield the canvas after every pass, with one sampler for each row or for all.
 
-        The policies and steps of the samplers have no effect. Raises ValueError unless open positions follow a prompt
-        in each row.
+        A canvas that is sent replaces it. The policies and steps of the samplers have no effect. Raises ValueError
+        unless open positions follow a prompt in each row.
         """
         rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))))
         b, n = canvas.tokens.shape
