@@ -133,10 +133,11 @@ def check_options(command: str, params: dict[str, Any]) -> None:
         recipe_file = RecipeFile.load(file)
         recipe, pairs = recipe_file.recipe, recipe_file.pairs() + pairs
     make_recipe = recipe_function(RecipeName(recipe or "block"))
-    recipe_options, _, _, training_options = parse_options(
+    recipe_options, *_, training_options = parse_options(
         pairs,
         argument_types(make_recipe),
         argument_types(getattr(diffusify, command), "length", "start_token", "end_token", "held_out", "seed"),
+        argument_types(getattr(diffusify, command), "load_in_4bit"),
         argument_types(Lora, "alpha", "embeddings"),
         training_argument_types(),
     )
