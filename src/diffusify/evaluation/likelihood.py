@@ -50,8 +50,7 @@ class Autoregressive:
         for chunk in request_chunks(requests):
             rows = [row for request in chunk for row in _branches(denoiser, request)]
             values: dict[int, Tensor] = {}
-            sizes = [(1, len(row.tokens)) for row in rows]
-            for batch in batches(sizes, self.batch_tokens, denoiser.device):
+            for batch in batches([(1, len(row.tokens)) for row in rows], self.batch_tokens, denoiser.device):
                 measured = _ar_log_probs(denoiser, [rows[i] for i in batch])
                 values |= zip(batch, measured, strict=True)
             each_choice = iter(torch.cat([values[i] for i in range(len(rows))]).tolist())
@@ -166,8 +165,7 @@ class MonteCarlo:
             clean.append(texts.tokens.repeat(draws, 1))
             share.append(torch.cat([open_share for _, open_share in masks]))
         results: dict[int, _Round] = {}
-        sizes = [(len(canvas.tokens), canvas.tokens.shape[1]) for canvas in noisy]
-        for batch in batches(sizes, self.batch_tokens, denoiser.device):
+        for batch in batches([canvas.tokens.shape for canvas in noisy], self.batch_tokens, denoiser.device):
             canvas, text = stack([noisy[i] for i in batch]), pad([clean[i] for i in batch])
             nll = _masked_nll(denoiser, canvas.to(denoiser.device), text.to(denoiser.device))
             for i, values in zip(batch, nll.split([len(clean[i]) for i in batch]), strict=True):
@@ -230,8 +228,7 @@ def _measure_texts(
     for chunk in request_chunks(requests):
         texts = [choice_rows(denoiser, request) for request in chunk]
         results: dict[int, list] = {}
-        sizes = [(len(canvas.tokens), canvas.tokens.shape[1]) for canvas in texts]
-        for batch in batches(sizes, batch_tokens, denoiser.device):
+        for batch in batches([canvas.tokens.shape for canvas in texts], batch_tokens, denoiser.device):
             measured = measure(denoiser, stack([texts[i] for i in batch]).to(denoiser.device))
             for i, values in zip(batch, measured.split([len(texts[i].tokens) for i in batch]), strict=True):
                 results[i] = values.tolist()

@@ -87,20 +87,20 @@ def request_chunks(requests: Sequence[LikelihoodRequest]) -> Iterator[Sequence[L
     return (requests[i : i + REQUESTS_PER_CHUNK] for i in range(0, len(requests), REQUESTS_PER_CHUNK))
 
 
-def batches(sizes: list[tuple[int, int]], max_tokens: int | None, device: torch.device) -> Iterator[list[int]]:
+def batches(shapes: Sequence[Sequence[int]], max_tokens: int | None, device: torch.device) -> Iterator[list[int]]:
     """Indices of texts to run together, the longest first, with at most `max_tokens` tokens after padding.
 
-    `sizes` are their numbers of rows and of positions. A single one may have more tokens. The default depends on the
+    `shapes` are their numbers of rows and of positions. A single one may have more tokens. The default depends on the
     device; on a CPU, batches beyond its caches are slower.
     """
     max_tokens = max_tokens or (512 if device.type == "cpu" else 16384)
     batch: list[int] = []
     rows = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
-        if batch and (rows + sizes[i][0]) * sizes[batch[0]][1] > max_tokens:
+    for i in sorted(range(len(shapes)), key=lambda i: -shapes[i][1]):
+        if batch and (rows + shapes[i][0]) * shapes[batch[0]][1] > max_tokens:
             yield batch
             batch, rows = [], 0
         batch.append(i)
-        rows += sizes[i][0]
+        rows += shapes[i][0]
     if batch:
         yield batch

@@ -16,13 +16,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from diffusify.models.sdpa_kernel import is_causal_call, is_plain_call, replace_sdpa
+
 NAME = "grouped"
 
 
 def use_grouped_attention(network: PreTrainedModel) -> None:
     """Make a network compute attention without copies of its keys and values; it keeps another kernel than sdpa."""
-    if network.config._attn_implementation == "sdpa" and network._can_set_attn_implementation():
-        network.set_attn_implementation(NAME)
+    replace_sdpa(network, NAME)
 
 
 def grouped_attention(
@@ -41,13 +42,10 @@ def grouped_attention(
     Groups need fewer heads of keys than of queries, one mask for all heads or none, and no dropout or other extension.
     """
     (b, h, m, d), g = query.shape, key.shape[1]
-    extended = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        supported = not causal and query.device.type == "cpu"  # kernels of GPUs group by themselves
-    else:
-        supported = attention_mask.is_floating_point() and attention_mask.shape[1] == 1
-    if not supported or extended or g == h:
+    supported = g < h and is_plain_call(attention_mask, dropout, kwargs)
+    if attention_mask is None:  # kernels of GPUs group by themselves
+        supported &= not is_causal_call(module, is_causal) and query.device.type == "cpu"
+    if not supported:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )  # fmt: skip

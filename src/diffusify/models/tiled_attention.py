@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from diffusify.models.sdpa_kernel import is_causal_call, is_plain_call, replace_sdpa
+
 NAME = "tiles"
 TILE_SIZE = 64  # positions; a tile's scores fit into the processor's cache
 
@@ -40,8 +42,7 @@ def use_tiled_attention(network: PreTrainedModel) -> None:
 
     A network that was loaded with another kernel than sdpa keeps it.
     """
-    if network.config._attn_implementation == "sdpa" and network._can_set_attn_implementation():
-        network.set_attn_implementation(NAME)
+    replace_sdpa(network, NAME)
 
 
 @torch.compiler.disable  # it depends on the mask's values, and its shapes change
@@ -60,11 +61,9 @@ def tiled_attention(
 
     Tiles need a CPU, a gradient, one mask for all heads, and no dropout or other extension of the scores.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    extended = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    one_mask = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if extended or not one_mask or not needs_grad or query.device.type != "cpu" or key.shape[-1] != value.shape[-1]:
+    on_cpu, plain = query.device.type == "cpu", is_plain_call(attention_mask, dropout, kwargs)
+    if not (plain and needs_grad and on_cpu and key.shape[-1] == value.shape[-1]):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )  # fmt: skip
@@ -72,7 +71,7 @@ def tiled_attention(
     n, w = query.shape[2], key.shape[2]
     if attention_mask is not None:
         tiles = _cached_tiles(attention_mask, dtype)
-    elif causal and n > 1:
+    elif is_causal_call(module, is_causal) and n > 1:
         masked = torch.ones(n, w, dtype=torch.bool).triu(w - n + 1)
         tiles = _tiles(torch.zeros(1, 1, n, w, dtype=dtype).masked_fill(masked, torch.finfo(dtype).min))
     else:

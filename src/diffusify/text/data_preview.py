@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from diffusify.text.bad_records import BadRecords
-from diffusify.text.examples import make_examples, parse_records
+from diffusify.text.examples import make_examples, parse_records, usable_records
 from diffusify.text.messages import is_pair, is_preference, record_messages
 from diffusify.text.packing import BATCH
 from diffusify.text.sources import load_records, no_documents_message, source_files, stream_texts
@@ -129,15 +129,7 @@ def _preview_records(
 def _preview_messages(records: Dataset, form: Form) -> DataPreview:
     bad_records, rejected = BadRecords(), 0
     first: list[tuple[str, bool]] = []
-    for record in parse_records(records):
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            messages = record_messages(record)
-        except ValueError as error:
-            bad_records.add(f"record {bad_records.records + 1}: {error}")
-            continue
-        bad_records.records += 1
+    for record, messages in usable_records(records, record_messages, bad_records):
         rejected += is_preference(record)
         first = first or [
             (f"{m['role']}: {m['content']}\n", m["role"] == "assistant" and m.get("train", True)) for m in messages

@@ -1,11 +1,11 @@
 """Training examples from records: which tokens are the prompt and which are the target."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import Dataset
@@ -14,6 +14,8 @@ from diffusify.text.bad_records import BadRecords, check_limit
 from diffusify.text.chat_template import ChatTemplate, Example
 from diffusify.text.messages import is_preference, record_messages
 from diffusify.text.tokenizer import TextTokenizer
+
+T = TypeVar("T")
 
 
 class Examples(NamedTuple):
@@ -97,15 +99,7 @@ def make_examples(
         encode = partial(_encode_chat, ChatTemplate(tokenizer), each_turn)
     bad_records, rejected = BadRecords(problem="cannot be used"), 0
     tokens, target, too_long = [], [], []
-    for record in parse_records(records):
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            examples = encode(record)
-        except ValueError as error:
-            bad_records.add(f"record {bad_records.records + 1}: {error}")
-            continue
-        bad_records.records += 1
+    for record, examples in usable_records(records, encode, bad_records):
         rejected += template is None and is_preference(record)
         for example in examples:
             if len(example.tokens) > length:
@@ -119,6 +113,22 @@ def make_examples(
     if not tokens:
         raise ValueError(f"no example fits into length={length}; the shortest has {min(too_long)} tokens")
     return Examples(Dataset.from_dict({"tokens": tokens, "target": target}), len(too_long), bad_records, rejected)
+
+
+def usable_records(
+    records: Dataset, use: Callable[[dict[str, Any]], T], bad_records: BadRecords
+) -> Iterator[tuple[dict[str, Any], T]]:
+    """Each record that could be read and that `use` accepts, with its result; `bad_records` counts the others."""
+    for record in parse_records(records):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            result = use(record)
+        except ValueError as error:
+            bad_records.add(f"record {bad_records.records + 1}: {error}")
+            continue
+        bad_records.records += 1
+        yield record, result
 
 
 def parse_records(records: Dataset) -> Iterator[dict[str, Any] | ValueError]:

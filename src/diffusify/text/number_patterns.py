@@ -28,37 +28,24 @@ class Bounds(NamedTuple):
         """Whether a number below zero is within the bounds."""
         return self.low is None or self.low < 0
 
-    @property
-    def not_negative(self) -> "Bounds":
-        """The bounds of the numbers from zero on that are within these."""
-        return self._replace(low=Decimal(0), low_open=False) if self.below_zero else self
+    def at_least(self, low: int, *, is_open: bool = False) -> "Bounds":
+        """The bounds of the numbers from `low` on that are within these."""
+        return self if self.low is not None and self.low >= low else self._replace(low=Decimal(low), low_open=is_open)
 
 
 def integer_pattern(bounds: Bounds) -> str:
     """A pattern for the integers within bounds. ValueError if there are none."""
-    parts = _integers(bounds.not_negative)
+    parts = _integers(bounds.at_least(0))
     if bounds.below_zero:
-        negative = bounds.mirrored
-        at_least_one = (
-            negative
-            if negative.low is not None and negative.low > 0
-            else negative._replace(low=Decimal(1), low_open=False)
-        )
-        parts += ["-" + part for part in _integers(at_least_one)]
+        parts += ["-" + part for part in _integers(bounds.mirrored.at_least(1))]
     return _any_of(parts, bounds)
 
 
 def number_pattern(bounds: Bounds) -> str:
     """A pattern for the decimal numbers within bounds, without exponents. ValueError if there are none."""
-    parts = _decimals(bounds.not_negative)
+    parts = _decimals(bounds.at_least(0))
     if bounds.below_zero:
-        negative = bounds.mirrored
-        above_zero = (
-            negative
-            if negative.low is not None and negative.low >= 0
-            else negative._replace(low=Decimal(0), low_open=True)
-        )
-        parts += ["-" + part for part in _decimals(above_zero)]
+        parts += ["-" + part for part in _decimals(bounds.mirrored.at_least(0, is_open=True))]
     return _any_of(parts, bounds)
 
 

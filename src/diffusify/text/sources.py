@@ -271,10 +271,7 @@ def _decoded(stream: IterableDataset, source: str) -> IterableDataset:
 
 
 def _load_hub_texts(source: str) -> IterableDataset:
-    stream = _load_hub(source, streaming=True)
-    names = stream.column_names or list(next(iter(stream), {}))
-    if "text" not in names:
-        raise ValueError(missing_field_message(source, "text", names))
+    stream = _as_text(_load_hub(source, streaming=True), "text", source)
     return _decoded(stream.select_columns(["text"]), source)
 
 

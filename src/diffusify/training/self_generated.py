@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from diffusify.config import cache_folder
+from diffusify.models.accelerator import choose_device
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.lora import merge_lora
@@ -159,7 +160,7 @@ class TextGenerator:
         self, partial: Path, prompts: list[list[int]], to_record: Callable[[int, list[int]], dict[str, Any]]
     ) -> None:
         """Append the records that a partial file lacks. Each batch has its own seed, so the result is the same."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = choose_device()
         network: Any = copy.deepcopy(self.network).eval()
         if not is_quantized(network):
             merge_lora(network)
