@@ -121,6 +121,7 @@ class DiffusionConfig:
     infilling: AttentionPattern | None = None  # the pattern for infilling, if it differs
     longest_answer: int | None = None  # the largest length that the length head predicts; no head if unset
     frame: DocumentFrame = DocumentFrame()
+    adapters: Literal["all", "masks"] = "all"  # the rows of a forward pass that adapters act on, if there are any
 
     def __post_init__(self) -> None:
         if self.shift not in (0, 1):

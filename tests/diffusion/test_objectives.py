@@ -30,7 +30,7 @@ def test_diffullama_loss_agrees_with_the_authors_code() -> None:
     canvas = Canvas(x, open=masked, editable=torch.ones_like(masked), document=torch.ones_like(x))
     canvas.open[:, 0] = False
     t = given["diffullama.t"][:, None].expand(x.shape)
-    batch = Noised(canvas, x, t, torch.zeros_like(masked))
+    batch = Noised(canvas, x, t, torch.zeros_like(masked), canvas.open.float())
     loss = loss_of(Objective(Elbo(), per="open"), logits[canvas.open], logits[batch.ar_positions], batch)
     torch.testing.assert_close(loss.total / loss.count, given["diffullama.expected_loss"])
 
@@ -40,7 +40,7 @@ def test_rdm_loss_agrees_with_the_authors_code() -> None:
     x, masked = given["rdm.x"], given["rdm.masked"]
     canvas = Canvas(x, open=masked, editable=given["rdm.maskable"], document=torch.ones_like(x))
     t = (given["rdm.t"] / 50)[:, None].expand(x.shape)
-    batch = Noised(canvas, x, t, torch.zeros_like(masked))
+    batch = Noised(canvas, x, t, torch.zeros_like(masked), canvas.open.float())
     loss = loss_of(
         Objective(RdmWeight(50), per="text"),
         given["rdm.logits"][masked],
@@ -84,7 +84,7 @@ def test_packed_texts_have_the_same_loss_as_alone() -> None:
     def loss(columns: slice, document: list[int]):
         editable, document_ids = torch.ones_like(open[:, columns]), torch.tensor([document])
         canvas = Canvas(tokens[:, columns], open[:, columns], editable, document_ids)
-        batch = Noised(canvas, tokens[:, columns], t[:, columns], none[:, columns])
+        batch = Noised(canvas, tokens[:, columns], t[:, columns], none[:, columns], canvas.open.float())
         return loss_of(objective, logits[:, columns][canvas.open], logits[0, :0], batch)
 
     packed = loss(slice(0, 9), [1, 1, 2, 2, 2, 2, 2, 2, 2])
@@ -115,7 +115,7 @@ def test_sums_and_counts_add_up_for_every_split_of_the_batch(seed: int, per: str
 
 def test_batch_without_open_positions_has_loss_zero() -> None:
     canvas = Canvas.clean(torch.zeros(2, 4, dtype=torch.long))
-    batch = Noised(canvas, canvas.tokens, torch.full((2, 4), 0.1), canvas.open)
+    batch = Noised(canvas, canvas.tokens, torch.full((2, 4), 0.1), canvas.open, canvas.open.float())
     no_logits = torch.zeros(0, 5, requires_grad=True)
     loss = loss_of(Objective(), no_logits, no_logits, batch)
     loss.total.backward()
@@ -171,6 +171,14 @@ def test_invalid_ar_share_raises() -> None:
         Objective(ar_share=0.0)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"total_variation": 0.5}, {"total_variation": 1.5, "distill": 1.0}, {"entropy": -1.0}]
+)
+def test_invalid_shares_of_the_loss_raise(settings) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Objective(**settings)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_divergence_is_kl_plus_the_entropy_of_the_teacher(dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
@@ -184,6 +192,37 @@ def test_divergence_is_kl_plus_the_entropy_of_the_teacher(dtype: torch.dtype) ->
     (loss * weight).sum().backward()
     (kl * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_total_variation_replaces_a_share_of_the_divergence(dtype: torch.dtype, share: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 300, 20, generator=rng).to(dtype).index_fill(2, torch.tensor([3]), -torch.inf)
+    ours, theirs = (logits.clone().requires_grad_() for _ in "ab")
+    weight = torch.rand(300, generator=rng)
+    probs, teacher_probs = theirs.float().softmax(-1), teacher.float().softmax(-1)
+    finite = theirs.float().log_softmax(-1).masked_fill(theirs.isinf(), 0.0)
+    expected = (1 - share) * -(teacher_probs * finite).sum(-1)
+    expected = expected + share * (1 - torch.minimum(probs, teacher_probs).sum(-1))  # the rate of rejected drafts
+    loss = divergence(ours, teacher, share)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-4, rtol=1e-4)
+    (loss * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+
+
+def test_the_entropy_of_right_predictions_is_added() -> None:
+    rng = torch.Generator().manual_seed(0)
+    clean = Canvas.clean(torch.randint(0, 9, (3, 8), generator=rng))
+    batch = noised(clean, PerBlock(4, min_t=1.0), Linear(), 9, generator=rng)
+    assert batch.canvas.open.all()
+    logits = torch.randn(24, 9, generator=rng)
+    logits[:12] += 9 * torch.nn.functional.one_hot(clean.tokens.flatten()[:12], 9)
+    none = torch.zeros(0, 9)
+    plain, confident = (loss_of(Objective(Flat(), entropy=e), logits, none, batch).total for e in (0.0, 2.0))
+    right = logits.argmax(-1) == clean.tokens.flatten()
+    torch.testing.assert_close(confident - plain, 2 * Categorical(logits=logits[right]).entropy().sum())
 
 
 def test_distillation_uses_the_next_token_distribution_of_the_clean_text() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion import logits
-from diffusify.diffusion.attention import AttentionInputs, AttentionPattern, Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Causal
+from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.corruption import PerBlock, noised
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Objective

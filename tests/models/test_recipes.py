@@ -1,5 +1,6 @@
 """Recipes have the documented settings, and refuse settings that exclude each other."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,15 @@ def test_options_of_mlm() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [ar(annealing_steps=0), mlm(20), block(8), block(2, masked=True), block(4, infilling=0.25)]
+    "recipe",
+    [
+        ar(annealing_steps=0),
+        mlm(20),
+        block(8),
+        block(2, masked=True),
+        block(4, infilling=0.25),
+        block(4, adapters="masks"),
+    ],
 )
 def test_training_continues_from_a_saved_config(recipe: Recipe, tmp_path: Path) -> None:
     assert saved_recipe(str(tmp_path)) is None
@@ -121,3 +130,17 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
         block(4, masked=True, distill=0.5, teacher="base")
     with pytest.raises(ValueError, match="tilt=0"):
         block(4, tilt=0.0)
+    for base, decay in ((block(4), 0.0), (ar(), 2.0)):
+        with pytest.raises(ValueError, match=f"position_decay={decay} must be above 0 and is for block"):
+            replace(base, position_decay=decay)
+
+
+def test_a_position_weighs_what_its_prediction_is_worth() -> None:
+    canvas = Canvas.from_tokens([[None] * 10], noise=9, pad=0)
+    assert block(4).position_weight(canvas).tolist() == [[1.0] * 10]
+    assert block(4, adapters="masks").position_weight(canvas).tolist() == [[0, 1, 1, 1, 0, 1, 1, 1, 0, 1]]
+    expected = [0, 1, math.exp(-0.5), math.exp(-1.0)]
+    decayed = block(4, adapters="masks", position_decay=2.0).position_weight(canvas)
+    torch.testing.assert_close(decayed[0, :8], torch.tensor(expected * 2))
+    closed = replace(canvas, open=torch.zeros_like(canvas.open))
+    assert not ar().position_weight(closed).any() and not block(4).position_weight(closed).any()

@@ -14,10 +14,17 @@ def draft_logits(seed: int, b: int, ahead: int, v: int) -> torch.Tensor:
     return 3 * torch.randn(b, ahead, v, generator=torch.Generator().manual_seed(seed))
 
 
+def tree_of(logits: torch.Tensor, count: int, **settings) -> DraftTree:
+    """The tree of drafted logits alone."""
+    b, ahead, _ = logits.shape
+    nothing = torch.zeros(b, 0, dtype=torch.long), torch.zeros(b, 0)
+    return DraftTree.from_drafts(logits, *nothing, count, ahead + 1, **settings)
+
+
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(2, 5), st.integers(1, 12))
 def test_the_tree_holds_the_most_likely_paths(seed: int, b: int, ahead: int, v: int, count: int) -> None:
     logits = draft_logits(seed, b, ahead, v)
-    tree = DraftTree.from_logits(logits, count)
+    tree = tree_of(logits, count)
     probs = logits.softmax(-1)
     for row in range(b):
         expected = sorted(
@@ -44,7 +51,7 @@ def test_the_tree_holds_the_most_likely_paths(seed: int, b: int, ahead: int, v: 
 def test_positions_without_drafts_get_no_nodes() -> None:
     logits = draft_logits(0, 1, 3, 9)
     logits[:, 1:] = -torch.inf
-    tree = DraftTree.from_logits(logits, 12)
+    tree = tree_of(logits, 12)
     used = tree.prob[0] > 0
     assert used.sum() == 10  # the root, and every token at depth 1
     assert (tree.depth[0, used] <= 1).all()
@@ -71,8 +78,9 @@ def test_the_deepest_accepted_node_is_chosen() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 30])
 def test_masks_follow_the_nodes_likely_to_be_accepted_last(count: int) -> None:
-    tree = DraftTree.from_logits(draft_logits(3, 2, 3, 9), 5)
-    node, offset = tree.place_masks(count)
+    tree = tree_of(draft_logits(3, 2, 3, 9), 5)
+    node, offset, used = tree.place_masks(count, 3)
+    assert used.all()
     assert node.shape == (2, min(count, 6 * 3))
     is_last = tree.prob.clone()
     for row in range(2):
@@ -83,3 +91,57 @@ def test_masks_follow_the_nodes_likely_to_be_accepted_last(count: int) -> None:
         assert slots[0] == (int(is_last[row].argmax()), 0)
         for mask_node, mask_offset in slots:
             assert mask_offset == 0 or (mask_node, mask_offset - 1) in slots  # no mask without those before it
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12))
+def test_a_copied_path_joins_the_tree_once(seed: int, b: int, length: int, count: int) -> None:
+    logits, rng = draft_logits(seed, b, 2, 3), torch.Generator().manual_seed(seed)
+    copied = torch.randint(0, 3, (b, length), generator=rng)
+    copied_prob = torch.rand(b, length, generator=rng).cumprod(1) * torch.randint(0, 2, (b, 1), generator=rng)
+    tree = DraftTree.from_drafts(logits, copied, copied_prob, count, 6)
+    for row in range(b):
+        expected = {
+            path: 0.999**depth * float(torch.stack([logits[row].softmax(-1)[i, t] for i, t in enumerate(path)]).prod())
+            for depth in (1, 2)
+            for path in product(range(3), repeat=depth)
+        }
+        for depth in range(1, length + 1):
+            path = tuple(copied[row, :depth].tolist())
+            expected[path] = max(expected.get(path, 0.0), float(copied_prob[row, depth - 1]))
+        likeliest = sorted(expected.values(), reverse=True)[:count]
+        used = (tree.prob[row] > 0).tolist()
+        found = {
+            tuple(t for t in path if t >= 0): float(prob)
+            for path, prob, is_used in zip(tree.path[row].tolist(), tree.prob[row], used, strict=True)
+            if is_used
+        }
+        assert sum(used) == len(found)  # every path once
+        assert sorted(found.values(), reverse=True) == pytest.approx([1.0, *(p for p in likeliest if p > 0)])
+        assert all(expected[path] == pytest.approx(prob) for path, prob in found.items() if path)
+        assert all(path[:-1] in found for path in found if path)
+
+
+def test_unlikely_drafts_are_left_out() -> None:
+    logits = draft_logits(1, 2, 3, 9)
+    everything, likely = tree_of(logits, 30), tree_of(logits, 30, min_prob=0.1)
+    width = int((everything.prob.mean(0) >= 0.1).sum())
+    assert 1 < width < 31
+    assert torch.equal(likely.path, everything.path[:, :width]) and torch.equal(likely.prob, everything.prob[:, :width])
+
+
+def test_independent_texts_have_the_same_tree_and_masks_alone() -> None:
+    logits = draft_logits(1, 3, 3, 9)
+    together = tree_of(logits, 30, min_prob=0.1, independent=True)
+    masks = together.place_masks(6, 3, 0.1, independent=True)
+    for row in range(3):
+        alone = tree_of(logits[row : row + 1], 30, min_prob=0.1, independent=True)
+        width = alone.path.shape[1]
+        assert torch.equal(together.path[row, :width], alone.path[0]) and torch.equal(
+            together.prob[row, :width], alone.prob[0]
+        )
+        assert not together.prob[row, width:].any()
+        own = [tuple(slot) for slot in torch.stack([each[row] for each in masks], 1).tolist() if slot[2]]
+        assert own == [
+            tuple(s) for s in torch.stack([each[0] for each in alone.place_masks(6, 3, 0.1, True)], 1).tolist() if s[2]
+        ]
+        assert own

@@ -75,7 +75,7 @@ def test_correct_drafts_save_forward_passes(monkeypatch: pytest.MonkeyPatch) -> 
     canvas = Canvas.from_tokens([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
     *_, last = Speculative(denoiser)(canvas, noise=MASK)
     assert last.canvas.tokens[0].tolist() == list(range(1, 19))
-    assert last.forwards == 5  # 1 + 4 + 4 + 4 + 3
+    assert last.forwards <= 8  # of 16; the first pass has no drafts, and later ones have as many as seem worthwhile
 
 
 @torch.no_grad()

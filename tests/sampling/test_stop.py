@@ -65,7 +65,7 @@ def test_a_stop_inside_a_word_piece() -> None:
 
 @pytest.mark.parametrize("settings", [{"policy": Unmask(), "cache": "none"}, {}])
 def test_a_stopped_row_takes_part_in_no_more_passes(settings: dict[str, Any]) -> None:
-    """Each row of a batch ends at its own stop, and the others go on as if they were alone."""
+    """Each row of a batch ends at its own stop, and the others go on."""
     lm = model(BlockCausal(4))
     texts = [result.completion or "" for result in lm.generate(PROMPTS, 40, **settings)]
     per_text = [SamplingConfig(**settings, stop=stops_in(texts[0])[0]), SamplingConfig(**settings)] * 2
@@ -76,8 +76,10 @@ def test_a_stopped_row_takes_part_in_no_more_passes(settings: dict[str, Any]) ->
     together = run.results()
     assert [result.completion for result in together] == [result.completion for result in alone]
     assert [result.finish_reason for result in together] == ["stop", "length"] * 2
-    assert alone[0].forwards < alone[1].forwards == together[0].forwards
-    assert [sum(row) + 1 for row in zip(*open_rows, strict=True)][:2] == [alone[0].forwards, alone[1].forwards]
+    passes = [sum(row) + 1 for row in zip(*open_rows, strict=True)]
+    assert passes[0] < passes[1] == together[0].forwards
+    if settings:  # lossless decoding drafts less where more texts share a pass
+        assert passes[:2] == [alone[0].forwards, alone[1].forwards]
 
 
 def test_an_answer_is_trimmed_after_its_stop() -> None:

@@ -4,152 +4,15 @@ Axes: b texts, c canvases (b, or v times b where each text is noised v times), n
 or (v + 1) n where a clean copy follows v canvases), w key positions (m, unless the inputs are a selection of columns).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from diffusify.canvas import Canvas
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (b, h, q, k) -> bool: a flex_attention mask_mod
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """The inputs of one forward pass, their attention mask, and the output index of each canvas position."""
-
-    tokens: Int[Tensor, "b m"]
-    position_ids: Int[Tensor, "b m"]
-    output_index: Int[Tensor, "c n"]  # the input position whose output predicts each canvas position
-    ar_output_index: Int[Tensor, "c n"]  # the same for next-token prediction from clean, causally masked text
-    mask_mod: MaskMod
-    per_row: bool  # whether the mask differs between rows
-    unmasked: bool = False  # whether every position attends to every position, so that no mask is needed
-    columns: Int[Tensor, "b m"] | None = None  # of a selection: the key column of each of its own tokens
-    key_position_ids: Int[Tensor, "rows w"] | None = None  # of a selection: the position ids of all key columns
-
-    def flat_index(self, output_index: Int[Tensor, "c n"], positions: Bool[Tensor, "c n"]) -> Int[Tensor, " k"]:
-        """The indices of the selected positions' outputs among all outputs, flattened over rows (b * m)."""
-        b, m = self.tokens.shape
-        row = torch.arange(len(output_index), device=output_index.device) // (len(output_index) // b)
-        return (output_index + m * row[:, None])[positions]
-
-    def select_columns(self, columns: Int[Tensor, "b m"], width: int) -> "AttentionInputs":
-        """The selected positions as queries over the first `width` positions, whose keys are cached."""
-        tokens, position_ids = (values.gather(1, columns) for values in (self.tokens, self.position_ids))
-        key_position_ids = torch.arange(width, device=columns.device)[None]
-        return replace(
-            self,
-            tokens=tokens,
-            position_ids=position_ids,
-            columns=columns,
-            key_position_ids=key_position_ids,
-            unmasked=False,
-        )
-
-    def keep_only(self, keep: Bool[Tensor, "b m"], *, multiple: int = 64) -> "AttentionInputs":
-        """The inputs without the positions outside `keep`; some of those remain as padding up to a `multiple`.
-
-        No kept position may attend to one that is left out.
-        """
-        m = keep.shape[1]
-        width = min(m, -(-int(keep.sum(1).max()) // multiple) * multiple)
-        if width == m:
-            return self
-        kept = (~keep).int().argsort(dim=1, stable=True)[:, :width].sort(1).values
-        new_index = torch.zeros_like(keep, dtype=torch.long).scatter(
-            1, kept, torch.arange(width, device=kept.device).expand_as(kept)
-        )
-        mask_mod, views = self.mask_mod, len(self.output_index) // len(kept)
-        return replace(
-            self,
-            tokens=self.tokens.gather(1, kept),
-            position_ids=self.position_ids.gather(1, kept),
-            output_index=new_index.repeat_interleave(views, 0).gather(1, self.output_index),
-            ar_output_index=new_index.repeat_interleave(views, 0).gather(1, self.ar_output_index),
-            mask_mod=lambda b, h, q, k: mask_mod(b, h, kept[b, q], kept[b, k]),
-            per_row=True,
-        )
-
-    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
-        """The mask as a boolean matrix, True where a query attends to a key; one row if all rows share it.
-
-        `window` also masks keys at that distance or farther (sliding-window attention).
-        """
-        b, m = self.tokens.shape
-        device = self.tokens.device
-        key_position_ids = self.position_ids if self.key_position_ids is None else self.key_position_ids
-        keys = torch.arange(key_position_ids.shape[1], device=device)
-        shared = self.columns is None and not self.per_row and window is None
-        row = torch.arange(1 if shared else b, device=device)[:, None, None]
-        queries = keys[:, None] if self.columns is None else self.columns[:, :, None]
-        mask = self.mask_mod(row, torch.zeros_like(row), queries, keys).expand(len(row), m, len(keys))
-        if window is not None:
-            mask = mask & ((self.position_ids[:, :, None] - key_position_ids[:, None, :]).abs() < window)
-        return mask
-
-    def bias(self, dtype: torch.dtype, window: int | None = None) -> Float[Tensor, "rows 1 m w"]:
-        """The mask as an additive bias for `sdpa` and `eager` (`eager` would add a boolean mask as 0 and 1)."""
-        mask = self.visible(window)[:, None]
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-    def block_mask(self, window: int | None = None) -> BlockMask:
-        """The mask for flex attention, which skips blocks that are fully masked."""
-        if window is not None or self.columns is not None:
-            return _block_mask_of(self.visible(window))
-        (b, m), mask_mod = self.tokens.shape, self.mask_mod
-        # flex attention counts the arguments of a mask_mod, and `self.mask_mod` may hide them behind *args
-        with_four_arguments: MaskMod = lambda b, h, q, k: mask_mod(b, h, q, k)  # noqa: E731
-        return create_block_mask(with_four_arguments, b if self.per_row else 1, None, m, m, device=self.tokens.device)
-
-
-def _block_mask_of(mask: Bool[Tensor, "rows m w"]) -> BlockMask:
-    """A boolean mask as a flex attention BlockMask."""
-    rows, m, w = mask.shape
-    return create_block_mask(lambda b, h, q, k: mask[b, q, k], rows, None, m, w, device=mask.device)
-
-
-@dataclass(frozen=True)
-class BatchedInputs(AttentionInputs):
-    """Several attention inputs in one forward pass, each with its own mask; short rows are padded on the right."""
-
-    inputs: tuple[AttentionInputs, ...] = ()
-
-    @classmethod
-    def from_inputs(cls, inputs: tuple[AttentionInputs, ...], width: int | None = None) -> "BatchedInputs":
-        """A batch of whole inputs, or, with `width`, of selections over at most `width` key columns."""
-        m = max(each.tokens.shape[1] for each in inputs)
-        tokens, position_ids = (
-            torch.cat([functional.pad(values, (0, m - values.shape[1])) for values in column])
-            for column in zip(*((each.tokens, each.position_ids) for each in inputs), strict=True)
-        )
-        unmasked = width is None and all(each.unmasked and each.tokens.shape[1] == m for each in inputs)
-        key_position_ids = None if width is None else tokens.new_zeros(1, width)
-        return cls(
-            tokens,
-            position_ids,
-            tokens,
-            tokens,
-            _unmasked,
-            per_row=True,
-            unmasked=unmasked,
-            key_position_ids=key_position_ids,
-            inputs=inputs,
-        )
-
-    def visible(self, window: int | None = None) -> Bool[Tensor, "rows m w"]:
-        m = self.tokens.shape[1]
-        w = m if self.key_position_ids is None else self.key_position_ids.shape[1]
-        masks = [each.visible(window).expand(len(each.tokens), -1, -1) for each in self.inputs]
-        return torch.cat([functional.pad(mask, (0, w - mask.shape[2], 0, m - mask.shape[1])) for mask in masks])
-
-    def block_mask(self, window: int | None = None) -> BlockMask:
-        return _block_mask_of(self.visible(window))
+from diffusify.diffusion.attention_inputs import AttentionInputs, MaskMod, unmasked_mod
 
 
 def _single_stream(
@@ -171,12 +34,9 @@ def _single_stream(
         output_index,
         within_document,
         per_row=per_row or not same_layout,
+        is_mask=canvas.open,
         unmasked=unmasked and one_document,
     )
-
-
-def _unmasked(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return (q >= 0) & (k >= 0)
 
 
 @dataclass(frozen=True)
@@ -196,7 +56,7 @@ class Bidirectional:
     def __call__(
         self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0
     ) -> AttentionInputs:
-        return _single_stream(canvas, shift, _unmasked, unmasked=True)
+        return _single_stream(canvas, shift, unmasked_mod, unmasked=True)
 
 
 @dataclass(frozen=True)
@@ -239,11 +99,15 @@ class BlockCausal:
     a block without open positions counts as clean. Both give the same logits. With a shift, the first position of a
     block is predicted by its left neighbour in the *clean* text. Several canvases of one text share one clean copy.
 
+    With `noisy="causal"`, positions of a noisy block attend to the earlier ones of their block only. What a mask
+    predicts then does not depend on the number of masks after it, which suits drafts for lossless decoding.
+
     Raises ValueError if `size` is below 1.
     """
 
     size: int
     clean: Literal["token", "block"] = "token"
+    noisy: Literal["full", "causal"] = "full"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -254,12 +118,12 @@ class BlockCausal:
     ) -> AttentionInputs:
         block_start = canvas.position_ids % self.size == 0
         block = block_start.cumsum(1) - 1
-        full_clean_blocks = self.clean == "block"
+        full_clean_blocks, full_noisy_blocks = self.clean == "block", self.noisy == "full"
         if clean is None:
             noisy = torch.zeros_like(block).scatter_add(1, block, canvas.open.long()).gather(1, block) > 0
 
             def sampling_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                full = noisy[b, q] | full_clean_blocks
+                full = (noisy[b, q] & full_noisy_blocks) | (~noisy[b, q] & full_clean_blocks)
                 return (k <= q) | (full & (block[b, k] == block[b, q]))
 
             return _single_stream(canvas, shift, sampling_mask, per_row=True)
@@ -272,7 +136,7 @@ class BlockCausal:
             at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < noisy_length, k < noisy_length
             same, earlier = block[b, at_q] == block[b, at_k], block[b, at_k] < block[b, at_q]
             history = earlier | (~noisy_q & same & ((at_k <= at_q) | full_clean_blocks))
-            own_block = noisy_q & noisy_k & same & (q // n == k // n)
+            own_block = noisy_q & noisy_k & same & (q // n == k // n) & ((at_k <= at_q) | full_noisy_blocks)
             return (own_block | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
 
         index = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(len(block_start), n)
@@ -285,6 +149,8 @@ class BlockCausal:
             ar_output_index=clean_index,
             mask_mod=training_mask,
             per_row=not bool((document == document[:1]).all()),
+            is_mask=torch.cat([canvas.open.view(b, noisy_length), torch.zeros_like(clean, dtype=torch.bool)], 1),
+            clean_start=noisy_length,
         )
 
     def needed_inputs(
@@ -293,12 +159,16 @@ class BlockCausal:
         """Which positions of the training inputs are needed to predict `positions`; for `AttentionInputs.keep_only`.
 
         They are all clean positions, and every noisy block with one of `positions`. With a shift, clean text predicts
-        the first position of a block, so a block in which only that one is predicted is not needed.
+        the first position of a block, so a block in which only that one is predicted is not needed. Of causal noisy
+        blocks, positions after the last one that predicts are not needed.
         """
         block_start = canvas.position_ids % self.size == 0
         block = block_start.cumsum(1) - 1
-        predicted = (positions & ~block_start if shift else positions).long()
-        noisy = torch.zeros_like(block).scatter_add(1, block, predicted).gather(1, block) > 0
+        predicted = positions & ~block_start if shift else positions
+        at = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+        last = torch.full_like(block, -1).scatter_reduce(1, block, torch.where(predicted, at, -1), "amax")
+        last = last.gather(1, block)
+        noisy = (last >= 0) if self.noisy == "full" else (at <= last - shift)
         return torch.cat([noisy.view(len(positions) // views, -1), torch.ones_like(noisy[::views])], 1)
 
 

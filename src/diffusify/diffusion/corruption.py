@@ -122,14 +122,21 @@ class Noised:
     """A batch of training canvases, the texts they came from, and the time at which each position was noised.
 
     `ar_positions` marks the positions whose next-token prediction is also trained on the clean text (the AR co-loss).
-    Each text has `views` canvases in consecutive rows.
+    `weight` is that of each position's loss, 0 where no prediction is trained. Each text has `views` canvases in
+    consecutive rows.
     """
 
     canvas: Canvas
     clean: Int[Tensor, "b n"]
     t: Float[Tensor, "b n"]
     ar_positions: Bool[Tensor, "b n"]
+    weight: Float[Tensor, "b n"]
     views: int = 1
+
+    @property
+    def targets(self) -> Bool[Tensor, "b n"]:
+        """The open positions whose predictions are trained."""
+        return self.weight > 0
 
     @property
     def text(self) -> Int[Tensor, "texts n"]:
@@ -137,12 +144,13 @@ class Noised:
         return self.clean[:: self.views]
 
     def __getitem__(self, rows: slice) -> "Noised":
-        return Noised(self.canvas[rows], self.clean[rows], self.t[rows], self.ar_positions[rows], self.views)
+        clean, t, ar_positions, weight = (x[rows] for x in (self.clean, self.t, self.ar_positions, self.weight))
+        return Noised(self.canvas[rows], clean, t, ar_positions, weight, self.views)
 
     def to(self, device: torch.device | str) -> "Noised":
         """The batch on a device."""
-        clean, t, ar_positions = (tensor.to(device) for tensor in (self.clean, self.t, self.ar_positions))
-        return Noised(self.canvas.to(device), clean, t, ar_positions, self.views)
+        clean, t, ar_positions, weight = (x.to(device) for x in (self.clean, self.t, self.ar_positions, self.weight))
+        return Noised(self.canvas.to(device), clean, t, ar_positions, weight, self.views)
 
 
 @dataclass(frozen=True)
@@ -204,4 +212,5 @@ def noised(
     ar_positions = torch.zeros(len(clean.tokens), views, *clean.tokens.shape[1:], dtype=torch.bool)
     ar_positions[:, 0] = ar_selected & clean.editable  # once per text, since all views share its clean copy
     repeated = clean.tokens.repeat_interleave(views, 0)
-    return Noised(all_views, repeated, times.transpose(0, 1).flatten(0, 1), ar_positions.flatten(0, 1), views)
+    t = times.transpose(0, 1).flatten(0, 1)
+    return Noised(all_views, repeated, t, ar_positions.flatten(0, 1), all_views.open.float(), views)

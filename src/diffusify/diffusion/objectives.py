@@ -80,37 +80,50 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Divergence(torch.autograd.Function):
-    """Cross-entropy with a teacher's distribution, in chunks; its gradient is that of the KL divergence."""
+    """Cross-entropy with a teacher's distribution, in part replaced by the total variation distance, in chunks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, total_variation: float) -> Tensor:
         pairs = zip(logits.split(_CrossEntropy.CHUNK), teacher.split(_CrossEntropy.CHUNK), strict=True)
-        losses = [_soft_cross_entropy(chunk, teacher_chunk) for chunk, teacher_chunk in pairs]
+        losses = [_teacher_loss(chunk, teacher_chunk, total_variation) for chunk, teacher_chunk in pairs]
         ctx.save_for_backward(logits, teacher)
+        ctx.total_variation = total_variation
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, teacher = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
         chunks = (x.split(_CrossEntropy.CHUNK) for x in (logits, teacher, grad, logits_grad))
         for chunk, teacher_chunk, upstream, out in zip(*chunks, strict=True):
-            difference = chunk.float().softmax(-1) - teacher_chunk.float().softmax(-1)
+            probs = chunk.float().softmax(-1)
+            difference = probs - teacher_chunk.float().softmax(-1)
+            if ctx.total_variation:
+                sign = difference.sign()
+                distance_grad = 0.5 * probs * (sign - (probs * sign).sum(-1, keepdim=True))
+                difference.lerp_(distance_grad, ctx.total_variation)
             out.copy_(difference.mul_(upstream[:, None]))
-        return logits_grad, None
+        return logits_grad, None, None
 
 
-def _soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    z = logits.float()
-    return z.logsumexp(-1) - (teacher.float().softmax(-1) * z.masked_fill(z.isinf(), 0.0)).sum(-1)
+def _teacher_loss(logits: Tensor, teacher: Tensor, total_variation: float) -> Tensor:
+    z, teacher_probs = logits.float(), teacher.float().softmax(-1)
+    loss = z.logsumexp(-1) - (teacher_probs * z.masked_fill(z.isinf(), 0.0)).sum(-1)
+    if not total_variation:
+        return loss
+    return loss.lerp(0.5 * (z.softmax(-1) - teacher_probs).abs().sum(-1), total_variation)
 
 
-def divergence(logits: Float[Tensor, "k v"], teacher: Float[Tensor, "k v"]) -> Float[Tensor, " k"]:
+def divergence(
+    logits: Float[Tensor, "k v"], teacher: Float[Tensor, "k v"], total_variation: float = 0.0
+) -> Float[Tensor, " k"]:
     """The cross-entropy (nats, float32) of the logits with a teacher's distribution; only `logits` gets a gradient.
 
-    It is KL(teacher | logits) plus the entropy of the teacher. Logits may be bfloat16 and -inf in the same places.
+    It is KL(teacher | logits) plus the entropy of the teacher. A share `total_variation` of it is replaced by the total
+    variation distance, which is the probability that a draft is rejected. Logits may be bfloat16 and -inf in the same
+    places.
     """
-    return _Divergence.apply(logits, teacher)  # pyright: ignore[reportReturnType]
+    return _Divergence.apply(logits, teacher, total_variation)  # pyright: ignore[reportReturnType]
 
 
 def cross_entropy(
@@ -121,6 +134,13 @@ def cross_entropy(
     `label_smoothing` spreads that share of the target evenly over all tokens whose logits are finite.
     """
     return _CrossEntropy.apply(logits, targets, label_smoothing)  # pyright: ignore[reportReturnType]
+
+
+def _entropy_of_right_ones(logits: Float[Tensor, "k v"], targets: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """The entropy (nats) of the predictions whose likeliest token is the target, 0 for others."""
+    log_probs = logits.float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0.0)).sum(-1)
+    return torch.where(logits.argmax(-1) == targets, entropy, 0.0)
 
 
 @dataclass(frozen=True)
@@ -143,8 +163,12 @@ class Objective:
     `ar_weight` adds the next-token loss of the clean copy of the text, estimated on `ar_share` of its tokens.
     `distill` is the share of the loss at open positions that uses an AR teacher's next-token distribution as the
     target instead of the token itself (forward KL). The teacher is the network's `own` AR half as it is trained, or the
-    `base` model as it was before training. `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight`
-    is the weight of the length head's loss, for models that have one.
+    `base` model as it was before training. A share `total_variation` of that target's loss is the total variation
+    distance, which is the rate at which speculative decoding rejects drafts. `entropy` adds so many times the entropy
+    of predictions that are already right (whose likeliest token is the target's), which makes them confident enough for
+    threshold decoding (dParallel: 1.0).
+    `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is the weight of the length head's loss,
+    for models that have one.
 
     Raises ValueError if a share is out of its range or `ar_weight` is negative.
     """
@@ -155,6 +179,8 @@ class Objective:
     ar_share: float = 0.25
     distill: float = 0.0
     teacher: Literal["own", "base"] = "own"
+    total_variation: float = 0.0
+    entropy: float = 0.0
     label_smoothing: float = 0.0
     length_weight: float = 0.1
 
@@ -167,6 +193,13 @@ class Objective:
             raise ValueError(
                 f"distill={self.distill} must be in [0, 1]; 0.0 disables distillation, and 1.0 uses only the teacher"
             )
+        if not 0 <= self.total_variation <= 1 or (self.total_variation and not self.distill):
+            raise ValueError(
+                f"total_variation={self.total_variation} must be in [0, 1], and is a share of the loss to a teacher, "
+                f"so it needs distill above 0, not {self.distill}; 0.9 is usual"
+            )
+        if self.entropy < 0:
+            raise ValueError(f"entropy={self.entropy} must be at least 0, which disables it; 1.0 is usual")
         if self.ar_weight < 0 or not 0 < self.ar_share <= 1:
             raise ValueError(
                 f"ar_weight={self.ar_weight} must be at least 0 and ar_share={self.ar_share} in (0, 1]; "
@@ -183,7 +216,7 @@ class Objective:
 
     def ar_targets(self, noised: Noised) -> Bool[Tensor, "b n"]:
         """The positions whose next-token logits on the clean text are needed, for the co-loss or the teacher."""
-        return noised.ar_positions | noised.canvas.open if self.distills_from("own") else noised.ar_positions
+        return noised.ar_positions | noised.targets if self.distills_from("own") else noised.ar_positions
 
     def distills_from(self, teacher: Literal["own", "base"]) -> bool:
         """Whether the loss at open positions uses this teacher."""
@@ -197,24 +230,28 @@ class Objective:
         schedule: NoiseSchedule,
         teacher_logits: LazyLogits | None = None,
     ) -> Loss:
-        """The loss, from the logits at open positions and the clean text's next-token logits at `ar_targets`.
+        """The loss, from the logits at `noised.targets` and the clean text's next-token logits at `ar_targets`.
 
-        `teacher_logits` are those of the `base` teacher at open positions; the `own` teacher is in `ar_logits`.
+        `teacher_logits` are those of the `base` teacher at the targets; the `own` teacher is in `ar_logits`.
         """
-        canvas, open = noised.canvas, noised.canvas.open
+        canvas, trained = noised.canvas, noised.targets
         share = torch.ones_like(noised.t)
         if self.per == "text":
             share = share / canvas.sizes.gather(1, canvas.document).clamp_min(1)
-        targets, weight = noised.clean[open], (self.weight(noised.t, schedule) * share)[open]
+        targets, weight = noised.clean[trained], (self.weight(noised.t, schedule) * share * noised.weight)[trained]
         ar_targets = self.ar_targets(noised)
-        teacher_index = torch.where(open[ar_targets])[0]  # the entries of ar_logits at open positions
+        teacher_index = torch.where(trained[ar_targets])[0]  # the entries of ar_logits at the targets
 
         def diffusion_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             loss = cross_entropy(logits, targets[index], self.label_smoothing)
             nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else loss.detach()
+            teacher = None
             if self.distill:
                 teacher = ar_logits.raw(teacher_index[index]) if teacher_logits is None else teacher_logits.raw(index)
-                loss = (1 - self.distill) * loss + self.distill * divergence(logits, teacher)
+                loss = (1 - self.distill) * loss + self.distill * divergence(logits, teacher, self.total_variation)
+            if self.entropy:
+                right = targets[index] if teacher is None else teacher.argmax(-1)
+                loss = loss + self.entropy * _entropy_of_right_ones(logits, right)
             return (loss * weight[index]).sum(), nll
 
         total, nll = logits.chunked_loss(diffusion_loss)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffusify.diffusion.rng import RowGenerators
+from diffusify.diffusion.rng import DrawnNumbers, RowGenerators
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Greedy:
     """The most likely token."""
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators
+        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators | DrawnNumbers
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         highest, tokens = logits.max(-1)
         return tokens, highest - logits.logsumexp(-1)
@@ -46,7 +46,7 @@ class Draw:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it unset to keep every token")
 
     def __call__(
-        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators
+        self, logits: Float[Tensor, "k v"], positions: Bool[Tensor, "b n"], rng: RowGenerators | DrawnNumbers
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
         probs = (logits / self.temperature).softmax(-1)
         if self.top_k is not None:

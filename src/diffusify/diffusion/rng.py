@@ -46,3 +46,14 @@ class RowGenerators:
         if len(self.generators) == 1:
             return [(int(positions.sum()), self.generators[0])]
         return list(zip(positions.sum(1).tolist(), self.generators, strict=True))
+
+
+@dataclass(frozen=True)
+class DrawnNumbers:
+    """Uniform numbers that were drawn before, in the place of generators."""
+
+    numbers: Float[Tensor, "b n"]
+
+    def uniform(self, positions: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        """The numbers at the selected positions, 0 elsewhere."""
+        return torch.where(positions, self.numbers, 0.0)

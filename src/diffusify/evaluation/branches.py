@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusify.diffusion.attention import AttentionInputs
+from diffusify.diffusion.attention_inputs import AttentionInputs
 
 
 @dataclass(frozen=True)

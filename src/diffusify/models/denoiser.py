@@ -5,8 +5,8 @@ t texts with editable positions, l possible lengths.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.attention import AttentionInputs, AttentionPattern, BlockCausal
+from diffusify.diffusion.attention import AttentionPattern, BlockCausal
+from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
 from diffusify.models import grouped_attention
+from diffusify.models.attention_masks import position_offset, sliding_windows, without_mask
 from diffusify.models.length_head import LengthHead, prompt_canvas
+from diffusify.models.mask_adapters import find_mask_rows
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Denoiser(nn.Module):
         self._forward_kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
         self.supports_kv_cache = "past_key_values" in accepts
         self.vocab_size: int = network.config.get_text_config().vocab_size
-        self._position_offset = _position_offset(network)
-        self._sliding_windows = _sliding_windows(network)
+        self._position_offset = position_offset(network)
+        self._sliding_windows = sliding_windows(network)
+        self._mask_rows = find_mask_rows(network)
         self._output_class: Any = None  # of the body's output, set by its first forward pass
         # The ids of all trainable weights when the head's were last looked up, and the head's.
         self._head_parameters: tuple[list[int], tuple[Tensor, ...]] = ([], ())
@@ -99,6 +103,10 @@ class Denoiser(nn.Module):
         other = copy(self)
         other.diffusion_config = self.diffusion_config.infiller
         return other
+
+    def texts_per_pass(self, texts: int) -> int:
+        """The number of texts that share a forward pass with a call for `texts` of them: these alone."""
+        return texts
 
     def limit_vocabulary(self, token_ids: Collection[int]) -> None:
         """Predict these ids only. Many networks have more embeddings than their tokenizer has tokens."""
@@ -176,9 +184,12 @@ class Denoiser(nn.Module):
 
         With `past`, the inputs are a chunk that attends to the whole cache after its own keys and values are added.
         """
-        output = self._run_body(inputs, past)
-        self._output_class = type(output)
-        hidden = output.last_hidden_state.flatten(0, 1)
+        if self._mask_rows is not None and torch.is_grad_enabled() and inputs.clean_start and self._can_split:
+            hidden = self._run_beside_frozen_text(inputs, inputs.clean_start)
+        else:
+            output = self._run_body(inputs, past)
+            self._output_class, hidden = type(output), output.last_hidden_state
+        hidden = hidden.flatten(0, 1)
         return hidden[index.to(hidden.device)].to(self.device)  # the last layer may lie on another device
 
     def lazy_logits(self, hidden: Float[Tensor, "k d"], weights: tuple[Tensor, ...] = ()) -> LazyLogits:
@@ -218,19 +229,42 @@ class Denoiser(nn.Module):
             logits.detach().index_fill_(1, self.unused_token_ids, -torch.inf)
         return logits
 
+    @property
+    def _can_split(self) -> bool:
+        """Whether the network can run a chunk over the keys of another, for a backward pass."""
+        return self.supports_kv_cache and not self.network.is_activation_checkpointing
+
+    def _run_beside_frozen_text(self, inputs: AttentionInputs, clean_start: int) -> Float[Tensor, "b m d"]:
+        """The body's hidden states in two passes: the clean text without gradients, then the canvases over its keys.
+
+        Adapters that act on masks only leave the text as the base computes it, so it needs no gradients.
+        """
+        text, canvases = inputs.split(clean_start)
+        past = DynamicCache()
+        with torch.no_grad():
+            text_hidden = self._run_body(text, past).last_hidden_state
+        output = self._run_body(canvases, past)
+        self._output_class = type(output)
+        return torch.cat([output.last_hidden_state, text_hidden], 1)
+
     def _run_body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:
         """The output of the network without its head."""
         kwargs = self._forward_kwargs if past is None else {"past_key_values": past, "use_cache": True}
         width = (inputs.position_ids if inputs.key_position_ids is None else inputs.key_position_ids).shape[1]
         windows = {kind: w if w and w < width else None for kind, w in self._sliding_windows.items()}
         limited = any(windows.values())
-        with _without_mask(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as masked:
-            return self.network.base_model(
+        if self._mask_rows is not None:
+            self._mask_rows.is_mask = inputs.is_mask
+        with without_mask(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as masked:
+            output = self.network.base_model(
                 input_ids=inputs.tokens,
                 position_ids=inputs.position_ids + self._position_offset,
                 attention_mask=None if masked is None else self._mask(masked, windows if limited else {}),
                 **kwargs,
             )
+        if self._mask_rows is not None and not torch.is_grad_enabled():  # a backward pass may run layers again
+            self._mask_rows.is_mask = None
+        return output
 
     def _mask(self, inputs: AttentionInputs, windows: dict[str, int | None]) -> Any:
         """The mask in the attention kernel's format, or a dict of masks by layer type if some layers have a window."""
@@ -265,43 +299,3 @@ class _FixedBody(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
-
-
-@contextmanager
-def _without_mask(network: PreTrainedModel) -> Iterator[None]:
-    """Inside, the network attends in both directions without a mask, on the attention kernel's fast path."""
-    config: Any = network.config
-    causal: list[Any] = [
-        module for module in (config, *network.modules()) if getattr(module, "is_causal", None) is True
-    ]
-    unset = not hasattr(config, "is_causal")
-    for module in causal:
-        module.is_causal = False
-    if unset:
-        config.is_causal = False
-    try:
-        yield
-    finally:
-        for module in causal:
-            module.is_causal = True
-        if unset:
-            del config.is_causal
-
-
-def _position_offset(network: PreTrainedModel) -> int:
-    """The network's first position id: RoBERTa's is one past the padding id, all others' is 0."""
-    embeddings: Any = getattr(network.base_model, "embeddings", None)
-    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
-    return embeddings.padding_idx + 1 if counts_from_padding else 0
-
-
-def _sliding_windows(network: PreTrainedModel) -> dict[str, int | None]:
-    """The attention window of each layer type (None: no limit); empty if no layer has one."""
-    config = network.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        return {}
-    width = window + 1 if type(network).__name__.endswith("MaskedLM") else window  # masked networks count inclusively
-    if kinds is None:
-        return {"sliding_attention": width}
-    return {kind: width if kind == "sliding_attention" else None for kind in kinds}

@@ -16,8 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from diffusify.models.bundled import find_model
 from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
-
-_WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
+from diffusify.models.mask_adapters import (
+    PREFIX,
+    WEIGHTS,
+    MaskAdapter,
+    add_mask_adapters,
+    find_mask_rows,
+    load_mask_adapter_weights,
+    save_mask_adapters,
+)
 
 
 @dataclass(frozen=True)
@@ -37,30 +44,51 @@ class Lora:
             raise ValueError(f"LoRA rank {self.rank} must be at least 1; 16 is usual")
 
 
-def add_lora(network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str) -> None:
-    """Add new adapters, which do not change the network's outputs yet, and freeze all other weights."""
-    rows = num_embeddings(network)
+def default_lora(lora: Lora | None, rows: Literal["all", "masks"]) -> Lora | None:
+    """The adapters of a run: those that are given, else `Lora()` if the recipe's adapters act on masks only."""
+    return Lora() if lora is None and rows == "masks" else lora
+
+
+def add_lora(
+    network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str, rows: Literal["all", "masks"] = "all"
+) -> None:
+    """Add new adapters, which do not change the network's outputs yet, and freeze all other weights.
+
+    They act on all `rows` of a forward pass or only where the input is a mask. ValueError if they are for masks only
+    and all embeddings are to be trained.
+    """
+    base = str(Path(base).absolute()) if Path(base).exists() else base
+    alpha = lora.alpha or 2 * lora.rank
+    if rows == "masks":
+        if lora.embeddings == "all":
+            raise ValueError("embeddings='all' changes clean text, which adapters='masks' keeps; leave embeddings out")
+        add_mask_adapters(network, lora.rank, alpha, mask_token_id, base)
+        return
+    every_id = list(range(num_embeddings(network)))
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_alpha=alpha,
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        trainable_token_indices=[mask_token_id] if lora.embeddings == "mask" else list(range(rows)),
-        base_model_name_or_path=str(Path(base).absolute()) if Path(base).exists() else base,
+        trainable_token_indices=[mask_token_id] if lora.embeddings == "mask" else every_id,
+        base_model_name_or_path=base,
     )
     _attach(network, config)
 
 
 def save_lora(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the adapters in PEFT's format, with the name of their base; `weights` replace the network's own."""
+    if find_mask_rows(network) is not None:
+        save_mask_adapters(network, folder, weights)
+        return
     adapters = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)
-    save_file({_PREFIX + name: weight.contiguous() for name, weight in adapters.items()}, folder / _WEIGHTS)
+    save_file({PREFIX + name: weight.contiguous() for name, weight in adapters.items()}, folder / WEIGHTS)
     network.peft_config["default"].save_pretrained(str(folder))
 
 
 def has_lora(network: PreTrainedModel) -> bool:
     """Whether a network contains adapters."""
-    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+    return any(isinstance(module, BaseTunerLayer | MaskAdapter) for module in network.modules())
 
 
 def adapter_base(folder: Path) -> str | None:
@@ -79,15 +107,24 @@ def check_lora(model: str, lora: Lora | None) -> None:
         )
 
 
-def load_lora(network: PreTrainedModel, folder: Path) -> None:
+def load_lora(
+    network: PreTrainedModel, folder: Path, mask_token_id: int = 0, rows: Literal["all", "masks"] = "all"
+) -> None:
     """Add the adapters of a folder to their base. ValueError for a missing or unexpected tensor."""
-    _attach(network, PeftConfig.from_pretrained(str(folder)))
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if rows == "masks":
+        add_mask_adapters(network, config.r, config.lora_alpha, mask_token_id, config.base_model_name_or_path)
+    else:
+        _attach(network, config)
     load_lora_weights(network, folder)
 
 
 def load_lora_weights(network: PreTrainedModel, folder: Path) -> None:
     """Set the weights of the network's adapters to a folder's. ValueError for a missing or unexpected tensor."""
-    weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(folder / _WEIGHTS).items()}
+    if find_mask_rows(network) is not None:
+        load_mask_adapter_weights(network, folder)
+        return
+    weights = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
     expected = get_peft_model_state_dict(network, save_embedding_layers=False)
     if set(weights) != set(expected):
         wrong = sorted(set(weights) ^ set(expected))
@@ -99,8 +136,11 @@ def load_lora_weights(network: PreTrainedModel, folder: Path) -> None:
 
 
 def merge_lora(network: PreTrainedModel) -> None:
-    """Add the adapters to the base weights and remove PEFT's layers, which leaves a stock network."""
-    if not has_lora(network):
+    """Add the adapters to the base weights and remove PEFT's layers, which leaves a stock network.
+
+    Adapters that act on masks only stay, since the base weights must not change for other rows.
+    """
+    if find_mask_rows(network) is not None or not has_lora(network):
         return
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer) and not layer.merged:

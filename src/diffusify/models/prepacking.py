@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from diffusify.models.mask_adapters import MaskAdapter, MaskRows
+
 _ROWS = 16  # the number of input rows that the layout is made for; any number may be used
 
 
@@ -33,7 +35,8 @@ class PrepackedLinear(nn.Module):
             ]
             self.bias = torch.cat([bias.detach() for bias in filled])
         weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+        self._packed = _pack(weight)
+        self._adapter = PackedAdapter.join(layers, self.sizes)
 
     @classmethod
     def join(cls, parent: nn.Module, names: tuple[str, ...]) -> "PrepackedLinear":
@@ -56,11 +59,49 @@ class PrepackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("prepacked weights have no gradients; load the model for training, by `load_denoiser`")
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._adapted(torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""), x)
 
     def add_to(self, other: Tensor, x: Tensor) -> Tensor:
         """`other` plus the output for `x`, in one operation."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "add")
+        return self._adapted(_linear_plus(x, self._packed, self.bias, other), x)
+
+    def _adapted(self, output: Tensor, x: Tensor) -> Tensor:
+        return output if self._adapter is None else self._adapter.add_to(output, x)
+
+
+class PackedAdapter:
+    """The mask adapters of linear layers with one input, in two products."""
+
+    def __init__(self, adapters: list[MaskAdapter | None], sizes: list[int], dtype: torch.dtype) -> None:
+        present = [each for each in adapters if each is not None]
+        self.rows: MaskRows = present[0].rows
+        self._down = _pack(torch.cat([each.lora_A.weight.detach() for each in present]).to(dtype))
+        up = [torch.zeros(size, 0) if each is None else each.scale * each.lora_B.weight.detach()
+              for each, size in zip(adapters, sizes, strict=True)]  # fmt: skip
+        self._up = _pack(torch.block_diag(*up).to(dtype))
+
+    @classmethod
+    def join(cls, layers: list[Any], sizes: list[int]) -> "PackedAdapter | None":
+        """The adapters of some layers; None if none of them has one."""
+        adapters = [getattr(layer, "mask_adapter", None) for layer in layers]
+        if not any(adapters):
+            return None
+        return cls(adapters, sizes, layers[0].weight.dtype)
+
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """The output of the layers for `x`, with the terms of the adapters."""
+        if self.rows.is_mask is None:
+            return output
+        low_rank = torch.ops.mkldnn._linear_pointwise(x, self._down, None, "none", [], "")
+        return _linear_plus(low_rank * self.rows.select(low_rank), self._up, None, output)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+
+
+def _linear_plus(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, "add")
 
 
 class PrepackedPart(nn.Module):
@@ -120,6 +161,8 @@ def prepack(network: nn.Module) -> None:
     Weights that other modules use as well, such as tied embeddings, keep their plain copy there.
     """
     for parent in list(network.modules()):
+        if isinstance(parent, MaskAdapter):
+            continue  # packed together with its layer
         for name, child in list(parent.named_children()):
             weight: Any = child.weight if type(child) in (nn.Linear, Conv1D) else None
             if weight is None or weight.device.type != "cpu":

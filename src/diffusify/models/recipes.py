@@ -3,6 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig, keeps_ar_model
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
@@ -23,7 +27,10 @@ class Recipe:
 
     `attention` is the pattern of the adapted model; over `annealing_steps` steps, training gets there from causal
     attention (0: at once). `curriculum` lists the block sizes that training passes through first. A share `infilling`
-    of the steps uses bidirectional attention, so that a block model can infill as well. ValueError for settings that
+    of the steps uses bidirectional attention, so that a block model can infill as well. With `adapters="masks"`, only
+    adapters are trained, which act where the input is a mask: the AR half stays the base. With a `position_decay`, the
+    k-th draft of a block weighs exp(-k / position_decay), since it only counts if the earlier ones were right (DSpark).
+    ValueError for settings that
     exclude each other.
     """
 
@@ -37,9 +44,18 @@ class Recipe:
     annealing_steps: int = 0
     curriculum: tuple[int, ...] = ()
     infilling: float = 0.0
+    adapters: Literal["all", "masks"] = "all"
+    position_decay: float | None = None
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
+        frozen_text = keeps_ar_model(self.attention, self.shift) and not (ar_weight or self.infilling)
+        if self.adapters == "masks" and not frozen_text:
+            raise ValueError(
+                f"adapters='masks' keeps the AR half of an autoregressive base as it is, which ar_weight={ar_weight}, "
+                f"infilling={self.infilling}, attention {self.attention} and shift={self.shift} exclude; use "
+                "block(size, adapters='masks'), or adapters='all'"
+            )
         if (ar_weight or self.objective.distills_from("own")) and not keeps_ar_model(self.attention, self.shift):
             raise ValueError(
                 f"ar_weight={ar_weight} and distill={distill} need shift=1 and a token-causal clean half for the AR "
@@ -48,6 +64,13 @@ class Recipe:
         if distill and self.shift != 1:
             raise ValueError(
                 f"distill={distill} needs an autoregressive teacher, and a masked LM is none (shift=0); use 0.0"
+            )
+        if self.position_decay is not None and (
+            self.position_decay <= 0 or not isinstance(self.attention, BlockCausal)
+        ):
+            raise ValueError(
+                f"position_decay={self.position_decay} must be above 0 and is for block(size); 2.0 is usual, and None "
+                "weighs all positions equally"
             )
         if self.curriculum and not isinstance(self.time, PerBlock):
             raise ValueError(f"curriculum={self.curriculum} lists block sizes; use block(size), or leave it empty")
@@ -84,6 +107,19 @@ class Recipe:
         size = self.curriculum[stage]
         return replace(self, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
 
+    def position_weight(self, canvas: Canvas) -> Float[Tensor, "b n"]:
+        """The weight of each position's loss: 1 at open positions, decaying within blocks if `position_decay` is set.
+
+        Where adapters act on masks only, it is 0 at the first positions of blocks, which clean text predicts.
+        """
+        weight = canvas.open.float()
+        if not isinstance(self.attention, BlockCausal):
+            return weight
+        drafted = canvas.position_ids % self.attention.size - self.shift  # draft 0 is the first that a mask predicts
+        if self.position_decay is not None:
+            weight = weight * (-drafted.clamp_min(0) / self.position_decay).exp()
+        return weight * (drafted >= 0) if self.adapters == "masks" else weight
+
     def diffusion_config(self, architecture: str, mask_token_id: int, base_model: str) -> DiffusionConfig:
         """The configuration that is saved beside the weights."""
         return DiffusionConfig(
@@ -97,6 +133,7 @@ class Recipe:
             objective=self.objective,
             policy=self.policy,
             infilling=Bidirectional() if self.infilling else None,
+            adapters=self.adapters,
         )
 
 
@@ -148,6 +185,12 @@ def block(
     tilt: float | None = None,
     curriculum: tuple[int, ...] = (),
     infilling: float = 0.0,
+    adapters: Literal["all", "masks"] = "all",
+    noisy: Literal["full", "causal"] = "full",
+    min_t: float = 1e-3,
+    total_variation: float = 0.0,
+    entropy: float = 0.0,
+    position_decay: float | None = None,
 ) -> Recipe:
     """The recipe for block diffusion: blocks from left to right, the tokens of a block in parallel (BD3-LM).
 
@@ -161,19 +204,23 @@ def block(
     these sizes (LLaDA2's warm-up; a size of the row's length is full attention). A share `infilling` of the steps uses
     bidirectional attention and per-text noise, so that the model both decodes in blocks and infills.
     """
-    attention = BlockCausal(size, clean="block" if masked else "token")
-    weight = (0.0 if masked else 0.5) if ar_weight is None else ar_weight
-    distill = float(weight > 0) if distill is None else distill
-    objective = Objective(Elbo(), ar_weight=weight, distill=distill, teacher=teacher)
+    attention = BlockCausal(size, clean="block" if masked else "token", noisy=noisy)
+    weight = (0.0 if masked or adapters == "masks" else 0.5) if ar_weight is None else ar_weight
+    distill = float(weight > 0 or adapters == "masks") if distill is None else distill
+    objective = Objective(
+        Elbo(), ar_weight=weight, distill=distill, teacher=teacher, total_variation=total_variation, entropy=entropy
+    )
     return Recipe(
         "block",
         0 if masked else 1,
         attention,
-        PerBlock(size, complement=complement, tilt=tilt),
+        PerBlock(size, min_t=min_t, complement=complement, tilt=tilt),
         objective,
         policy=Unmask(quota=Threshold(0.9)),
         curriculum=curriculum,
         infilling=infilling,
+        adapters=adapters,
+        position_decay=position_decay,
     )
 
 
@@ -193,4 +240,5 @@ def saved_recipe(model: str) -> Recipe | None:
     return Recipe(
         config.recipe, config.shift, config.attention, time, config.objective, config.schedule, config.policy,
         infilling=0.0 if config.infilling is None else INFILLING_SHARE,
+        adapters=config.adapters,
     )  # fmt: skip

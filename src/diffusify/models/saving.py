@@ -97,7 +97,8 @@ def load_denoiser(
 ) -> tuple[Denoiser, PreTrainedTokenizerBase]:
     """Load a denoiser and its tokenizer from a folder that `save_denoiser` wrote.
 
-    An adapter folder is loaded on the base that it names, and its adapters are merged in memory. ValueError if there is
+    An adapter folder is loaded on the base that it names, and its adapters are merged in memory, unless they act on
+    masks only. ValueError if there is
     no diffusion config, if it names another architecture, or if tensors are missing or unexpected.
     """
     folder = resolve_model(folder)
@@ -143,7 +144,7 @@ def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:
         raise ValueError(
             f"{folder} holds adapters for a base with mask_token_id={config.mask_token_id}; {source} differs"
         )
-    load_lora(base.network, folder)
+    load_lora(base.network, folder, config.mask_token_id, config.adapters)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_tokenizer else base
 
@@ -165,10 +166,18 @@ def checksum(module: nn.Module) -> int:
 
 
 def merge_adapters(adapters: Path | str, out: Path | str) -> Path:
-    """Merge a folder of adapters into its base and save the full weights. ValueError if it holds no adapters."""
+    """Merge a folder of adapters into its base and save the full weights.
+
+    ValueError if it holds no adapters, or adapters that act on masks only.
+    """
     adapters, out = resolve_model(adapters), Path(out)
     if not adapter_base(adapters):
         raise ValueError(f"{adapters} holds no adapters; `diffusify tune --lora 16` trains some")
+    if DiffusionConfig.load(adapters).adapters == "masks":
+        raise ValueError(
+            f"the adapters in {adapters} act on masks only, so they cannot become part of weights that run all tokens; "
+            f"use the folder as it is, with its base {adapter_base(adapters)}"
+        )
     require_empty_folder(out)
     denoiser, tokenizer = load_denoiser(adapters)
     save_denoiser(out, denoiser, tokenizer)

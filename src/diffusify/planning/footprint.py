@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import AttentionInputs, BlockCausal
+from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.corruption import Noised, noised
 from diffusify.diffusion.objectives import cross_entropy, divergence
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.logging import quiet_transformers
-from diffusify.models.lora import Lora, add_lora
+from diffusify.models.lora import Lora, add_lora, default_lora
 from diffusify.models.recipes import Recipe
 from diffusify.training.adapt import disable_dropout
 
@@ -110,7 +111,8 @@ def sample_noise(setup: TrainingSetup, rows: int) -> Noised:
     text = replace(text, editable=text.editable & (text.position_ids >= recipe.shift))
     share = objective.ar_share if objective.ar_weight else 0.0
     generator = torch.Generator().manual_seed(0)
-    return noised(text, recipe.time, recipe.schedule, 0, ar_share=share, generator=generator)
+    step = noised(text, recipe.time, recipe.schedule, 0, ar_share=share, generator=generator)
+    return replace(step, weight=recipe.position_weight(step.canvas))
 
 
 def footprint(setup: TrainingSetup, rows: int, *, checkpointing: bool = False, gathered: bool = False) -> Footprint:
@@ -147,10 +149,10 @@ def _count_step(setup: TrainingSetup, rows: int, gathered: bool, *, reentrant: b
     recipe, half, noise = setup.recipe, DTYPES[setup.dtype], sample_noise(setup, rows)
     real_inputs = recipe.attention(noise.canvas, noise.text, shift=recipe.shift)
     if isinstance(recipe.attention, BlockCausal):
-        needed = recipe.attention.needed_inputs(noise.canvas, noise.canvas.open, views=noise.views, shift=recipe.shift)
+        needed = recipe.attention.needed_inputs(noise.canvas, noise.targets, views=noise.views, shift=recipe.shift)
         real_inputs = real_inputs.keep_only(needed)
     n_open, n_clean, n_ar = (
-        int(mask.sum()) for mask in (noise.canvas.open, recipe.objective.ar_targets(noise), noise.ar_positions)
+        int(mask.sum()) for mask in (noise.targets, recipe.objective.ar_targets(noise), noise.ar_positions)
     )
     denoiser = _denoiser(setup).train()
     if reentrant is not None:
@@ -162,8 +164,9 @@ def _count_step(setup: TrainingSetup, rows: int, gathered: bool, *, reentrant: b
         zeros = torch.zeros(real_inputs.tokens.shape, dtype=torch.long)
         mask_mod = lambda b, h, q, k: (q <= k) | (b < 0)  # noqa: E731  (any mask of the right shape)
         inputs = AttentionInputs(
-            zeros, zeros, zeros, zeros, mask_mod, per_row=real_inputs.per_row, unmasked=real_inputs.unmasked
-        )
+            zeros, zeros, zeros, zeros, mask_mod, per_row=real_inputs.per_row, unmasked=real_inputs.unmasked,
+            is_mask=zeros.bool(), clean_start=real_inputs.clean_start,
+        )  # fmt: skip
         index = torch.zeros(n_open + n_clean, dtype=torch.long)
 
         def forward() -> Tensor:
@@ -213,8 +216,8 @@ def _denoiser(setup: TrainingSetup) -> Denoiser:
     with torch.device("meta"), quiet_transformers():
         network: PreTrainedModel = network_class._from_config(setup.config, dtype=torch.float32)
         disable_dropout(network)
-        if setup.lora is not None:
-            add_lora(network, setup.lora, 0, "")
+        if lora := default_lora(setup.lora, setup.recipe.adapters):
+            add_lora(network, lora, 0, "", setup.recipe.adapters)
         kernel: Any = network.config._attn_implementation
         optimize_for_training(network)
         network.set_attn_implementation(kernel)  # the tiled CPU kernel reads the mask's contents

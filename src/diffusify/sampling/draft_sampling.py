@@ -14,26 +14,30 @@ from torch.nn.functional import pad
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.logits import LazyLogits
-from diffusify.diffusion.rng import RowGenerators
+from diffusify.diffusion.rng import DrawnNumbers, RowGenerators
 from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.sampler import Sampler, equal_samplers
 
 
 @dataclass(frozen=True)
 class SamplerRows:
-    """The rows of a batch with the same sampler, and their random numbers."""
+    """The rows of a batch with the same sampler, and the random number of each of their positions.
+
+    All nodes at a position use the same number, so a sampled text does not depend on what was drafted.
+    """
 
     sampler: Sampler
     rows: Tensor | slice
-    rng: RowGenerators
+    numbers: Float[Tensor, "g n"]
 
     @classmethod
-    def groups(cls, samplers: Sequence[Sampler], rng: RowGenerators, device: torch.device) -> list["SamplerRows"]:
+    def groups(cls, samplers: Sequence[Sampler], rng: RowGenerators, canvas: Canvas) -> list["SamplerRows"]:
         """The groups of a batch with one sampler for each row."""
-        found = equal_samplers(samplers)
+        found, numbers = equal_samplers(samplers), rng.uniform(canvas.open)
         if len(found) == 1:
-            return [cls(found[0][0], slice(None), rng)]
-        return [cls(sampler, torch.tensor(rows, device=device), rng.for_rows(rows)) for sampler, rows in found]
+            return [cls(found[0][0], slice(None), numbers)]
+        index = [torch.tensor(rows, device=numbers.device) for _, rows in found]
+        return [cls(sampler, rows, numbers[rows]) for (sampler, _), rows in zip(found, index, strict=True)]
 
     def process_logits(
         self, logits: Float[Tensor, "b p v"], canvas: Canvas, settled: Int[Tensor, " b"], tree: DraftTree
@@ -53,11 +57,14 @@ class SamplerRows:
         mine[used] = sampler.process_logits(LazyLogits.from_tensor(mine[used]), texts, first_open).logits
         logits[self.rows] = mine
 
-    def pick(self, logits: Float[Tensor, "b p v"]) -> tuple[Int[Tensor, "g p"], Float[Tensor, "g p"]]:
+    def pick(
+        self, logits: Float[Tensor, "b p v"], settled: Int[Tensor, " b"], tree: DraftTree
+    ) -> tuple[Int[Tensor, "g p"], Float[Tensor, "g p"]]:
         """The next token after each node, and its log-probability."""
-        mine = logits[self.rows]
+        mine, position = logits[self.rows], (settled[:, None] + tree.depth)[self.rows]
         every_node = torch.ones(mine.shape[:2], dtype=torch.bool, device=logits.device)
-        tokens, log_prob = self.sampler.pick(mine.flatten(0, 1), every_node, self.rng)
+        rng = DrawnNumbers(self.numbers.gather(1, position.clamp_max(self.numbers.shape[1] - 1)))
+        tokens, log_prob = self.sampler.pick(mine.flatten(0, 1), every_node, rng)
         return tokens.view(every_node.shape), log_prob.view(every_node.shape)
 
     def observe(

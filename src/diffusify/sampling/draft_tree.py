@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # The acceptance rate of a mask's draft, relative to that of the mask before it.
-_ACCEPTANCE_DECAY = 0.15
+_ACCEPTANCE_DECAY = 0.4
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,27 @@ class DraftTree:
         return cls(torch.full((b, 1, k), -1, device=device), torch.ones(b, 1, device=device))
 
     @classmethod
-    def from_logits(cls, drafts: Float[Tensor, "b a v"], num_drafts: int) -> "DraftTree":
-        """The tree of the `num_drafts` most likely paths of any depth.
+    def from_drafts(
+        cls,
+        drafts: Float[Tensor, "b a v"],
+        copied: Int[Tensor, "b c"],
+        copied_prob: Float[Tensor, "b c"],
+        num_drafts: int,
+        k: int,
+        min_prob: float = 0.0,
+        independent: bool = False,
+    ) -> "DraftTree":
+        """The tree of the `num_drafts` most likely paths of any depth below k.
 
-        `drafts` are the logits of the next tokens, all -inf at depths without a draft.
+        All texts have the same number of nodes, so the n-th is left out if it has less than `min_prob` on average. If
+        texts are to be `independent`, nodes below `min_prob` are unused instead, whatever other texts have. `drafts`
+        are the logits of the next tokens, all -inf at depths without a draft. `copied` is one more path, with the
+        probability of each of its prefixes.
         """
         b, ahead, v = drafts.shape
         branching = min(num_drafts, v)
         token_probs, tokens = drafts.float().softmax(-1).nan_to_num(0.0).topk(branching, -1)
-        root = cls.root(b, ahead + 1, drafts.device)
+        root = cls.root(b, k, drafts.device)
         path, prob = root.path, root.prob
         paths, probs = [path], [prob]
         for depth in range(ahead):  # a path can only be among the most likely if its prefix is
@@ -51,7 +63,16 @@ class DraftTree:
             paths.append(path)
             probs.append(prob)
         path, prob = torch.cat(paths, 1), torch.cat(probs, 1)
+        depth = torch.arange(copied.shape[1], device=path.device)
+        copy = root.path.expand(-1, len(depth), -1).clone()
+        copy[..., : len(depth)] = torch.where(depth <= depth[:, None], copied[:, None], -1)
+        same = (copy[:, :, None] == path[:, None]).all(-1)  # a path that is both is kept once, as the likelier one
+        prob = torch.maximum(prob, (same * copied_prob[..., None]).amax(1)) if len(depth) else prob
+        path, prob = torch.cat([path, copy], 1), torch.cat([prob, copied_prob.masked_fill(same.any(-1), 0.0)], 1)
         prob, best = prob.topk(min(num_drafts + 1, prob.shape[1]))  # the root comes first
+        prob = prob.masked_fill(prob < min_prob, 0.0) if independent else prob
+        width = _count_columns(prob, min_prob, independent)
+        prob, best = prob[:, :width], best[:, :width]
         return cls(_gather_paths(path, best), prob)
 
     @cached_property
@@ -76,23 +97,33 @@ class DraftTree:
         one_above = self.depth[:, None] == self.depth[:, :, None] - 1
         return (self.ancestors & one_above).long().argmax(-1)
 
-    def place_masks(self, num_masks: int) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-        """The most useful positions for mask tokens: the node that each mask follows, and its offset behind that node.
+    def place_masks(
+        self, num_masks: int, ahead: int, min_prob: float = 0.0, independent: bool = False
+    ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"], Bool[Tensor, "b s"]]:
+        """The most useful masks: the node that each follows, its offset behind the node, and whether it is used.
 
         The usefulness of a mask is the probability that its node is the last accepted one, times the acceptance rate at
-        its offset. Offset 0 comes right after the node.
+        its offset, which is below `ahead`. Offset 0 comes right after the node. Masks are left out as nodes are.
         """
-        ahead = self.path.shape[2] - 1
         is_last = self.prob.scatter_add(1, self.parent[:, 1:], -self.prob[:, 1:]).clamp_min(0.0)
         usefulness = is_last[..., None] * _ACCEPTANCE_DECAY ** torch.arange(ahead, device=is_last.device)
-        best = usefulness.flatten(1).topk(min(num_masks, usefulness[0].numel())).indices
-        return best // max(ahead, 1), best % max(ahead, 1)
+        useful, best = usefulness.flatten(1).topk(min(num_masks, usefulness[0].numel()))
+        used = useful >= min_prob if independent else torch.ones_like(useful, dtype=torch.bool)
+        width = _count_columns(useful, min_prob, independent)
+        best, used = best[:, :width], used[:, :width]
+        return best // max(ahead, 1), best % max(ahead, 1), used
 
     def last_accepted(self, accepted: Bool[Tensor, "b p"], log_prob: Float[Tensor, "b p"]) -> Int[Tensor, " b"]:
         """The deepest node whose path is accepted throughout; among equally deep ones, that of the most likely path."""
         path_accepted = ~(self.ancestors & ~accepted[:, None]).any(-1) & (self.prob > 0)
         path_log_prob = (self.ancestors * log_prob[:, None]).sum(-1)
         return torch.where(path_accepted, 1e4 * self.depth + path_log_prob, -torch.inf).argmax(-1)
+
+
+def _count_columns(prob: Float[Tensor, "b p"], min_prob: float, independent: bool) -> int:
+    """The number of columns to keep, of probabilities in falling order."""
+    kept = (prob >= min_prob).any(0) if independent else prob.mean(0) >= min_prob
+    return int(kept.sum())
 
 
 def _gather_paths(paths: Int[Tensor, "b p k"], index: Int[Tensor, "b q"]) -> Int[Tensor, "b q k"]:

@@ -14,7 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from diffusify.canvas import Canvas
 from diffusify.config import sees_right_context
-from diffusify.diffusion.attention import AttentionInputs, BlockCausal
+from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.models.denoiser import Denoiser
 
@@ -30,14 +31,21 @@ class ColumnCache(Cache):
         super().__init__(layers=[ColumnCacheLayer(self) for _ in range(layers)])
         self.n = n
         self.columns = torch.empty(0, 0, dtype=torch.long)
-        self.flat_columns = torch.empty(0, dtype=torch.long)  # the same, counted through all rows
+        self.moves = torch.empty(2, 0, 0, dtype=torch.long)  # from and to
         self.width = 0
 
-    def set_columns(self, columns: Int[Tensor, "b m"], width: int) -> None:
-        """Set the column of each token of the next pass, and the number of columns that the pass attends to."""
+    def set_columns(
+        self, columns: Int[Tensor, "b m"], width: int, moves: Int[Tensor, "2 b moved"] | None = None
+    ) -> None:
+        """Set the column of each token of the next pass, and the number of columns that the pass attends to.
+
+        Before that, `moves` copies what some columns hold to others.
+        """
         self.columns, self.width = columns, width
-        row = torch.arange(len(columns), device=columns.device)[:, None]
-        self.flat_columns = (row * (self.n + 1) + columns).flatten()
+        self.moves = columns.new_empty(2, len(columns), 0) if moves is None else moves
+        first = torch.arange(len(columns), device=columns.device)[:, None] * (self.n + 1)
+        # The columns counted through all rows.
+        self.flat_columns, self.flat_moves = (first + columns).flatten(), (first + self.moves).flatten(1)
 
 
 class ColumnCacheLayer(CacheLayerMixin):
@@ -65,6 +73,9 @@ class ColumnCacheLayer(CacheLayerMixin):
     def _write(self, stored: Float[Tensor, "h bn d"], new: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h w d"]:
         """Write the new states to their columns; the stored states of the columns in use."""
         columns = self.store.flat_columns.to(stored.device)  # the network may lie on several devices
+        if self.store.flat_moves.numel():
+            source, target = self.store.flat_moves.to(stored.device)
+            stored.index_copy_(1, target, stored.index_select(1, source))
         stored.index_copy_(1, columns, new.transpose(0, 1).flatten(1, 2))
         return stored.unflatten(1, (len(new), -1)).transpose(0, 1)[:, :, : self.store.width]
 

@@ -17,7 +17,7 @@ from diffusify.diffusion.constraints import Constraint
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.picking import Greedy
 from diffusify.diffusion.policies import Unmask
-from diffusify.diffusion.rng import RowGenerators
+from diffusify.diffusion.rng import DrawnNumbers, RowGenerators
 from diffusify.diffusion.step import StepState
 
 
@@ -68,7 +68,7 @@ class Sampler:
     Raises ValueError if `steps` is below 1.
     """
 
-    pick: Callable[[Tensor, Tensor, RowGenerators], tuple[Tensor, Tensor]] = Greedy()
+    pick: Callable[[Tensor, Tensor, RowGenerators | DrawnNumbers], tuple[Tensor, Tensor]] = Greedy()
     policy: Callable[[StepState], Move] = Unmask()
     steps: int | None = None
     banned: tuple[int, ...] = ()

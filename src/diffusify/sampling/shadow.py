@@ -36,6 +36,7 @@ class ShadowDenoiser:
         left = (position - shift).clamp_min(0)
         source = torch.cat([position, left], 1) if shift else position
         masks = torch.full_like(position, self.denoiser.diffusion_config.mask_token_id)
+        left_is_mask = [canvas.open.gather(1, left)] if shift else []
         extra = torch.cat([masks, canvas.tokens.gather(1, left)], 1) if shift else masks
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -53,6 +54,7 @@ class ShadowDenoiser:
             position_ids=torch.cat([inputs.position_ids, inputs.position_ids.gather(1, source)], 1),
             mask_mod=mask_mod,
             per_row=True,
+            is_mask=torch.cat([canvas.open, torch.ones_like(position, dtype=torch.bool), *left_is_mask], 1),
             unmasked=False,
         )
         shadow = written.long().cumsum(1) - 1

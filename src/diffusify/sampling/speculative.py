@@ -7,17 +7,28 @@ may generate, v vocabulary.
 from collections.abc import Generator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
-from diffusify.diffusion.attention import AttentionInputs
+from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.draft_sampling import SamplerRows
 from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.kv_cache import ColumnCache
+from diffusify.sampling.prompt_lookup import copied_drafts
 from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
+
+# The least probability of being accepted that makes a row worth its time where passes run many texts.
+_MIN_PROB = 0.6
+# The number of texts per pass at which half of that suffices, because reading the weights takes most of the time.
+_FEW_TEXTS = {"cpu": 7.0}
+_FEW_TEXTS_ELSEWHERE = 100.0
+_MASK_VALUE = 0.4  # the share of masks whose drafts are accepted
+
+PlacedMasks = tuple[Int[Tensor, "b s"], Int[Tensor, "b s"], Bool[Tensor, "b s"]]  # see `DraftTree.place_masks`
 
 
 class Speculative:
@@ -26,8 +37,10 @@ class Speculative:
     Each forward pass verifies and drafts at once. A tree of `candidates` draft tokens runs under causal attention,
     which gives the AR half's own choice after each of them. The longest path that agrees with these choices is
     accepted, followed by one token of the AR half. In the same pass, `masks` mask tokens behind the nodes that are
-    likely to be accepted draft the next tree. Every pass generates at least one token. The text equals that of greedy
-    AR decoding, or follows the distribution of AR sampling exactly if `pick` samples, however good the drafts are.
+    likely to be accepted draft the next tree. One more path of up to `copies` tokens is what followed the latest tokens
+    earlier in the text (see `copied_drafts`). Of all these, only what is likely enough to be accepted is run, the less
+    the more texts share a pass. Every pass generates at least one token. The text equals that of greedy AR decoding, or
+    that of AR sampling with the same random numbers if `pick` samples, however good the drafts are.
 
     With a `tolerance` above 0 (nats), a draft is accepted, too, if its log-probability under the AR half is at most
     that much below the AR half's own choice (typical acceptance, Medusa). This takes fewer passes and gives a slightly
@@ -44,8 +57,9 @@ class Speculative:
         denoiser: Denoiser,
         tolerance: float = 0.0,
         *,
-        candidates: int = 4,
+        candidates: int = 14,
         masks: int = 6,
+        copies: int = 12,
     ) -> None:
         pattern = denoiser.diffusion_config.attention
         if not denoiser.diffusion_config.reads_as_ar_model:
@@ -61,7 +75,10 @@ class Speculative:
         if tolerance < 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0 nats; 0 is lossless")
         self.denoiser, self.size = denoiser, denoiser.diffusion_config.block_size or 1
+        self.causal_masks = isinstance(pattern, BlockCausal) and pattern.noisy == "causal"
         self.candidates, self.masks, self.tolerance = candidates, masks, tolerance
+        self.copies = copies if self.size > 1 else 0  # an AR base decodes as it is
+        self.longest = max(self.size, self.copies + 1)  # tokens that a pass may generate
 
     @torch.inference_mode()
     def __call__(
@@ -86,39 +103,47 @@ class Speculative:
         if (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() or (settled < 1).any():
             raise ValueError("speculative decoding continues prompts and cannot infill; leave out tolerance")
         ends = end_tokens([sampler.end_token_id for sampler in samplers], at.device)
-        groups = SamplerRows.groups(samplers, rng, at.device)
+        groups = SamplerRows.groups(samplers, rng, canvas)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
-        start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.size, at.device), 0
+        start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.longest, at.device), 0
+        moves, independent = None, self.tolerance > 0  # then the text depends on the drafts
         while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
-            mask_node, mask_offset = tree.place_masks(self.masks)
-            logits, drafts = self._forward(canvas.tokens, start, settled, tree, mask_node, mask_offset, noise, past)
+            min_prob = self._min_prob(b)
+            masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
+            logits, drafts = self._forward(canvas.tokens, start, settled, tree, masks, noise, past, moves)
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
-            tokens, log_prob, node, parent = self._verify(logits, tree, groups)
+            tokens, log_prob, node, parent = self._verify(logits, settled, tree, groups)
             accepted = tree.depth.gather(1, node[:, None])[:, 0]
             offset = at - settled[:, None]
             write = todo[:, None] & (offset >= 0) & (offset <= accepted[:, None]) & canvas.open
-            offset = offset.clamp(0, self.size - 1)
+            offset = offset.clamp(0, self.longest - 1)
             guess = Guess(tokens.gather(1, offset), log_prob.gather(1, offset))
             for group in groups:
                 group.observe(logits, write, settled, parent)
             canvas = canvas.apply(Move(write, erase=torch.zeros_like(write)), guess, noise)
             score = torch.where(write, guess.score, score)
-            start = torch.where(todo, settled, start)
+            moves = self._moves(settled, accepted, parent, past.n)
             settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
-            follows_node = (mask_node == node[:, None])[:, None]
-            matches = follows_node & (mask_offset[:, None] == torch.arange(self.size - 1, device=at.device)[:, None])
-            mask_index = (matches * torch.arange(matches.shape[2], device=at.device)).sum(-1)
-            ahead = drafts[torch.arange(b, device=at.device)[:, None], mask_index]
-            tree = DraftTree.from_logits(
-                ahead.masked_fill_(~matches.any(-1, keepdim=True), -torch.inf), self.candidates
+            start = settled - 1  # of what is not in the cache
+            ahead = self._drafts_behind(node, drafts, masks) if drafts.shape[1] else drafts
+            ahead = ahead.masked_fill_(~todo[:, None, None], -torch.inf)
+            copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
+            tree = DraftTree.from_drafts(
+                ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
             canvas = (yield Frame(canvas, score, forwards, settled=settled)) or canvas
 
+    def _min_prob(self, b: int) -> float:
+        """The least probability with which a draft of one of `b` texts must be accepted to be run."""
+        texts = self.denoiser.texts_per_pass(b) if self.tolerance == 0 else 1
+        few = _FEW_TEXTS.get(self.denoiser.device.type, _FEW_TEXTS_ELSEWHERE)
+        return _MIN_PROB * texts / (texts + few)
+
     def _verify(
-        self, logits: Float[Tensor, "b p v"], tree: DraftTree, groups: list[SamplerRows]
+        self, logits: Float[Tensor, "b p v"], settled: Int[Tensor, " b"], tree: DraftTree, groups: list[SamplerRows]
     ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"], Int[Tensor, " b"], Int[Tensor, "b k"]]:
         """The next tokens, their log-probabilities under the AR half, the last accepted node, and each token's parent.
 
@@ -127,7 +152,7 @@ class Speculative:
         choice = torch.empty(logits.shape[:2], dtype=torch.long, device=logits.device)
         choice_log_prob = torch.empty(logits.shape[:2], device=logits.device)
         for group in groups:
-            choice[group.rows], choice_log_prob[group.rows] = group.pick(logits)
+            choice[group.rows], choice_log_prob[group.rows] = group.pick(logits, settled, tree)
         row = torch.arange(len(logits), device=logits.device)
         normalizer = logits.gather(2, choice[..., None])[..., 0] - choice_log_prob
         log_prob = logits[row[:, None], tree.parent, tree.token] - normalizer.gather(1, tree.parent)
@@ -137,11 +162,33 @@ class Speculative:
         accepted[:, 0], log_prob[:, 0] = True, 0.0
         node = tree.last_accepted(accepted, log_prob)
         depth = tree.depth[row, node][:, None]
-        depths = torch.arange(1, self.size + 1, device=row.device)[:, None]
+        depths = torch.arange(1, self.longest + 1, device=row.device)[:, None]
         path = (tree.ancestors[row, node][:, None] & (tree.depth[:, None] == depths)).long().argmax(-1)
         tokens = tree.path[row, node].scatter(1, depth, choice[row, node][:, None])
         log_prob = log_prob.gather(1, path).scatter(1, depth, choice_log_prob[row, node][:, None])
         return tokens, log_prob, node, torch.cat([torch.zeros_like(path[:, :1]), path[:, :-1]], 1)
+
+    def _drafts_behind(
+        self, node: Int[Tensor, " b"], drafts: Float[Tensor, "b s v"], masks: PlacedMasks
+    ) -> Float[Tensor, "b a v"]:
+        """The drafts of the masks that follow a node of each tree, in order; -inf where there is no mask."""
+        mask_node, mask_offset, is_used = masks
+        offsets = torch.arange(self.size - 1, device=node.device)[:, None]
+        matches = (is_used & (mask_node == node[:, None]))[:, None] & (mask_offset[:, None] == offsets)
+        mask_index = matches.long().argmax(-1)
+        row = torch.arange(len(node), device=node.device)[:, None]
+        return drafts[row, mask_index].masked_fill_(~matches.any(-1, keepdim=True), -torch.inf)
+
+    def _moves(
+        self, settled: Int[Tensor, " b"], accepted: Int[Tensor, " b"], parent: Int[Tensor, "b k"], unused: int
+    ) -> Int[Tensor, "2 b a"]:
+        """The columns of the accepted drafts among those of the tree, and the columns of their positions."""
+        depth = torch.arange(1, int(accepted.amax()) + 1, device=settled.device)
+        source = parent[:, 1 : len(depth) + 1] - 1  # node 1 is the first column
+        target = self.candidates + self.masks + settled[:, None] - 1 + depth
+        return torch.stack(
+            [source.clamp_min(0), torch.where(depth <= accepted[:, None], target, unused).clamp_max(unused)]
+        )
 
     def _forward(
         self,
@@ -149,17 +196,17 @@ class Speculative:
         start: Int[Tensor, " b"],
         settled: Int[Tensor, " b"],
         tree: DraftTree,
-        mask_node: Int[Tensor, "b s"],
-        mask_offset: Int[Tensor, "b s"],
+        placed_masks: PlacedMasks,
         noise: int,
         past: ColumnCache,
+        moves: Int[Tensor, "2 b a"] | None,
     ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"]]:
         """The AR logits after every node of the tree, and the draft logits of the mask tokens.
 
         The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
         the settled text follow, in the order of its positions.
         """
-        (b, n), device = tokens.shape, tokens.device
+        (b, n), device, (mask_node, mask_offset, is_used) = tokens.shape, tokens.device, placed_masks
         drafted, draft_width = tree.path.shape[1] - 1, self.candidates + self.masks
         row = torch.arange(b, device=device)[:, None]
         text = start[:, None] + torch.arange(int((settled - start).amax()), device=device)
@@ -169,7 +216,10 @@ class Speculative:
         tree_mask[:, :drafted, :drafted] = tree.ancestors[:, 1:, 1:]
         mask_columns = slice(drafted, drafted + masks.shape[1])
         tree_mask[:, mask_columns, :drafted] = tree.ancestors[row, mask_node][:, :, 1:]
-        tree_mask[:, mask_columns, mask_columns] = mask_node[:, :, None] == mask_node[:, None]
+        same_node = (mask_node[:, :, None] == mask_node[:, None]) & is_used[:, None]
+        if self.causal_masks:
+            same_node &= mask_offset[:, :, None] >= mask_offset[:, None]
+        tree_mask[:, mask_columns, mask_columns] = same_node
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
             """Text is causal; draft tokens and masks attend to all settled text, and to each other by `tree_mask`."""
@@ -184,6 +234,7 @@ class Speculative:
         columns = torch.cat([torch.where(text < settled[:, None], text + draft_width, draft_width + n), columns], 1)
         spare = draft_positions.new_zeros(b, draft_width - draft_positions.shape[1])
         drafts = torch.cat([tree.token[:, 1:], torch.full_like(masks, noise)], 1)
+        is_mask = (torch.arange(columns.shape[1], device=device) >= text.shape[1] + drafted).expand(b, -1)
         inputs = AttentionInputs(
             tokens=torch.cat([tokens.gather(1, text.clamp_max(n - 1)), drafts], 1),
             position_ids=torch.cat([text, draft_positions], 1).clamp_max(n - 1),
@@ -191,12 +242,13 @@ class Speculative:
             ar_output_index=tokens,
             mask_mod=mask_mod,
             per_row=True,
+            is_mask=is_mask,
             columns=columns,
             key_position_ids=torch.cat(
                 [draft_positions, spare, torch.arange(width - draft_width, device=device).expand(b, -1)], 1
             ),
         )
-        past.set_columns(columns, width)
+        past.set_columns(columns, width, moves)
         m = columns.shape[1]
         root = row * m + (settled - 1 - start)[:, None]
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)

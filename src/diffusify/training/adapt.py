@@ -13,7 +13,7 @@ from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, ensure_mask_token
-from diffusify.models.lora import Lora, add_lora, check_lora
+from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, block, saved_recipe
 from diffusify.models.saving import checksum, open_base
@@ -143,8 +143,8 @@ def make_denoiser(
     frame = choose_frame(base)[0] if frame is None else frame
     mask = ensure_mask_token(base)
     disable_dropout(base.network)
-    if lora is not None:
-        add_lora(base.network, lora, mask, base.source)
+    if not has_lora(base.network) and (lora := default_lora(lora, recipe.adapters)):
+        add_lora(base.network, lora, mask, base.source, recipe.adapters)
     config = replace(recipe.diffusion_config(type(base.network).__name__, mask, base.source), frame=frame)
     denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
     denoiser.limit_vocabulary(tokenizer.token_ids)

@@ -26,10 +26,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Noised) -> LazyLogits:
-        """The logits for the open positions, row by row."""
+        """The logits for the targets, row by row."""
         canvas = replace(batch.canvas, tokens=batch.clean)
         inputs = Causal()(canvas[:: batch.views], shift=self.denoiser.diffusion_config.shift)
         output_index = inputs.output_index.repeat_interleave(batch.views, 0)
         return self.denoiser.lazy_logits(
-            self.denoiser.hidden_states(inputs, inputs.flat_index(output_index, batch.canvas.open))
+            self.denoiser.hidden_states(inputs, inputs.flat_index(output_index, batch.targets))
         )

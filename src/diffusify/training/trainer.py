@@ -1,6 +1,7 @@
 """A `transformers.Trainer` that trains denoisers with a masked-diffusion loss."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from math import nan
 from typing import Any
@@ -135,6 +136,7 @@ class DiffusionTrainer(ResilientTrainer):
             generator=torch.Generator().manual_seed(seed % 2**63),
             shard=shard,
         )
+        step = replace(step, weight=recipe.position_weight(step.canvas))
         starts = [sum(sizes[:i]) * step.views for i in range(len(sizes) + 1)]
         local_counts = torch.stack([objective.count(step.canvas), (step.canvas.sizes > 0).sum()]).to(device)
         all_counts: Any = self.accelerator.gather(local_counts)
@@ -151,7 +153,7 @@ class DiffusionTrainer(ResilientTrainer):
         prediction = model(
             batch.canvas,
             batch.text,
-            positions=batch.canvas.open,
+            positions=batch.targets,
             ar_positions=objective.ar_targets(batch),
             attention=recipe.attention,
             return_lengths=self.denoiser.length_head is not None,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from diffusify.diffusion.attention import AttentionInputs, BatchedInputs
+from diffusify.diffusion.attention_inputs import AttentionInputs, BatchedInputs
 from diffusify.diffusion.logits import CHUNK_SIZE
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.kv_cache import ColumnCache
@@ -46,6 +46,10 @@ class BatchedDenoiser(Denoiser):
         super().__init__(denoiser.network, denoiser.diffusion_config)
         self.length_head = denoiser.length_head
         self.unused_token_ids = denoiser.unused_token_ids
+        self.last_texts = 1  # of the last shared pass
+
+    def texts_per_pass(self, texts: int) -> int:
+        return max(texts, self.last_texts)
 
     def hidden_states(
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
@@ -108,6 +112,7 @@ class PassBatcher:
         inputs = BatchedInputs.from_inputs(tuple(call.inputs for call in calls), width)
         index = torch.cat(list(_batched_index(calls, inputs.tokens.shape[1])))
         self.passes += 1
+        self.denoiser.last_texts = len(inputs.tokens)
         try:
             hidden = Denoiser.hidden_states(self.denoiser, inputs, index, past=past)
         except Exception as error:

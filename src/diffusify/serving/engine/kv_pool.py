@@ -44,10 +44,16 @@ class KVPool(ColumnCache):
 
     def prepare(self, rows: list[int], caches: list[ColumnCache]) -> int:
         """Select the rows of the next pass and the columns that `caches` write to; the number of key columns."""
-        m = max(cache.columns.shape[1] for cache in caches)
-        columns = [cache.columns.masked_fill(cache.columns == cache.n, self.n) for cache in caches]
-        columns = [functional.pad(each, (0, m - each.shape[1]), value=self.n) for each in columns]
-        self.set_columns(torch.cat(columns), max(cache.width for cache in caches))
+
+        def joined(columns: list[Tensor]) -> Tensor:
+            """The columns of all caches, with the pool's unused column in the place of theirs and as padding."""
+            width = max(each.shape[-1] for each in columns)
+            pairs = zip(columns, caches, strict=True)
+            own = [each.masked_fill(each == cache.n, self.n) for each, cache in pairs]
+            return torch.cat([functional.pad(each, (0, width - each.shape[-1]), value=self.n) for each in own], -2)
+
+        moves = joined([cache.moves for cache in caches])
+        self.set_columns(joined([cache.columns for cache in caches]), max(cache.width for cache in caches), moves)
         self.rows = torch.tensor(rows, device=self.columns.device)
         self.contiguous = rows == list(range(len(rows)))
         return self.width
@@ -81,5 +87,8 @@ class _KVPoolLayer(ColumnCacheLayer):
         if taller > 0 or wider > 0:
             stored = functional.pad(stored, (0, 0, 0, max(0, wider), 0, 0, 0, max(0, taller)))
         rows, columns = (index.to(stored.device) for index in (store.rows, store.columns))
+        if store.moves.numel():
+            source, target = store.moves.to(stored.device)
+            stored[rows[:, None], :, target] = stored[rows[:, None], :, source]
         stored[rows[:, None], :, columns] = new.transpose(1, 2)
         return stored

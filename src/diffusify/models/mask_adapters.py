@@ -1,0 +1,151 @@
+"""Adapters for masks: low-rank terms of linear layers that are added only where the input is a mask.
+
+All other rows of a forward pass are computed as by the base, so the AR half of a block model stays the base itself.
+
+Axes: b rows, m positions, d inputs of a layer, e its outputs, r rank.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
+
+
+class MaskRows:
+    """Which inputs of the current forward pass are masks; all adapters of a network share one.
+
+    While `is_mask` is None, as in a call of the network by `transformers`, no adapter acts. `base` is the base's name.
+    """
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.is_mask: Bool[Tensor, "b m"] | None = None
+
+    def select(self, output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m 1"]:
+        """1 for the rows of a layer's output that are masks, else 0. ValueError if the layer has other rows."""
+        assert self.is_mask is not None
+        if self.is_mask.numel() != output.shape[:-1].numel():
+            raise ValueError(
+                f"a layer runs {tuple(output.shape[:-1])} rows of {tuple(self.is_mask.shape)} inputs, so adapters "
+                "cannot tell its masks; use adapters='all'"
+            )
+        return self.is_mask.reshape(*output.shape[:-1], 1).to(output)
+
+
+class MaskAdapter(nn.Module):
+    """A low-rank term that is added to a linear layer's output where the input is a mask."""
+
+    def __init__(self, layer: Any, rank: int, alpha: int, rows: MaskRows) -> None:
+        super().__init__()
+        inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        device = layer.weight.device
+        self.lora_A = nn.Linear(inputs, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, outputs, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.rows, self.scale = rows, alpha / rank
+        layer.add_module("mask_adapter", self)
+        layer.register_forward_hook(self.add_to_output)
+
+    def add_to_output(self, layer: nn.Module, args: Any, output: Float[Tensor, "b m e"]) -> Float[Tensor, "b m e"]:
+        if self.rows.is_mask is None:
+            return output
+        low_rank = self.lora_A(args[0].to(_compute_dtype(self.lora_A.weight)))
+        term = self.lora_B(low_rank * (self.scale * self.rows.select(low_rank)))
+        return output + term.to(output.dtype)
+
+
+class MaskEmbedding(nn.Module):
+    """The embedding of masks, which replaces that of the mask token only where the input is a mask."""
+
+    def __init__(self, embedding: Any, mask_token_id: int, rows: MaskRows) -> None:
+        super().__init__()
+        with torch.no_grad():
+            start = embedding(torch.tensor([mask_token_id], device=embedding.weight.device))[0].float()
+        self.weight, self.rows = nn.Parameter(start), rows
+        embedding.add_module("mask_embedding", self)
+        embedding.register_forward_hook(self.replace_output)
+
+    def replace_output(self, embedding: nn.Module, args: Any, output: Float[Tensor, "b m d"]) -> Tensor:
+        if self.rows.is_mask is None:
+            return output
+        return torch.where(self.rows.select(output).bool(), self.weight.to(output.dtype), output)
+
+
+def add_mask_adapters(network: PreTrainedModel, rank: int, alpha: int, mask_token_id: int, base: str) -> None:
+    """Add new adapters to every linear layer but the head, and freeze all other weights.
+
+    They do not change the network's outputs yet.
+    """
+    network.requires_grad_(False)
+    rows, head = MaskRows(base), network.get_output_embeddings()
+    for layer in list(network.modules()):
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head:
+            MaskAdapter(layer, rank, alpha, rows)
+    MaskEmbedding(network.get_input_embeddings(), mask_token_id, rows)
+
+
+def find_mask_rows(network: nn.Module) -> MaskRows | None:
+    """What tells a network's adapters which inputs are masks; None for a network without such adapters."""
+    return next((module.rows for module in network.modules() if isinstance(module, MaskEmbedding)), None)
+
+
+def mask_adapter_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network's adapters by their names in a file, which are PEFT's."""
+    return {_file_name(name): weight for name, weight in network.named_parameters() if _is_adapter_weight(name)}
+
+
+def save_mask_adapters(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters in PEFT's format, with the name of their base; `weights` replace the network's own."""
+    weights = dict(network.named_parameters()) if weights is None else weights
+    chosen = {PREFIX + _file_name(name): w.contiguous() for name, w in weights.items() if _is_adapter_weight(name)}
+    save_file(chosen, folder / WEIGHTS)
+    adapter = next(module for module in network.modules() if isinstance(module, MaskAdapter))
+    rank = adapter.lora_A.out_features
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=round(adapter.scale * rank),
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
+        base_model_name_or_path=adapter.rows.base,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def load_mask_adapter_weights(network: PreTrainedModel, folder: Path) -> None:
+    """Set the weights of the network's adapters to a folder's. ValueError for a missing or unexpected tensor."""
+    weights = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
+    expected = mask_adapter_weights(network)
+    if wrong := sorted(set(weights) ^ set(expected)) or sorted(
+        name for name in expected if weights[name].shape != expected[name].shape
+    ):
+        raise ValueError(
+            f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
+        )
+    for name, weight in expected.items():
+        weight.copy_(weights[name])
+
+
+def _is_adapter_weight(name: str) -> bool:
+    return ".mask_adapter." in name or name.endswith(".mask_embedding.weight")
+
+
+def _file_name(name: str) -> str:
+    return name.replace(".mask_adapter.", ".")
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which autocast computes a product with this weight."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
