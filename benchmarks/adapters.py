@@ -32,7 +32,7 @@ from diffusify.models.bundled import BUNDLED_FOLDER
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block
-from diffusify.models.saving import load_denoiser
+from diffusify.models.saving import load_ar_half
 from diffusify.sampling.diffusion_lm import Message
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
@@ -69,7 +69,7 @@ def measure_decoding(name: str) -> dict:
     texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
     kinds = ("quality", "balanced", "fast") if lm.config.block_size else ("balanced",)
     variants = {kind: SamplingConfig.preset(kind, lm.config) for kind in kinds}
-    ar_half = load_denoiser(name, dtype=torch.bfloat16)[0].network if lm.config.reads_as_ar_model else None
+    ar_half = load_ar_half(name, dtype=torch.bfloat16) if lm.config.reads_as_ar_model else None
     rows = bench(lm, base, cut_prompts(lm, texts, 8), variants, ar_half=ar_half, max_new_tokens=128, progress=print)
     return {"ways": [asdict(row) for row in rows]}
 

@@ -18,7 +18,7 @@ from machine import save
 import diffusify
 from diffusify.evaluation.bench import bench, cut_prompts, generate_ids, greedy_ar
 from diffusify.models.loading import load_base
-from diffusify.models.saving import load_denoiser
+from diffusify.models.saving import load_ar_half
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
 
@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16")
 def equal_texts(model: str, texts: list[str], prompts: int, dtype: str) -> int:
     """The number of lossless texts that equal the greedy ones of `transformers` token for token."""
     lm = diffusify.load(model, dtype=dtype, device="cpu")
-    ar_half = load_denoiser(model, dtype=getattr(torch, dtype))[0].network
+    ar_half = load_ar_half(model, dtype=getattr(torch, dtype))
     same = 0
     for prompt in cut_prompts(lm, texts, prompts):
         ours, _ = generate_ids(lm, prompt, 64, SamplingConfig())
@@ -42,7 +42,7 @@ def ways(model: str, texts: list[str], prompts: int, dtype: str) -> list[dict]:
     """The rows of the benchmark for one model in one data type."""
     lm = diffusify.load(model, dtype=dtype, device="cpu")
     base = load_base(lm.config.base_model, dtype=getattr(torch, dtype)).network.eval()
-    ar_half = load_denoiser(model, dtype=getattr(torch, dtype))[0].network
+    ar_half = load_ar_half(model, dtype=getattr(torch, dtype))
     settings = {name: SamplingConfig.preset(name, lm.config) for name in PRESETS}
     chosen = cut_prompts(lm, texts, prompts)
     return [

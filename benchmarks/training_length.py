@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import diffusify
 from diffusify.evaluation.bench import bench, cut_prompts
 from diffusify.models.loading import load_base
-from diffusify.models.saving import load_denoiser
+from diffusify.models.saving import load_ar_half
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_texts
 
@@ -33,7 +33,7 @@ def measure(folder: Path, texts: list[str], prompts: int) -> dict:
     lm = diffusify.load(folder, dtype=DTYPE)
     base = load_base(lm.config.base_model, dtype=DTYPE).network.eval()
     settings = {name: SamplingConfig.preset(name, lm.config) for name in PRESETS}
-    chosen, ar_half = cut_prompts(lm, texts, prompts), load_denoiser(folder, dtype=DTYPE)[0].network
+    chosen, ar_half = cut_prompts(lm, texts, prompts), load_ar_half(folder, dtype=DTYPE)
     rows = bench(lm, base, chosen, settings, ar_half=ar_half, max_new_tokens=128, progress=print)
     run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     point = [entry for entry in run["log"] if "eval_bound" in entry][-1]

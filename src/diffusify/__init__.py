@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusify.models.importers import import_denoiser
     from diffusify.models.lora import Lora
-    from diffusify.models.recipes import Recipe, ar, block, mlm
+    from diffusify.models.recipes import Recipe, ar, block, draft, mlm
     from diffusify.models.uploading import push_to_hub
     from diffusify.planning.plan import plan
     from diffusify.sampling.diffusion_lm import DiffusionLM, load
@@ -35,6 +35,7 @@ __all__ = [
     "adapt",
     "ar",
     "block",
+    "draft",
     "import_denoiser",
     "load",
     "mlm",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _EXPORTS = {
-    "diffusify.models.recipes": {"Recipe", "ar", "block", "mlm"},
+    "diffusify.models.recipes": {"Recipe", "ar", "block", "draft", "mlm"},
     "diffusify.models.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
     "diffusify.models.uploading": {"push_to_hub"},

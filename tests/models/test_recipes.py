@@ -12,7 +12,7 @@ from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, 
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
 from diffusify.diffusion.schedules import Cosine
-from diffusify.models.recipes import Recipe, ar, as_is, block, mlm, saved_recipe
+from diffusify.models.recipes import Recipe, ar, as_is, block, draft, mlm, saved_recipe
 from tests.families import tiny_denoiser
 
 
@@ -144,3 +144,12 @@ def test_a_position_weighs_what_its_prediction_is_worth() -> None:
     torch.testing.assert_close(decayed[0, :8], torch.tensor(expected * 2))
     closed = replace(canvas, open=torch.zeros_like(canvas.open))
     assert not ar().position_weight(closed).any() and not block(4).position_weight(closed).any()
+
+
+def test_drafting_adapters_are_trained_on_masks_alone(tmp_path: Path) -> None:
+    recipe = draft(6, position_decay=2.0)
+    assert (recipe.name, recipe.adapters, recipe.attention) == ("draft", "masks", BlockCausal(6, "token", "causal"))
+    assert (recipe.time, recipe.objective.distill) == (PerBlock(6, min_t=1.0), 1.0)
+    assert recipe.objective.ar_weight == 0 and recipe.position_decay == 2.0
+    draft().diffusion_config("X", 7, "some/base").save(tmp_path)
+    assert saved_recipe(str(tmp_path)) == draft()

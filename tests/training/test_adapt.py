@@ -18,8 +18,10 @@ import diffusify
 from diffusify.config import DiffusionConfig, to_plain
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.policies import Unmask
+from diffusify.evaluation.bench import greedy_ar
+from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, adapter_base
-from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.models.recipes import Recipe, ar, block, draft, mlm
 from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
@@ -61,6 +63,21 @@ def test_lora_trains_and_saves_adapters_only(causal_base: str, corpus: str, tmp_
     assert diffusify.load(out).generate("The cat", max_new_tokens=4).text.startswith("The cat")
     with pytest.raises(ValueError, match="holds another run .*lora"):
         adapt(causal_base, corpus, tmp_path / "run", steps=3, **TINY)
+
+
+def test_drafting_adapters_are_trained_and_continue(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    first = adapt(causal_base, corpus, tmp_path / "first", recipe=draft(), steps=3, **TINY)
+    more = adapt(str(first), corpus, tmp_path / "more", steps=2, seed=1, **TINY)
+    assert DiffusionConfig.load(more) == DiffusionConfig.load(first)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, more)]
+    assert weights[0].keys() == weights[1].keys()
+    assert not (more / "model.safetensors").exists() and adapter_base(more) == causal_base
+    assert sum(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) > len(weights[0]) / 2
+    lm, base = diffusify.load(more), load_base(causal_base).network.eval()
+    assert lm.generate("The cat", max_new_tokens=9).completion == lm.tokenizer.decode(greedy_ar(lm, base, "The cat", 9))
+    assert "without diffusify, the model is its base" in (more / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="holds adapters='masks', and the recipe needs adapters='all'; omit --recipe"):
+        adapt(str(first), corpus, tmp_path / "other", recipe=block(4), steps=1, **TINY)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(2)], ids=["all", "lora"])

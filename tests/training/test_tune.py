@@ -14,7 +14,7 @@ import diffusify
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.models.lora import Lora, adapter_base
-from diffusify.models.recipes import block, mlm
+from diffusify.models.recipes import block, draft, mlm
 from diffusify.models.saving import load_denoiser, merge_adapters
 from diffusify.text.examples import Template
 from diffusify.training.adapt import adapt
@@ -210,6 +210,10 @@ def test_bad_arguments_are_refused(masked_base: str, blocks: str, chats: str, pa
         tune(blocks, chats, out, recipe=block(8), steps=1)
     with pytest.raises(ValueError, match="leave the length head"):
         tune(blocks, chats, out, length_head=True, steps=1)
+    with pytest.raises(
+        ValueError, match="adapters of draft leave the AR half as it is, so it cannot learn"
+    ):
+        tune(masked_base, chats, out, recipe=draft(), steps=1)
     with pytest.raises(ValueError, match="fits into length=3"):
         tune(masked_base, pairs, out, template=TEMPLATE, recipe=mlm(), steps=1, length=3)
     assert not out.exists()

@@ -44,8 +44,9 @@ def adapt(
     recipe: Annotated[
         RecipeName | None,
         typer.Option(
-            help="block: block diffusion from an autoregressive (AR) model; its AR decoding is kept. ar: fully "
-            "bidirectional diffusion from an AR model. mlm: diffusion from a masked language model.",
+            help="draft: adapters that draft the text of an autoregressive (AR) model, which itself stays as it is. "
+            "block: block diffusion from an AR model; its AR half learns the text as well. ar: fully bidirectional "
+            "diffusion from an AR model. mlm: diffusion from a masked language model.",
             show_default="block, or the recipe of a diffusion model",
         ),
     ] = None,

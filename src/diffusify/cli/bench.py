@@ -57,7 +57,7 @@ def bench(
         from diffusify.evaluation.bench import bench as run
         from diffusify.evaluation.bench import cut_prompts, decoding_settings, plot
         from diffusify.models.loading import load_base
-        from diffusify.models.saving import load_denoiser
+        from diffusify.models.saving import load_ar_half
         from diffusify.text.sources import load_texts
 
         lm = load_model(model, dtype=dtype, device=device)
@@ -70,8 +70,7 @@ def bench(
             settings, base_network = decoding_settings(lm), source.network.eval()
             ar_half = None
             if lm.config.reads_as_ar_model:
-                denoiser, _ = load_denoiser(model, dtype=base_network.dtype, device=base_network.device)
-                ar_half = denoiser.network
+                ar_half = load_ar_half(model, dtype=base_network.dtype, device=base_network.device)
             rows = run(
                 lm,
                 base_network,

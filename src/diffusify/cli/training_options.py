@@ -29,6 +29,7 @@ Option = Annotated[
 class RecipeName(StrEnum):
     """The recipes of `diffusify.models.recipes`."""
 
+    draft = "draft"
     block = "block"
     ar = "ar"
     mlm = "mlm"

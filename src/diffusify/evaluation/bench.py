@@ -68,7 +68,7 @@ def bench(
 ) -> list[BenchRow]:
     """Continue every prompt with every setting, prompt by prompt, so that machine load affects all settings alike.
 
-    `ar_half` is the model's network as `transformers` opens it (`load_denoiser`), if the model keeps its AR half. AR
+    `ar_half` is the model's network as `transformers` opens it (`load_ar_half`), if the model keeps its AR half. AR
     decoding then uses it, and once more the network with packed weights; otherwise it uses `base`. `progress` receives
     a line per prompt.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import find_model
 from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
@@ -98,9 +99,19 @@ def adapter_base(folder: Path) -> str | None:
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
-def check_lora(model: str, lora: Lora | None) -> None:
-    """Check that no new adapters are requested for a model that has some. ValueError if they are."""
-    if lora is not None and (folder := find_model(model)) is not None and adapter_base(folder) is not None:
+def check_lora(model: str, lora: Lora | None, rows: Literal["all", "masks"] = "all") -> None:
+    """Check that the adapters of a model, if it has some, can be trained further on `rows` of a forward pass.
+
+    ValueError if new ones are requested, or if they act on other rows.
+    """
+    if (folder := find_model(model)) is None or (base := adapter_base(folder)) is None:
+        return
+    if (own := DiffusionConfig.load(folder).adapters) != rows:
+        raise ValueError(
+            f"{model} holds adapters='{own}', and the recipe needs adapters='{rows}'; omit --recipe, or start from "
+            f"the base {base}"
+        )
+    if lora is not None:
         raise ValueError(
             f"{model} holds adapters, and training continues with these; omit --lora, or merge them into full weights "
             f"first: diffusify merge {model} --out DIR"

@@ -74,7 +74,8 @@ def _as_list(value: Any) -> list[str]:
 def _text(name: str, config: DiffusionConfig, data: str, arguments: dict[str, Any], *, is_adapter: bool) -> str:
     """What a model is and how to use it."""
     made_from = f" from `{config.base_model}`" if config.base_model else ""
-    adapters = " This folder holds LoRA adapters, which open on that base." if is_adapter else ""
+    rows = ", act on masks only and leave its own text as it is" if config.adapters == "masks" else ""
+    adapters = f" This folder holds LoRA adapters, which open on that base{rows}." if is_adapter else ""
     shift = "the token after it" if config.shift else "the token at its own position"
     rows = {
         "recipe": config.recipe,
@@ -121,6 +122,8 @@ print(model.generate("Once upon a time", max_new_tokens=16).text){infill}
 
 def _transformers_text(config: DiffusionConfig, arguments: dict[str, Any], *, is_adapter: bool) -> str:
     """How a model is used in transformers without diffusify; `arguments` are those of `from_pretrained`."""
+    if config.adapters == "masks":
+        return f"The adapters act on masks only: without diffusify, the model is its base, `{config.base_model}`."
     if is_adapter:
         return "`diffusify merge FOLDER --out DIR` writes a folder of full weights that transformers opens."
     if config.keeps_ar_model:

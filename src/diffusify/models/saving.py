@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import find_model, resolve_model
@@ -111,6 +111,16 @@ def load_denoiser(
     denoiser = Denoiser(base.network, config)
     _load_length_head(denoiser, folder)
     return denoiser.eval(), base.tokenizer
+
+
+def load_ar_half(
+    folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The AR half of a block model as `transformers` opens it: the base itself if adapters act on masks only."""
+    folder = resolve_model(folder)
+    if DiffusionConfig.load(folder).adapters == "masks":
+        return load_base(str(adapter_base(folder)), dtype=dtype, device=device).network.eval()
+    return load_denoiser(folder, dtype=dtype, device=device)[0].network
 
 
 def open_base(model: str, *, load_in_4bit: bool = False) -> Base:

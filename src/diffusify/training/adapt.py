@@ -54,8 +54,8 @@ def adapt(
       is given, and with its adapters if it has some.
     - `data`: texts as `load_texts` takes them. `self:DATA` is text that the base generates itself from openings of
       DATA's texts (see `with_generated_texts`).
-    - `recipe`: default `block()`. `lora` trains adapters instead of all weights; with `load_in_4bit`, on a base with
-      4-bit weights (QLoRA), which takes a fraction of the memory.
+    - `recipe`: default `block()`. `lora` trains adapters instead of all weights, which `draft()` does by itself; with
+      `load_in_4bit`, on a base with 4-bit weights (QLoRA), which takes a fraction of the memory.
     - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
     - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
       it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
@@ -71,7 +71,7 @@ def adapt(
     """
     recipe, out = recipe or saved_recipe(base) or block(), Path(out)
     console = console or Console(stderr=True, highlight=False)
-    check_lora(base, lora)
+    check_lora(base, lora, recipe.adapters)
     if load_in_4bit:
         check_load_in_4bit(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)

@@ -195,7 +195,7 @@ def training_arguments(
     defaults = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
-        "learning_rate": 3e-4 if parameters < 4e8 else 1e-4 if parameters < 1e9 else 2e-5,
+        "learning_rate": _learning_rate(parameters, denoiser.diffusion_config.adapters == "masks"),
         "warmup_steps": 10,
         "weight_decay": 0.0,
         "adam_beta2": 0.95,
@@ -213,6 +213,13 @@ def training_arguments(
     fixed = {"output_dir": str(out), "max_steps": budget.max_steps, "seed": seed}
     implied: dict[str, Any] = {f"{kind}_strategy": "steps" for kind in ("save", "eval") if f"{kind}_steps" in options}
     return TrainingArguments(**(defaults | fixed | implied | options))
+
+
+def _learning_rate(parameters: int, masks_only: bool) -> float:
+    """The default for a number of parameters; adapters that act on masks only begin without any effect."""
+    if masks_only:
+        return 3e-3 if parameters < 1e9 else 1e-3
+    return 3e-4 if parameters < 4e8 else 1e-4 if parameters < 1e9 else 2e-5
 
 
 def fast_bfloat16() -> bool:

@@ -73,7 +73,12 @@ def tune(
         strategy = training["eval_strategy"]
         raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
     recipe = _choose_recipe(model, recipe)
-    check_lora(model, lora)
+    if recipe.adapters == "masks" and not SELF_SOURCE.search(data):
+        raise ValueError(
+            f"the adapters of {recipe.name} leave the AR half as it is, so it cannot learn the answers in {data}; tune "
+            f"the base with --recipe block, or let the model answer the questions itself: --data self:{data}"
+        )
+    check_lora(model, lora, recipe.adapters)
     if load_in_4bit:
         check_load_in_4bit(model, lora)
     if template is not None and SELF_SOURCE.search(data):
