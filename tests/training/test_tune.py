@@ -210,9 +210,7 @@ def test_bad_arguments_are_refused(masked_base: str, blocks: str, chats: str, pa
         tune(blocks, chats, out, recipe=block(8), steps=1)
     with pytest.raises(ValueError, match="leave the length head"):
         tune(blocks, chats, out, length_head=True, steps=1)
-    with pytest.raises(
-        ValueError, match="adapters of draft leave the AR half as it is, so it cannot learn"
-    ):
+    with pytest.raises(ValueError, match="adapters of draft leave the AR half as it is, so it cannot learn"):
         tune(masked_base, chats, out, recipe=draft(), steps=1)
     with pytest.raises(ValueError, match="fits into length=3"):
         tune(masked_base, pairs, out, template=TEMPLATE, recipe=mlm(), steps=1, length=3)

@@ -28,17 +28,32 @@ class MaskRows:
 
     def __init__(self, base: str) -> None:
         self.base = base
-        self.is_mask: Bool[Tensor, "b m"] | None = None
+        self._columns: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._is_mask: Bool[Tensor, "b m"] | None = None
+
+    @property
+    def is_mask(self) -> Bool[Tensor, "b m"] | None:
+        return self._is_mask
+
+    @is_mask.setter
+    def is_mask(self, is_mask: Bool[Tensor, "b m"] | None) -> None:
+        self._is_mask, self._columns = is_mask, {}
 
     def select(self, output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m 1"]:
         """1 for the rows of a layer's output that are masks, else 0. ValueError if the layer has other rows."""
-        assert self.is_mask is not None
-        if self.is_mask.numel() != output.shape[:-1].numel():
+        assert self._is_mask is not None
+        kind = output.device, output.dtype
+        if kind not in self._columns:
+            self._columns[kind] = self._is_mask[..., None].to(*kind)  # once a pass, for all layers
+        column = self._columns[kind]
+        if column.shape[:-1] == output.shape[:-1]:
+            return column
+        if column.numel() != output.shape[:-1].numel():
             raise ValueError(
-                f"a layer runs {tuple(output.shape[:-1])} rows of {tuple(self.is_mask.shape)} inputs, so adapters "
+                f"a layer runs {tuple(output.shape[:-1])} rows of {tuple(self._is_mask.shape)} inputs, so adapters "
                 "cannot tell its masks; use adapters='all'"
             )
-        return self.is_mask.reshape(*output.shape[:-1], 1).to(output)
+        return column.reshape(*output.shape[:-1], 1)
 
 
 class MaskAdapter(nn.Module):
