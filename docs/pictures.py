@@ -51,7 +51,7 @@ TRAINING: Flow = [
     ("Corpus", "packed rows of tokens", "text/corpus.py"),
     ("Canvas", "clean documents", "canvas.py"),
     ("Noised", "positions opened at time t", "diffusion/corruption.py"),
-    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention.py"),
+    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention_inputs.py"),
     ("Denoiser", "hidden states of the network", "models/denoiser.py"),
     ("LazyLogits", "logits where the loss is", "diffusion/logits.py"),
     ("Objective", "one sum, one count", "diffusion/objectives.py"),
@@ -59,7 +59,7 @@ TRAINING: Flow = [
 ]
 SAMPLING: Flow = [
     ("Canvas", "prompt and open positions", "canvas.py"),
-    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention.py"),
+    ("AttentionInputs", "tokens, position ids, mask", "diffusion/attention_inputs.py"),
     ("BlockCache", "runs what is not cached yet", "sampling/kv_cache.py"),
     ("Denoiser", "hidden states of the network", "models/denoiser.py"),
     ("LazyLogits", "logits when they are used", "diffusion/logits.py"),

@@ -26,6 +26,7 @@ _MIN_PROB = 0.6
 # The number of texts per pass at which half of that suffices, because reading the weights takes most of the time.
 _FEW_TEXTS = {"cpu": 7.0}
 _FEW_TEXTS_ELSEWHERE = 100.0
+_MIN_TOLERANT_PROB = 0.075
 _MASK_VALUE = 0.4  # the share of masks whose drafts are accepted
 
 PlacedMasks = tuple[Int[Tensor, "b s"], Int[Tensor, "b s"], Bool[Tensor, "b s"]]  # see `DraftTree.place_masks`
@@ -137,9 +138,13 @@ class Speculative:
             canvas = (yield Frame(canvas, score, forwards, settled=settled)) or canvas
 
     def _min_prob(self, b: int) -> float:
-        """The least probability with which a draft of one of `b` texts must be accepted to be run."""
-        texts = self.denoiser.texts_per_pass(b) if self.tolerance == 0 else 1
-        few = _FEW_TEXTS.get(self.denoiser.device.type, _FEW_TEXTS_ELSEWHERE)
+        """The least probability with which a draft of one of `b` texts must be accepted to be run.
+
+        With a tolerance, drafts decide about the text, so it depends neither on other texts nor on the device.
+        """
+        if self.tolerance:
+            return _MIN_TOLERANT_PROB
+        texts, few = self.denoiser.texts_per_pass(b), _FEW_TEXTS.get(self.denoiser.device.type, _FEW_TEXTS_ELSEWHERE)
         return _MIN_PROB * texts / (texts + few)
 
     def _verify(
