@@ -166,9 +166,8 @@ class Objective:
     `base` model as it was before training. A share `total_variation` of that target's loss is the total variation
     distance, which is the rate at which speculative decoding rejects drafts. `entropy` adds so many times the entropy
     of predictions that are already right (whose likeliest token is the target's), which makes them confident enough for
-    threshold decoding (dParallel: 1.0).
-    `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is the weight of the length head's loss,
-    for models that have one.
+    threshold decoding (dParallel: 1.0). `label_smoothing` is for training from scratch (RDM: 0.1). `length_weight` is
+    the weight of the length head's loss, for models that have one.
 
     Raises ValueError if a share is out of its range or `ar_weight` is negative.
     """

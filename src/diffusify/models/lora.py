@@ -4,27 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import find_model
 from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.mask_adapters import (
-    PREFIX,
-    WEIGHTS,
     MaskAdapter,
     add_mask_adapters,
     find_mask_rows,
     load_mask_adapter_weights,
+    peft_config,
+    read_adapter_weights,
     save_mask_adapters,
+    write_adapter_weights,
 )
 
 
@@ -66,15 +65,8 @@ def add_lora(
         add_mask_adapters(network, lora.rank, alpha, mask_token_id, base)
         return
     every_id = list(range(num_embeddings(network)))
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=alpha,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        trainable_token_indices=[mask_token_id] if lora.embeddings == "mask" else every_id,
-        base_model_name_or_path=base,
-    )
-    _attach(network, config)
+    trained = [mask_token_id] if lora.embeddings == "mask" else every_id
+    _attach(network, peft_config(network, lora.rank, alpha, base, trainable_token_indices=trained))
 
 
 def save_lora(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -83,7 +75,7 @@ def save_lora(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor]
         save_mask_adapters(network, folder, weights)
         return
     adapters = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)
-    save_file({PREFIX + name: weight.contiguous() for name, weight in adapters.items()}, folder / WEIGHTS)
+    write_adapter_weights(adapters, folder)
     network.peft_config["default"].save_pretrained(str(folder))
 
 
@@ -135,13 +127,7 @@ def load_lora_weights(network: PreTrainedModel, folder: Path) -> None:
     if find_mask_rows(network) is not None:
         load_mask_adapter_weights(network, folder)
         return
-    weights = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    if set(weights) != set(expected):
-        wrong = sorted(set(weights) ^ set(expected))
-        raise ValueError(
-            f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
-        )
+    weights = read_adapter_weights(folder, get_peft_model_state_dict(network, save_embedding_layers=False))
     result: Any = set_peft_model_state_dict(network, weights)
     assert not result.unexpected_keys
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
+_WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's own names
 
 
 class MaskRows:
@@ -114,50 +114,59 @@ def find_mask_rows(network: nn.Module) -> MaskRows | None:
     return next((module.rows for module in network.modules() if isinstance(module, MaskEmbedding)), None)
 
 
-def mask_adapter_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network's adapters by their names in a file, which are PEFT's."""
-    return {_file_name(name): weight for name, weight in network.named_parameters() if _is_adapter_weight(name)}
-
-
 def save_mask_adapters(network: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the adapters in PEFT's format, with the name of their base; `weights` replace the network's own."""
-    weights = dict(network.named_parameters()) if weights is None else weights
-    chosen = {PREFIX + _file_name(name): w.contiguous() for name, w in weights.items() if _is_adapter_weight(name)}
-    save_file(chosen, folder / WEIGHTS)
+    write_adapter_weights(_named_for_file(dict(network.named_parameters()) if weights is None else weights), folder)
     adapter = next(module for module in network.modules() if isinstance(module, MaskAdapter))
     rank = adapter.lora_A.out_features
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=round(adapter.scale * rank),
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        base_model_name_or_path=adapter.rows.base,
-        inference_mode=True,
-    )
+    config = peft_config(network, rank, round(adapter.scale * rank), adapter.rows.base, inference_mode=True)
     config.save_pretrained(str(folder))
 
 
 @torch.no_grad()
 def load_mask_adapter_weights(network: PreTrainedModel, folder: Path) -> None:
     """Set the weights of the network's adapters to a folder's. ValueError for a missing or unexpected tensor."""
-    weights = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
-    expected = mask_adapter_weights(network)
-    if wrong := sorted(set(weights) ^ set(expected)) or sorted(
-        name for name in expected if weights[name].shape != expected[name].shape
-    ):
-        raise ValueError(
-            f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
-        )
-    for name, weight in expected.items():
+    own = _named_for_file(dict(network.named_parameters()))
+    weights = read_adapter_weights(folder, own)
+    for name, weight in own.items():
         weight.copy_(weights[name])
 
 
-def _is_adapter_weight(name: str) -> bool:
-    return ".mask_adapter." in name or name.endswith(".mask_embedding.weight")
+def peft_config(network: nn.Module, rank: int, alpha: int, base: str, **settings: Any) -> LoraConfig:
+    """PEFT's description of adapters on every linear layer of a network."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
+        base_model_name_or_path=base,
+        **settings,
+    )
 
 
-def _file_name(name: str) -> str:
-    return name.replace(".mask_adapter.", ".")
+def write_adapter_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write adapters to a folder in PEFT's format."""
+    save_file({_PREFIX + name: weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
+
+
+def read_adapter_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters of a folder. ValueError unless they have the names and shapes of the `expected` ones."""
+    weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(folder / _WEIGHTS).items()}
+    other_shapes = [name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape]
+    if wrong := sorted(set(weights) ^ set(expected)) or sorted(other_shapes):
+        raise ValueError(
+            f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
+        )
+    return weights
+
+
+def _named_for_file(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of adapters among a network's, by their names in a file, which are PEFT's."""
+    return {
+        name.replace(".mask_adapter.", "."): weight
+        for name, weight in weights.items()
+        if ".mask_adapter." in name or name.endswith(".mask_embedding.weight")
+    }
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
