@@ -221,6 +221,12 @@ def test_a_masked_base_refuses_a_shift(masked_base: str, corpus: str, tmp_path: 
             adapt(masked_base, corpus, tmp_path / "run", recipe=recipe, steps=1, **TINY)
 
 
+def test_the_default_recipe_fits_the_base(masked_base: str, causal_base: str, corpus: str, tmp_path: Path) -> None:
+    for base, recipe in ((masked_base, "mlm"), (causal_base, "block")):
+        folder = adapt(base, corpus, tmp_path / recipe, steps=1, **TINY)
+        assert json.loads((folder / "diffusion_config.json").read_text())["recipe"] == recipe
+
+
 def test_a_config_of_another_architecture_and_a_truncated_file_are_refused(finished: Path) -> None:
     config = json.loads((finished / "diffusion_config.json").read_text())
     (finished / "diffusion_config.json").write_text(json.dumps(config | {"architecture": "GPT2LMHeadModel"}))

@@ -14,6 +14,7 @@ from diffusify.cli.training_options import (
     Option,
     RecipeName,
     data_source,
+    default_recipe_name,
     folder_name,
     recipe_function,
 )
@@ -47,7 +48,7 @@ def adapt(
             help="draft: adapters that draft the text of an autoregressive (AR) model, which itself stays as it is. "
             "block: block diffusion from an AR model; its AR half learns the text as well. ar: fully bidirectional "
             "diffusion from an AR model. mlm: diffusion from a masked language model.",
-            show_default="block, or the recipe of a diffusion model",
+            show_default="that of a diffusion model; mlm for a masked language model, else block",
         ),
     ] = None,
     lora: LoraRank = None,
@@ -86,7 +87,7 @@ def adapt(
             if steps is None and minutes is None:
                 steps, minutes = file.steps, file.minutes
         own_recipe = None if recipe else saved_recipe(base)
-        make_recipe = recipe_function(recipe or RecipeName.block)
+        make_recipe = recipe_function(recipe or (RecipeName.block if own_recipe else default_recipe_name(base)))
         recipe_options, lora_options, adapt_options, training_options = parse_options(
             pairs,
             argument_types(make_recipe),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from diffusify.cli.options import AsJson, argument_types, parse_options
 from diffusify.cli.terminal import console, report_errors, suggest
-from diffusify.cli.training_options import LoraRank, RecipeName, recipe_function
+from diffusify.cli.training_options import LoraRank, RecipeName, default_recipe_name, recipe_function
 
 if TYPE_CHECKING:
     from diffusify.planning.plan import Memory, Plan
@@ -49,7 +49,7 @@ def plan(
         RecipeName | None,
         typer.Option(
             help="Recipe to train with; see `diffusify adapt --help`.",
-            show_default="block, or the recipe of a diffusion model",
+            show_default="that of a diffusion model; mlm for a masked language model, else block",
         ),
     ] = None,
     length: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 256,
@@ -107,7 +107,7 @@ def plan(
                 "MODEL and --tokens are required, for example: diffusify plan MODEL --tokens 1B --gpus 8xH100"
             )
         token_count, devices = parse_amount(tokens), DeviceGroup.parse(gpus)
-        make_recipe = recipe_function(recipe or RecipeName.block)
+        make_recipe = recipe_function(recipe or default_recipe_name(model))
         lora_types = argument_types(Lora, "alpha", "embeddings") if lora is not None else {}
         recipe_options, lora_options = parse_options(option or [], argument_types(make_recipe), lora_types)
         with console.status("counting the operations of a step"):

@@ -42,6 +42,14 @@ def recipe_function(name: RecipeName) -> Any:
     return getattr(recipes, name.value)
 
 
+def default_recipe_name(base: str) -> RecipeName:
+    """The recipe that a base gets if none is chosen."""
+    from diffusify.models.loading import is_masked_lm
+    from diffusify.models.recipes import default_recipe
+
+    return RecipeName(default_recipe(masked=is_masked_lm(base)).name)
+
+
 def data_source(sources: list[str] | None) -> str:
     """One data source for all values of --data: several of them become a mixture. ValueError if there is none."""
     if not sources:

@@ -102,6 +102,11 @@ def load_config(source: str) -> PreTrainedConfig:
     return _config(path or download_snapshot(source, ["config.json"]), source)
 
 
+def is_masked_lm(source: str) -> bool:
+    """Whether `load_base` would load a masked LM, rather than an autoregressive one; reads no weights."""
+    return network_class(load_config(source), source)[1]
+
+
 def ensure_mask_token(base: Base) -> int:
     """The id of the mask token, which becomes the tokenizer's `mask_token`. Changes `base`.
 

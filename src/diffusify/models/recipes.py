@@ -245,6 +245,11 @@ def draft(size: int = 4, *, total_variation: float = 0.0, position_decay: float 
     return replace(recipe, name="draft")
 
 
+def default_recipe(*, masked: bool) -> Recipe:
+    """The recipe for a base if none is chosen: `mlm()` for a masked LM, else `block()`."""
+    return mlm() if masked else block()
+
+
 def as_is(*, masked: bool = False) -> Recipe:
     """The recipe of a network that is not adapted: AR decoding, or for a `masked` LM its own predictions."""
     attention = Bidirectional() if masked else Causal()

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe, block, saved_recipe
+from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
 from diffusify.planning.devices import DEVICES, DeviceGroup
 from diffusify.planning.footprint import DTYPES, Footprint, ParameterCounts, TrainingSetup, count_parameters, footprint
 from diffusify.training.adapt import check_fit
@@ -176,7 +176,7 @@ def plan(
     source = model if isinstance(model, str) else model.model_type
     config = load_config(model) if isinstance(model, str) else model
     network, masked = network_class(config, source)
-    recipe = recipe or saved_recipe(source) or block()
+    recipe = recipe or saved_recipe(source) or default_recipe(masked=masked)
     check_fit(source, masked, recipe)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:

@@ -12,10 +12,10 @@ from diffusify.config import DocumentFrame, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, ensure_mask_token
+from diffusify.models.loading import Base, ensure_mask_token, is_masked_lm
 from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
 from diffusify.models.quantization import check_load_in_4bit
-from diffusify.models.recipes import Recipe, block, saved_recipe
+from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
@@ -54,8 +54,9 @@ def adapt(
       is given, and with its adapters if it has some.
     - `data`: texts as `load_texts` takes them. `self:DATA` is text that the base generates itself from openings of
       DATA's texts (see `with_generated_texts`).
-    - `recipe`: default `block()`. `lora` trains adapters instead of all weights, which `draft()` does by itself; with
-      `load_in_4bit`, on a base with 4-bit weights (QLoRA), which takes a fraction of the memory.
+    - `recipe`: default `block()`, or `mlm()` for a masked LM. `lora` trains adapters instead of all weights, which
+      `draft()` does by itself; with `load_in_4bit`, on a base with 4-bit weights (QLoRA), which takes a fraction of the
+      memory.
     - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
     - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
       it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
@@ -69,7 +70,8 @@ def adapt(
     are skipped; `max_skipped` of them in a row raise FloatingPointError. Raises ValueError for bad arguments; missing
     files are reported before weights are read.
     """
-    recipe, out = recipe or saved_recipe(base) or block(), Path(out)
+    out = Path(out)
+    recipe = recipe or saved_recipe(base) or default_recipe(masked=is_masked_lm(base))
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora, recipe.adapters)
     if load_in_4bit:
