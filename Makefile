@@ -52,6 +52,8 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/data.py
 	$(BENCH)/serving.py runs/5
 	$(BENCH)/reactions.py
+	$(BIN)/pip install -q -c constraints.txt llama-cpp-python
+	$(BENCH)/export.py
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14

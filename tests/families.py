@@ -42,14 +42,18 @@ MASKED = {
     "electra": bert_like | {"embedding_size": 16},
 }
 FAMILIES = CAUSAL | MASKED
+MIXTURES = {
+    "qwen3_moe": llama_like
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": False}
+}
 
 
 def tiny_network(family: str, kernel: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random network with weights so large that every token changes the logits."""
-    settings = {"vocab_size": VOCABULARY} | FAMILIES[family] | changes
+    settings = {"vocab_size": VOCABULARY} | (FAMILIES | MIXTURES)[family] | changes
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if family in CAUSAL else AutoModelForMaskedLM
+    auto = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
     network = auto.from_config(config, attn_implementation=kernel)
     with torch.no_grad():
         for name, weight in network.named_parameters():

@@ -136,7 +136,8 @@ def check_options(command: str, params: dict[str, Any]) -> None:
     recipe_options, *_, training_options = parse_options(
         pairs,
         argument_types(make_recipe),
-        argument_types(getattr(diffusify, command), "length", "start_token", "end_token", "held_out", "seed"),
+        argument_types(getattr(diffusify, command), "length", "start_token", "end_token", "mask_token_id"),
+        argument_types(getattr(diffusify, command), "held_out", "seed"),
         argument_types(getattr(diffusify, command), "load_in_4bit"),
         argument_types(Lora, "alpha", "embeddings"),
         training_argument_types(),

@@ -16,6 +16,7 @@ FLOORS = {
     "config": 2,
     "models": 3,
     "text": 3,
+    "formats": 4,
     "sampling": 4,
     "training.resilience": 4,
     "training": 5,

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusify.models.importers import import_denoiser
+    from diffusify.formats.exporting import export
+    from diffusify.formats.importers import import_denoiser
     from diffusify.models.lora import Lora
     from diffusify.models.recipes import Recipe, ar, block, draft, mlm
     from diffusify.models.uploading import push_to_hub
@@ -36,6 +37,7 @@ __all__ = [
     "ar",
     "block",
     "draft",
+    "export",
     "import_denoiser",
     "load",
     "mlm",
@@ -47,7 +49,8 @@ __all__ = [
 
 _EXPORTS = {
     "diffusify.models.recipes": {"Recipe", "ar", "block", "draft", "mlm"},
-    "diffusify.models.importers": {"import_denoiser"},
+    "diffusify.formats.exporting": {"export"},
+    "diffusify.formats.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},
     "diffusify.models.uploading": {"push_to_hub"},
     "diffusify.sampling.diffusion_lm": {"DiffusionLM", "load"},

@@ -32,7 +32,8 @@ from transformers import (
     T5Config,
 )
 
-from diffusify.models.loading import Base, ensure_mask_token, load_base, network_class
+from diffusify.models.loading import Base, load_base, network_class
+from diffusify.models.mask_token import ensure_mask_token
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "away"]
 

@@ -12,7 +12,8 @@ from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.ranking import Leftmost
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import ensure_mask_token, load_base
+from diffusify.models.loading import load_base
+from diffusify.models.mask_token import ensure_mask_token
 from diffusify.models.recipes import ar
 from diffusify.sampling.sampler import Sampler
 from diffusify.text.prompts import continuation_canvas

@@ -21,7 +21,7 @@ from diffusify.cli.training_options import (
 
 # The arguments of the Python function that `-o` sets.
 _RUN_OPTIONS = (
-    *("length", "start_token", "end_token", "held_out", "seed"),
+    *("length", "start_token", "end_token", "mask_token_id", "held_out", "seed"),
     *("streaming", "max_corrupt", "max_skipped", "load_in_4bit"),
 )
 

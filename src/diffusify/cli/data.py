@@ -42,7 +42,7 @@ def data(
     """
     with report_errors():
         from diffusify.config import sees_right_context, to_plain
-        from diffusify.models.loading import ensure_mask_token
+        from diffusify.models.mask_token import ensure_mask_token
         from diffusify.models.recipes import saved_recipe
         from diffusify.models.saving import open_base
         from diffusify.text.data_preview import preview_data

@@ -16,7 +16,7 @@ def import_checkpoint(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Format of the checkpoint: diffugpt, diffullama, dream, llada, sdar or a2d.",
+            help="Format of the checkpoint: diffugpt, diffullama, dream, llada, llada_moe, sdar, a2d or fast_dllm.",
             show_default="detected from its files",
         ),
     ] = None,
@@ -26,7 +26,7 @@ def import_checkpoint(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Number of tokens per block, for sdar and block a2d models.",
+            help="Number of tokens per block, for sdar, fast_dllm and block a2d models.",
             show_default="read from its files or its name",
         ),
     ] = None,
@@ -38,10 +38,13 @@ def import_checkpoint(
         ),
     ] = None,
 ) -> None:
-    """Convert a released diffusion language model: DiffuGPT, DiffuLLaMA, Dream, LLaDA, SDAR or A2D."""
+    """Convert a released diffusion language model.
+
+    DiffuGPT, DiffuLLaMA, Dream, DreamOn, LLaDA, LLaDA-MoE, SDAR, A2D and Fast-dLLM v2.
+    """
     with report_errors():
         from diffusify.config import DiffusionConfig
-        from diffusify.models.importers import import_denoiser
+        from diffusify.formats.importers import import_denoiser
 
         folder = import_denoiser(
             source, out, layout=layout, mask_token_id=mask_token_id, block_size=block_size, dtype=dtype

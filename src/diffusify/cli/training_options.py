@@ -19,8 +19,8 @@ Option = Annotated[
     typer.Option(
         "-o",
         metavar="KEY=VALUE",
-        help="Set a field of the recipe (such as size), of the data (length, held_out, seed, start_token, end_token), "
-        "of LoRA (alpha, embeddings, load_in_4bit) or of transformers.TrainingArguments, for example "
+        help="Set a field of the recipe (such as size), of the data (length, held_out, seed, start_token, end_token, "
+        "mask_token_id), of LoRA (alpha, embeddings, load_in_4bit) or of transformers.TrainingArguments, for example "
         "-o learning_rate=1e-4. Can be given several times.",
     ),
 ]

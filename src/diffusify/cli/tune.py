@@ -20,7 +20,7 @@ from diffusify.cli.training_options import (
 
 # The arguments of the Python function that `-o` sets.
 _RUN_OPTIONS = (
-    *("length", "start_token", "end_token", "held_out", "seed"),
+    *("length", "start_token", "end_token", "mask_token_id", "held_out", "seed"),
     *("max_corrupt", "max_skipped", "load_in_4bit"),
 )
 

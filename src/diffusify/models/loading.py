@@ -40,14 +40,6 @@ IGNORED_TENSORS = re.compile(
 
 _VOCABULARY_FILES = {"tokenizer.json", "vocab.json", "vocab.txt"}
 
-# The texts of bracketed added tokens that are reserved or unused, and of special tokens that have a role.
-_RESERVED = re.compile(r"[<\[].*(mask|reserved|unused|empty).*[>\]]", re.IGNORECASE)
-_HAS_ROLE = re.compile(
-    r"fim|tool|think|image|img|vision|audio|video|im_|start|end|eot|eom|turn|header|inst|user|assistant|system|"
-    r"bos|eos|pad|unk|cls|^</?s>$",
-    re.IGNORECASE,
-)
-
 
 @dataclass(frozen=True)
 class Base:
@@ -73,21 +65,31 @@ def load_base(
     trained. ValueError if the network cannot become a diffusion model (checked before its weights are read), or if any
     tensor is missing, unexpected or of another shape.
     """
+    folder, config = fetch_base(source)
+    network, masked = network_class(config, source)
+    tokenizer = load_tokenizer(folder, source)
+    files = weight_files(folder, source)
+    devices = device_map(files, network, config, dtype, torch.device(device))
+    loading = {"dtype": dtype, "device_map": devices, "quantization_config": quantization}
+    return Base(_network(network, folder, source, loading), tokenizer, source, masked)
+
+
+def fetch_base(source: str) -> tuple[Path, PreTrainedConfig]:
+    """The folder of the weights that `load_base` loads, downloaded or unpacked if needed, and their config.
+
+    ValueError if the network cannot become a diffusion model.
+    """
     path = local_path(source)
     if path is not None and path.is_file():
         with quiet_transformers():
             path = unpack_gguf(path, lambda config: network_class(config, source))
     folder = path or download_snapshot(source, CONFIG_FILES)
     config = _config(folder, source)
-    network, masked = network_class(config, source)
+    network_class(config, source)
     if path is None:
         folder = download_snapshot(source, ALL_FILES)
         download_card(source)
-    tokenizer = load_tokenizer(folder, source)
-    files = weight_files(folder, source)
-    devices = device_map(files, network, config, dtype, torch.device(device))
-    loading = {"dtype": dtype, "device_map": devices, "quantization_config": quantization}
-    return Base(_network(network, folder, source, loading), tokenizer, source, masked)
+    return folder, config
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -105,27 +107,6 @@ def load_config(source: str) -> PreTrainedConfig:
 def is_masked_lm(source: str) -> bool:
     """Whether `load_base` would load a masked LM, rather than an autoregressive one; reads no weights."""
     return network_class(load_config(source), source)[1]
-
-
-def ensure_mask_token(base: Base) -> int:
-    """The id of the mask token, which becomes the tokenizer's `mask_token`. Changes `base`.
-
-    It is the mask token of an MLM, else a reserved token of the vocabulary, else a special token without a role, else a
-    new `<|mask|>`, whose embedding (a spare row, or one row more) becomes the mean of the others.
-    """
-    network, tokenizer = base.network, base.tokenizer
-    is_new = False
-    if tokenizer.mask_token_id is None:
-        unused = _unused_token(network, tokenizer)
-        tokenizer.add_special_tokens({"mask_token": unused or "<|mask|>"})
-        is_new = unused is None
-    mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAssignmentType]  (one token, one id)
-    if mask_token_id >= num_embeddings(network):
-        network.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-        is_new = True
-    if is_new:
-        _set_to_mean(network, mask_token_id)
-    return mask_token_id
 
 
 def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTrainedModel], bool]:
@@ -272,37 +253,10 @@ def load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _unused_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text of an added token that has no role: a reserved one if there is one, best with "mask" in its name."""
-    names = [f"{role}_token_id" for role in ("bos", "eos", "pad", "unk", "sep", "cls")]
-    holders = [tokenizer, network.config, network.generation_config]
-    roles = [getattr(holder, name, None) for holder in holders for name in names]
-    used = {i for role in roles for i in (role if isinstance(role, list) else [role])}  # eos may be a list
-    template = str(tokenizer.chat_template)
-    unused = [
-        token
-        for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        if i not in used and i < num_embeddings(network) and token.content not in template
-    ]
-    reserved = sorted(
-        (t.content for t in unused if _RESERVED.fullmatch(t.content)), key=lambda t: "mask" not in t.lower()
-    )
-    special = [t.content for t in unused if t.special and not _HAS_ROLE.search(t.content)]
-    return next(iter(reserved + special), None)
-
-
 def num_embeddings(network: PreTrainedModel) -> int:
     """The number of rows of a network's input embeddings: its tokenizer's ids, and padding."""
     embeddings: Any = network.get_input_embeddings()  # may be wrapped by adapters, so `num_embeddings` may be missing
     return embeddings.weight.shape[0]
-
-
-@torch.no_grad()
-def _set_to_mean(network: PreTrainedModel, row: int) -> None:
-    """Set an embedding and its output weights to the mean of the rows before it; rows after it are unused."""
-    for module in (network.get_input_embeddings(), network.get_output_embeddings()):
-        for parameter in module.parameters() if module else ():
-            parameter[row] = parameter[:row].mean(dim=0)
 
 
 def first_names(names: Iterable[str]) -> str:

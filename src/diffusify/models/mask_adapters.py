@@ -151,13 +151,18 @@ def write_adapter_weights(weights: dict[str, Tensor], folder: Path) -> None:
 
 def read_adapter_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapters of a folder. ValueError unless they have the names and shapes of the `expected` ones."""
-    weights = {name.removeprefix(_PREFIX): weight for name, weight in load_file(folder / _WEIGHTS).items()}
+    weights = read_adapter_tensors(folder)
     other_shapes = [name for name in set(weights) & set(expected) if weights[name].shape != expected[name].shape]
     if wrong := sorted(set(weights) ^ set(expected)) or sorted(other_shapes):
         raise ValueError(
             f"the adapters in {folder} do not fit their base: {len(wrong)} tensors differ, such as {wrong[0]}"
         )
     return weights
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's adapters, by the names of the modules that they adapt."""
+    return {name.removeprefix(_PREFIX): weight for name, weight in load_file(folder / _WEIGHTS).items()}
 
 
 def _named_for_file(weights: dict[str, Tensor]) -> dict[str, Tensor]:

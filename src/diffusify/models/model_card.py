@@ -17,7 +17,7 @@ from diffusify.models.lora import adapter_base
 from diffusify.models.stock_attention import is_causal_class, stock_arguments
 
 _HUB_DATASET = re.compile(r"\bhub:([\w.-]+(?:/[\w.-]+)?)")
-_INHERITED = ("license", "license_name", "license_link", "language")
+INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def write_model_card(folder: Path, target: Path) -> None:
@@ -31,13 +31,13 @@ def write_model_card(folder: Path, target: Path) -> None:
     config, is_adapter = DiffusionConfig.load(folder), adapter_base(folder) is not None
     run = target / "run.json"
     data = str(json.loads(run.read_text(encoding="utf-8")).get("data", "")) if run.is_file() else ""
-    metadata = _metadata(config, data, is_adapter=is_adapter).to_yaml()
+    metadata = hub_metadata(config, data, is_adapter=is_adapter).to_yaml()
     arguments = {} if is_adapter else stock_arguments(folder, config)
     text = _text(target.absolute().name, config, data, arguments, is_adapter=is_adapter)
     ModelCard(f"---\n{metadata}\n---\n\n{text}").save(folder / "README.md")
 
 
-def _metadata(config: DiffusionConfig, data: str, *, is_adapter: bool) -> ModelCardData:
+def hub_metadata(config: DiffusionConfig, data: str, *, is_adapter: bool) -> ModelCardData:
     """The metadata of a model. Its licence and languages are its base's, and so is the name of the base on the hub."""
     base = _base_metadata(config.base_model)
     datasets = dict.fromkeys([*_as_list(base.get("datasets")), *_HUB_DATASET.findall(data)])
@@ -48,7 +48,7 @@ def _metadata(config: DiffusionConfig, data: str, *, is_adapter: bool) -> ModelC
         library_name="diffusify",
         pipeline_tag="text-generation",
         tags=["diffusify", "diffusion-language-model", kind, *(["lora"] if is_adapter else [])],
-        **{name: base[name] for name in _INHERITED if name in base},
+        **{name: base[name] for name in INHERITED if name in base},
     )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import find_model, resolve_model
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, ensure_mask_token, load_base, load_tokenizer, num_embeddings
+from diffusify.models.loading import Base, load_base, load_tokenizer, num_embeddings
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import (
     adapter_base,
@@ -27,6 +27,7 @@ from diffusify.models.lora import (
     merge_lora,
     save_lora,
 )
+from diffusify.models.mask_token import ensure_mask_token
 from diffusify.models.model_card import write_model_card
 from diffusify.models.quantization import keep_gradients, load_in_4bit_arguments
 from diffusify.models.stock_attention import write_is_causal
@@ -150,13 +151,16 @@ def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:
     except ValueError as error:
         raise ValueError(f"{folder} holds adapters for the base {source}, which cannot be loaded: {error}") from error
     _check_architecture(folder, config, [type(base.network).__name__])
-    if ensure_mask_token(base) != config.mask_token_id:
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(folder, str(folder)) if has_tokenizer else base.tokenizer
+    text = base.tokenizer.convert_ids_to_tokens(config.mask_token_id)
+    is_chosen = base.tokenizer.mask_token is None and has_tokenizer and text in (None, tokenizer.mask_token)
+    if ensure_mask_token(base, config.mask_token_id if is_chosen else None) != config.mask_token_id:
         raise ValueError(
             f"{folder} holds adapters for a base with mask_token_id={config.mask_token_id}; {source} differs"
         )
     load_lora(base.network, folder, config.mask_token_id, config.adapters)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return replace(base, tokenizer=load_tokenizer(folder, str(folder))) if has_tokenizer else base
+    return replace(base, tokenizer=tokenizer)
 
 
 def load_weights(denoiser: Denoiser, folder: Path | str) -> None:

@@ -12,8 +12,9 @@ from diffusify.config import DocumentFrame, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, ensure_mask_token, is_masked_lm
+from diffusify.models.loading import Base, is_masked_lm
 from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
+from diffusify.models.mask_token import ensure_mask_token
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
@@ -40,6 +41,7 @@ def adapt(
     length: int = 256,
     start_token: str | None = None,
     end_token: str | None = None,
+    mask_token_id: int | None = None,
     held_out: int = 8192,
     seed: int = 0,
     streaming: bool | None = None,
@@ -60,6 +62,8 @@ def adapt(
     - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
     - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
       it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
+    - `mask_token_id` is the token that stands for noise, where another program expects a certain one; it may be the
+      next id of the vocabulary. Default: see `ensure_mask_token`.
     - `streaming` reads texts during training, which is the default for hubs and files above 1 GiB. Other texts above
       16 MiB are packed once and cached on disk (see `open_corpus`). Corrupt records are skipped and reported, up to a
       share `max_corrupt`.
@@ -92,6 +96,7 @@ def adapt(
         "held_out": held_out,
         "seed": seed,
         "streaming": streaming,
+        "mask_token_id": mask_token_id,
         "training": training,
     }
     if check_run_folder(out, settings):
@@ -106,7 +111,7 @@ def adapt(
     if note:
         console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)  # new adapters are the same on every rank and after a resume
-    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora, frame=frame)
+    denoiser, tokenizer = make_denoiser(source, recipe, lora=lora, frame=frame, mask_token_id=mask_token_id)
     if denoiser.context_length is not None and length > denoiser.context_length:
         raise ValueError(
             f"length={length} is more than the {denoiser.context_length} tokens of {base}'s context; make it smaller"
@@ -134,7 +139,12 @@ def known_frame(out: Path, model: str) -> DocumentFrame | None:
 
 
 def make_denoiser(
-    base: Base, recipe: Recipe, *, lora: Lora | None = None, frame: DocumentFrame | None = None
+    base: Base,
+    recipe: Recipe,
+    *,
+    lora: Lora | None = None,
+    frame: DocumentFrame | None = None,
+    mask_token_id: int | None = None,
 ) -> tuple[Denoiser, TextTokenizer]:
     """A denoiser with a recipe's diffusion config, and with new adapters if `lora` is given; and its tokenizer.
 
@@ -143,7 +153,7 @@ def make_denoiser(
     """
     check_fit(base.source, base.masked, recipe)
     frame = choose_frame(base)[0] if frame is None else frame
-    mask = ensure_mask_token(base)
+    mask = ensure_mask_token(base, mask_token_id)
     disable_dropout(base.network)
     if not has_lora(base.network) and (lora := default_lora(lora, recipe.adapters)):
         add_lora(base.network, lora, mask, base.source, recipe.adapters)

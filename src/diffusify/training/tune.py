@@ -40,6 +40,7 @@ def tune(
     length: int | None = None,
     start_token: str | None = None,
     end_token: str | None = None,
+    mask_token_id: int | None = None,
     held_out: int = 100,
     seed: int = 0,
     max_skipped: int = 10,
@@ -103,6 +104,7 @@ def tune(
         "end_token": end_token,
         "held_out": held_out,
         "seed": seed,
+        "mask_token_id": mask_token_id,
         "training": training,
     }
     if check_run_folder(out, settings):
@@ -116,7 +118,7 @@ def tune(
     if note:
         console.print(note, markup=False, soft_wrap=True)
     torch.manual_seed(seed)  # new weights are the same on every rank and after a resume
-    denoiser, tokenizer = make_denoiser(base, recipe, lora=lora, frame=frame)
+    denoiser, tokenizer = make_denoiser(base, recipe, lora=lora, frame=frame, mask_token_id=mask_token_id)
     length = min(512, denoiser.context_length or 512) if length is None else length
     if denoiser.context_length is not None and length > denoiser.context_length:
         raise ValueError(

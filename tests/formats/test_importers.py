@@ -22,9 +22,10 @@ from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.quotas import Threshold
-from diffusify.models import downloading, importers
+from diffusify.formats import stored_tensors
+from diffusify.formats.importers import import_denoiser
+from diffusify.models import downloading
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.importers import import_denoiser
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from tests.families import tiny_network
@@ -40,7 +41,20 @@ STOCK_TYPES = {
     "a2d-qwen3": "qwen3",
     "a2d-qwen2": "qwen2",
     "a2d-llama": "llama",
+    "Fast_dLLM_Qwen": "qwen2",
 }
+# The settings of LLaDA-MoE's configuration class (dllm's configuration_lladamoe.py), at a tiny size.
+LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "vocab_size": 320, "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
+    "max_position_embeddings": 64, "initializer_range": 0.02, "rms_norm_eps": 1e-5, "use_cache": False,
+    "tie_word_embeddings": False, "attention_dropout": 0.0, "attention_bias": False, "clip_qkv": None,
+    "dense_intermediate_size": 64, "expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": None, "moe_layer_freq": None, "qk_layernorm": True, "rope_theta": 50000,
+    "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "output_router_logits": False,
+    "router_aux_loss_coef": 0.01, "router_num_group": None, "router_topk_group": None, "routed_scaling_factor": 1,
+    "norm_topk_prob": None, "rope_scaling": None, "pad_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
 
 
 def word_tokenizer(count: int, **roles: str) -> PreTrainedTokenizerFast:
@@ -173,6 +187,7 @@ def test_every_llada_tensor_is_kept(vectors: Path, tmp_path: Path) -> None:
         ("a2d-llama", {"block_size": 16}, (2, 0, BlockCausal(16, clean="block"), "LlamaForCausalLM")),
         ("diffullama", {"mask_token_id": 2}, (2, 1, Bidirectional(), "LlamaForCausalLM")),
         ("diffugpt", {"mask_token_id": 2}, (2, 1, Bidirectional(), "GPT2LMHeadModel")),
+        ("Fast_dLLM_Qwen", {}, (2, 1, BlockCausal(32, clean="block"), "Qwen2ForCausalLM")),
     ],
 )
 def test_layouts(kind: str, options: dict[str, Any], expected: Any, tmp_path: Path) -> None:
@@ -206,12 +221,15 @@ def test_layouts(kind: str, options: dict[str, Any], expected: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("kind", "rows", "mask"),
-    [("diffugpt", 50257, 10541), ("diffugpt", 50258, 50257), ("diffullama", 32000, 811), ("sdar", 151936, 151669)],
+    [
+        *(("diffugpt", 50257, 10541), ("diffugpt", 50258, 50257), ("diffullama", 32000, 811)),
+        *(("sdar", 151936, 151669), ("Fast_dLLM_Qwen", 151936, 151665)),
+    ],
 )
 def test_mask_tokens_that_only_the_layout_knows(kind: str, rows: int, mask: int, tmp_path: Path) -> None:
     source = tmp_path / kind
     released(kind, source, rows, **({"vocab_size": 50257} if kind == "diffugpt" else {}))
-    word_tokenizer(min(rows, 50257 if kind == "diffugpt" else 151669)).save_pretrained(source)
+    word_tokenizer(min(rows, 50257 if kind == "diffugpt" else mask)).save_pretrained(source)
     write_json(source / "config.json", eos_token_id=2, bos_token_id=1)
     denoiser, tokenizer = load_denoiser(import_denoiser(str(source), tmp_path / "out"))
     assert denoiser.diffusion_config.mask_token_id == tokenizer.mask_token_id == mask
@@ -248,6 +266,36 @@ def test_a_block_model_of_unknown_size_is_refused(tmp_path: Path) -> None:
     released("a2d-qwen3", tmp_path / "Qwen3-bd3lm")
     with pytest.raises(ValueError, match="do not give their size; give --block-size"):
         import_denoiser(str(tmp_path / "Qwen3-bd3lm"), tmp_path / "out")
+
+
+def test_llada_moe(tmp_path: Path) -> None:
+    """Experts are weighted by the softmax over all of them, so the weights of those that are chosen do not add to 1."""
+    source = tmp_path / "moe"
+    settings = {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "intermediate_size": 64}
+    rope = {"rope_theta": 50000.0, "rope_type": "default"}
+    network = tiny_network("qwen3_moe", vocab_size=320, rope_parameters=rope, **settings)
+    network.save_pretrained(source)
+    makers.byte_level().tokenizer.save_pretrained(source)
+    (source / "config.json").write_text(json.dumps(LLADA_MOE))
+    denoiser, _ = load_denoiser(import_denoiser(str(source), tmp_path / "out"))
+    assert type(denoiser.network).__name__ == "Qwen3MoeForCausalLM" and not denoiser.config.norm_topk_prob
+    assert torch.equal(logits_of(denoiser), logits_of(Denoiser(network, denoiser.diffusion_config)))
+    write_json(source / "config.json", moe_router_enable_expert_bias=True)
+    with pytest.raises(ValueError, match="moe_router_enable_expert_bias=True, which stock qwen3_moe networks do not"):
+        import_denoiser(str(source), tmp_path / "other")
+
+
+def test_dreamon_is_dream_with_more_tokens(tmp_path: Path) -> None:
+    """Its tokens that stand for two masks and for none are suppressed by the user; the network is Dream's."""
+    source = tmp_path / "DreamOn-v0-7B"
+    network = released("Dream", source, 322, mask_token_id=2)
+    tokenizer = makers.byte_level().tokenizer
+    tokenizer.add_tokens(["<|expand|>", "<|delete|>"], special_tokens=True)
+    tokenizer.save_pretrained(source)
+    lm = DiffusionLM.from_pretrained(import_denoiser(str(source), tmp_path / "out"))
+    assert lm.tokenizer.tokenizer.convert_tokens_to_ids(["<|expand|>", "<|delete|>"]) == [320, 321]
+    assert torch.equal(logits_of(lm.denoiser), logits_of(Denoiser(network, lm.config)))
+    assert lm.infill("The fox[[4]] over", suppress_tokens=(320, 321)).text.startswith("The fox")
 
 
 @pytest.mark.parametrize("text", ["<|mask|>", "<|MASK|>"])
@@ -290,7 +338,7 @@ def test_weights_beyond_float16_are_refused(sdar: Path, tmp_path: Path) -> None:
 def test_sharded_weights_are_read_and_written(sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_denoiser(import_denoiser(str(sdar), tmp_path / "whole"))[0]
     split_into_two_files(sdar)
-    monkeypatch.setattr(importers, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(stored_tensors, "MAX_SHARD_BYTES", 30_000)
     out = import_denoiser(str(sdar), tmp_path / "out")
     assert not (out / "model.safetensors").exists() and len(list(out.glob("model-0*.safetensors"))) > 2
     assert torch.equal(logits_of(load_denoiser(out)[0]), logits_of(whole))
@@ -447,7 +495,7 @@ def test_options_that_do_not_fit_are_refused(options: Any, reason: str, sdar: Pa
 
 
 def test_a_block_size_is_refused_for_models_without_blocks(diffugpt: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="diffugpt models do not decode in blocks; it is for sdar and a2d"):
+    with pytest.raises(ValueError, match="diffugpt models do not decode in blocks; it is for sdar and a2d and fast"):
         import_denoiser(str(diffugpt), tmp_path / "out", block_size=4)
 
 
@@ -458,8 +506,8 @@ def test_an_unknown_diffugpt_needs_its_mask_token(diffugpt: Path, tmp_path: Path
 
 
 def test_unknown_model_types_are_refused(sdar: Path, tmp_path: Path) -> None:
-    write_json(sdar / "config.json", model_type="llada_moe")
-    with pytest.raises(ValueError, match="model_type llada_moe, which cannot be imported; .* Dream, llada, sdar"):
+    write_json(sdar / "config.json", model_type="llada2_moe")
+    with pytest.raises(ValueError, match="model_type llada2_moe, which cannot be imported; .* Dream, llada, llada_moe"):
         import_denoiser(str(sdar), tmp_path / "out")
 
 
