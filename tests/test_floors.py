@@ -26,6 +26,7 @@ FLOORS = {
     "serving.engine": 7,
     "serving.api": 8,
     "serving.bulk": 8,
+    "reinforcement": 8,
     "cli": 9,
     "demo": 10,
     "__main__": 10,

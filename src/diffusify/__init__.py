@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusify.models.recipes import Recipe, ar, block, draft, mlm
     from diffusify.models.uploading import push_to_hub
     from diffusify.planning.plan import plan
+    from diffusify.reinforcement.reinforce import reinforce
     from diffusify.sampling.diffusion_lm import DiffusionLM, load
     from diffusify.sampling.generation import Generation
     from diffusify.sampling.sampling_config import SamplingConfig
@@ -43,6 +44,7 @@ __all__ = [
     "mlm",
     "plan",
     "push_to_hub",
+    "reinforce",
     "schema_regex",
     "tune",
 ]
@@ -60,6 +62,7 @@ _EXPORTS = {
     "diffusify.text.grammar": {"schema_regex"},
     "diffusify.training.adapt": {"adapt"},
     "diffusify.planning.plan": {"plan"},
+    "diffusify.reinforcement.reinforce": {"reinforce"},
     "diffusify.training.tune": {"tune"},
     "diffusify.training.trainer": {"DiffusionTrainer"},
 }

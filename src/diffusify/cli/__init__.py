@@ -22,6 +22,7 @@ from diffusify.cli import (
     merge,
     plan,
     push,
+    reinforce,
     serve,
     show,
     tune,
@@ -39,6 +40,7 @@ COMMANDS = {
     "Make a model": {
         "adapt": adapt.adapt,
         "tune": tune.tune,
+        "reinforce": reinforce.reinforce,
         "merge": merge.merge,
         "import": import_checkpoint.import_checkpoint,
         "export": export.export,

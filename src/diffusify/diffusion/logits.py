@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_SIZE = 128  # positions whose logits exist at once in inference
 TRAINING_CHUNK_SIZE = 512  # positions whose logits exist at once in training
@@ -86,6 +87,20 @@ class LazyLogits:
         """
         result: Any = _ChunkedLoss.apply(self._hidden, self._head, loss, *self._weights)
         return result
+
+    def checkpointed_map(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`function(logits, index)` of all positions, concatenated, with gradient.
+
+        For losses that need the values of all positions at once. The logits are computed again in the backward pass, so
+        at most `TRAINING_CHUNK_SIZE` positions' logits exist at once.
+        """
+
+        def values(hidden: Tensor, index: Tensor) -> Tensor:
+            return function(self._head(hidden, index), index)
+
+        positions, sizes = torch.arange(len(self), device=self._hidden.device), _chunk_sizes(len(self))
+        chunks = zip(self._hidden.split(sizes), positions.split(sizes), strict=True)
+        return torch.cat([checkpoint(values, *chunk, use_reentrant=False) for chunk in chunks])
 
     @property
     def logits(self) -> Float[Tensor, "k v"]:

@@ -5,12 +5,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_IN_PLACE_OF_SDPA = ("sdpa", "tiles", "grouped")
 _EXTENSIONS = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def replace_sdpa(network: PreTrainedModel, name: str) -> None:
-    """Make a network use a registered kernel instead of sdpa; one that was loaded with another kernel keeps it."""
-    if network.config._attn_implementation == "sdpa" and network._can_set_attn_implementation():
+    """Make a network use a registered kernel instead of sdpa, or of an earlier replacement of it.
+
+    A network that was loaded with another kernel keeps it.
+    """
+    if network.config._attn_implementation in _IN_PLACE_OF_SDPA and network._can_set_attn_implementation():
         network.set_attn_implementation(name)
 
 

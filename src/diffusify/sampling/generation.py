@@ -87,7 +87,7 @@ class GenerationRun:
         """
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
         self.settings = [each for each in settings for _ in range(num_candidates)]
-        self._end_token_id, self._banned, self._text = end_token_id, banned, text
+        self.end_token_id, self._banned, self._text = end_token_id, banned, text
         self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended
         self.num_candidates = num_candidates
         self._frames = self._run(denoiser)
@@ -146,7 +146,7 @@ class GenerationRun:
         noise, block_size = config.mask_token_id, config.block_size
         rng = RowGenerators.from_seeds([each.seed for each in self.settings])
         samplers = [
-            each.sampler(config.policy, banned=self._banned, end_token_id=self._end_token_id, constraint=constraint)
+            each.sampler(config.policy, banned=self._banned, end_token_id=self.end_token_id, constraint=constraint)
             for each, constraint in zip(self.settings, self._constraints, strict=True)
         ]
         if settings.tolerance is not None:
@@ -183,7 +183,7 @@ class GenerationRun:
             forwards=self.forwards,
             seconds=self.seconds,
             seed=self.settings[row].seed,
-            finish_reason=None if self._end_token_id is None else "stop" if ended else "length",
+            finish_reason=None if self.end_token_id is None else "stop" if ended else "length",
             **fields,
         )
 
@@ -197,5 +197,5 @@ class GenerationRun:
 
     def _generated(self) -> Bool[Tensor, "b n"]:
         """Mask of the generated tokens before the first generated end token."""
-        ends = end_tokens([self._end_token_id] * len(self.canvas.tokens), self.canvas.tokens.device)
+        ends = end_tokens([self.end_token_id] * len(self.canvas.tokens), self.canvas.tokens.device)
         return self.canvas.written & (generated_ends(self.canvas, ends).long().cumsum(1) == 0)

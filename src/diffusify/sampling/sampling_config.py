@@ -109,7 +109,7 @@ class SamplingConfig:
             raise ValueError(f"guidance={self.guidance} must be at least 0; 0 is no guidance")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 is no penalty")
-        if self.tolerance is not None and (fields := self._stepwise_fields()):
+        if self.tolerance is not None and (fields := self.stepwise_fields()):
             raise ValueError(
                 f"tolerance={self.tolerance} is speculative decoding, without {fields[0]}; leave out {fields[0]}"
             )
@@ -126,9 +126,9 @@ class SamplingConfig:
         if isinstance(config.attention, Causal):
             policy = None if isinstance(self.policy, Policy) else self.policy
             settings = replace(self, steps=None, threshold=None, window=None, policy=policy)
-        return settings if settings._stepwise_fields() else replace(settings, tolerance=0.0)
+        return settings if settings.stepwise_fields() else replace(settings, tolerance=0.0)
 
-    def _stepwise_fields(self) -> list[str]:
+    def stepwise_fields(self) -> list[str]:
         """The names of the fields of stepwise denoising that are set."""
         return [name for name in _STEPWISE if getattr(self, name) != getattr(SamplingConfig, name)]
 

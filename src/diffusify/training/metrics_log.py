@@ -3,12 +3,15 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffusify.training.curve import draw_curve
+
+Draw = Callable[[list[dict[str, Any]], int, Path], None]
 
 
 class MetricsLog(TrainerCallback):
@@ -18,8 +21,9 @@ class MetricsLog(TrainerCallback):
     could not be written are written the next time.
     """
 
-    def __init__(self, folder: Path, tokens_per_step: int) -> None:
-        self.folder, self.tokens_per_step = folder, tokens_per_step
+    def __init__(self, folder: Path, tokens_per_step: int, draw: Draw | None = None) -> None:
+        """`draw` plots a run's log as `draw_curve`, the default, does."""
+        self.folder, self.tokens_per_step, self.draw = folder, tokens_per_step, draw or draw_curve
         self._file_is_valid = False  # whether the file has all earlier entries, so that it is enough to append
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -44,7 +48,7 @@ class MetricsLog(TrainerCallback):
             return
         partial = self.folder / ".saving-curve.png"
         try:
-            draw_curve(state.log_history, self.tokens_per_step, partial)
+            self.draw(state.log_history, self.tokens_per_step, partial)
             os.replace(partial, self.folder / "curve.png")
         except OSError:
             partial.unlink(missing_ok=True)

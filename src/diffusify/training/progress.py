@@ -19,18 +19,20 @@ class TrainingProgress(TrainerCallback):
     If the console is no terminal (a log file), a line takes the bar's place every `LINE_SECONDS`.
     """
 
+    title = "adapting"
+
     def __init__(self, budget: Budget, tokens_per_step: int, console: Console) -> None:
         self.budget, self.tokens_per_step, self.console = budget, tokens_per_step, console
         self.first_step, self.first_second, self.last_line = 0, 0.0, -inf
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("adapting"),
+            TextColumn(self.title),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
             console=console,
             transient=True,
         )
-        self.task = self.bar.add_task("adapting", total=1.0, note="first evaluation")
+        self.task = self.bar.add_task(self.title, total=1.0, note="first evaluation")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step, self.first_second = state.global_step, self.budget.seconds
@@ -42,12 +44,10 @@ class TrainingProgress(TrainerCallback):
         if "loss" not in logs:
             return
         seconds, steps = self.budget.seconds - self.first_second, state.global_step - self.first_step
-        rate = self.tokens_per_step * steps / seconds if seconds else 0.0
         minutes, rest = divmod(round(self.budget.seconds_left), 60)
-        ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
         skipped = f"  {logs['skipped']} skipped" if "skipped" in logs else ""
-        losses = f"loss {logs['loss']:.2f}{ar}{skipped}"
-        note = f"step {state.global_step}  {losses}  {rate:,.0f} tok/s  {minutes}:{rest:02} left"
+        metrics = self.describe_step(logs, steps / seconds if seconds else 0.0)
+        note = f"step {state.global_step}  {metrics}{skipped}  {minutes}:{rest:02} left"
         self.bar.update(self.task, completed=self.budget.progress, note=note)
         if not self.console.is_terminal and monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = monotonic()
@@ -56,11 +56,18 @@ class TrainingProgress(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
     ) -> None:
-        tokens = state.global_step * self.tokens_per_step
-        ar = f"   AR loss {metrics['eval_ar_nll']:.2f}" if "eval_ar_nll" in metrics else ""
-        self.bar.console.print(
-            f"{tokens:>12,} tokens   bound {metrics['eval_bound']:.2f} nats/token ({metrics['eval_bits']:.2f} bits){ar}"
-        )
+        self.bar.console.print(self.describe_evaluation(metrics, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.stop()
+
+    def describe_step(self, logs: dict[str, float], steps_per_second: float) -> str:
+        """The metrics of a step, as the bar shows them."""
+        ar = f"  AR {logs['ar_nll']:.2f}" if "ar_nll" in logs else ""
+        return f"loss {logs['loss']:.2f}{ar}  {self.tokens_per_step * steps_per_second:,.0f} tok/s"
+
+    def describe_evaluation(self, metrics: dict[str, float], step: int) -> str:
+        """The line of an evaluation."""
+        ar = f"   AR loss {metrics['eval_ar_nll']:.2f}" if "eval_ar_nll" in metrics else ""
+        bound = f"bound {metrics['eval_bound']:.2f} nats/token ({metrics['eval_bits']:.2f} bits)"
+        return f"{step * self.tokens_per_step:>12,} tokens   {bound}{ar}"

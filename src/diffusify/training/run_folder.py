@@ -2,13 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -20,7 +20,7 @@ from diffusify.models.recipes import Recipe
 from diffusify.models.saving import fsync_path
 from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget
-from diffusify.training.metrics_log import MetricsLog
+from diffusify.training.metrics_log import Draw, MetricsLog
 from diffusify.training.progress import TrainingProgress
 from diffusify.training.resilience.checkpoints import list_checkpoints, remove_checkpoints, remove_partial_saves
 from diffusify.training.resilience.distributed import all_reduce_max
@@ -73,16 +73,20 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     *,
     rows: Any,
-    held_out: Dataset,
+    held_out: Any,
     length: int,
     budget: Budget,
     console: Console,
     max_skipped: int = 10,
+    make_trainer: Callable[..., DiffusionTrainer] = DiffusionTrainer,
+    make_progress: Callable[..., TrainingProgress] = TrainingProgress,
+    draw: Draw | None = None,
 ) -> Path:
     """Train on packed rows, from the newest valid checkpoint if there is one; save model, curve and log in `out`.
 
-    `settings` are what `run.json` stores; they include the seed and the training options. See `ResilientTrainer` for
-    what ends a run early. Raises OSError if the model cannot be saved.
+    `settings` are what `run.json` stores; they include the seed and the training options. Another kind of training has
+    its own trainer, with rows of its own, its own progress and its own curve. See `ResilientTrainer` for what ends a
+    run early. Raises OSError if the model cannot be saved.
     """
     if isinstance(rows, RowStream):
         check_supported_by_streams(settings["training"])
@@ -100,15 +104,15 @@ def train(
             _check_rows_per_step(out, rows_per_step, args.world_size)
             run = settings | {"rows_per_step": rows_per_step, "frame": to_plain(denoiser.diffusion_config.frame)}
             _write_json(out / "run.json", run, indent=2)
-        progress = TrainingProgress(budget, tokens_per_step, console)
-        trainer = DiffusionTrainer(
+        progress = make_progress(budget, tokens_per_step, console)
+        trainer = make_trainer(
             denoiser,
             recipe,
             args,
             train_dataset=rows,
             eval_dataset=held_out,
             tokenizer=tokenizer,
-            callbacks=[MetricsLog(out, tokens_per_step), progress],
+            callbacks=[MetricsLog(out, tokens_per_step, draw), progress],
             budget=budget,
             max_skipped=max_skipped,
             notify=lambda line: console.print(line, markup=False, soft_wrap=True),

@@ -49,7 +49,7 @@ class DiffusionTrainer(ResilientTrainer):
         args: TrainingArguments,
         *,
         train_dataset: Any = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         budget: Budget | None = None,
@@ -114,8 +114,7 @@ class DiffusionTrainer(ResilientTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        if self.state.global_step >= self.state.max_steps or (self.budget and self.budget.progress >= 1):
-            self.control.should_training_stop = True  # the checkpoint is that of a finished run
+        if self._is_finished():
             return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
@@ -143,6 +142,13 @@ class DiffusionTrainer(ResilientTrainer):
         count, texts = all_counts.view(-1, 2).sum(0).clamp_min(1)
         spans = zip(starts, starts[1:], strict=False)
         return [{"recipe": recipe, "noised": step[a:b], "count": count, "texts": texts} for a, b in spans], count
+
+    def _is_finished(self) -> bool:
+        """Whether the budget is spent, as that of a finished run's checkpoint; training stops then."""
+        if self.state.global_step >= self.state.max_steps or (self.budget and self.budget.progress >= 1):
+            self.control.should_training_stop = True
+            return True
+        return False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
