@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import diffusify
-from diffusify.diffusion.policy_objectives import Espo, Grpo, TraceRl
+from diffusify.cli import app
+from diffusify.diffusion.corruption import PerBlock
+from diffusify.diffusion.objectives import Loss
+from diffusify.diffusion.policy_objectives import Espo, Grpo, TraceRl, token_log_probs
+from diffusify.diffusion.schedules import Linear
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.reinforcement.reinforce import reinforce
-from diffusify.reinforcement.reward_trainer import RewardTrainer
+from diffusify.reinforcement.rewards import Reward
+from diffusify.reinforcement.rollouts import Trace, rollouts_of, stack_rollouts
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget
@@ -41,9 +47,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def models(
-    causal_base: str, masked_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+def models(causal_base: str, masked_base: str, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("policies")
     made = {"block": (causal_base, block()), "ar": (causal_base, ar()), "mlm": (masked_base, mlm(20))}
     options: dict[str, Any] = {"steps": 1, "length": 32, "held_out": 64, "bf16": False}
@@ -70,3 +74,185 @@ def test_rewards_rise(kind: str, policy: Any, models: dict[str, str], questions:
     lines = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
     assert sum(line["split"] == "train" for line in lines) == 12 * 16
     assert diffusify.load(out).generate("cat", max_new_tokens=4).text
+
+
+@pytest.mark.parametrize("kind", ["block-lossless", "block-threshold"])
+def test_scores_are_those_of_the_sampler(kind: str, models: dict[str, str]) -> None:
+    """The canvases of a policy give each token the log-probability that it had when it was sampled."""
+    lm = diffusify.load(models["block"])
+    policy: Any = Grpo() if kind == "block-lossless" else TraceRl()
+    settings = {} if kind == "block-lossless" else {"threshold": 0.02}  # several tokens in a step
+    run = lm.prepare_generation(["The cat sat", "It"], 13, SamplingConfig(temperature=1.0, seed=3, **settings))
+    trace = Trace()
+    trace(run)
+    for frame in run:
+        trace(frame)
+    [first, second] = rollouts_of(run, trace)
+    if kind == "block-threshold":
+        assert first.forwards < first.tokens
+    texts = stack_rollouts([first, second], torch.zeros(2), lm.tokenizer.pad_token_id)
+    noised = policy.canvases(texts, PerBlock(4), Linear(), lm.config.mask_token_id, torch.Generator())
+    found: list[torch.Tensor] = []
+
+    def score(logits: Any, ar_logits: Any) -> Loss:
+        scored = ar_logits if policy.reads_ar_half else logits
+        found.append(token_log_probs(scored, noised.clean[policy.scored(noised)]))
+        return Loss(torch.zeros(()), torch.ones(()), torch.zeros(0), torch.zeros(0))
+
+    with torch.no_grad():
+        lm.denoiser(noised.canvas, noised.text, positions=noised.targets, ar_positions=noised.ar_positions, loss=score)
+    where = policy.scored(noised)
+    log_prob = torch.zeros(where.shape).masked_scatter(where, found[0]).unflatten(0, (2, -1)).sum(1)
+    expected = torch.where(texts.scored, run.score.clone(), 0.0)
+    torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=1e-4)
+
+
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Budget.on_step_end
+
+    def on_step_end(self: Budget, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        real(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Budget, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("block", Lora(4)), ("ar", None)])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    kind: str,
+    lora: Lora | None,
+    models: dict[str, str],
+    questions: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also between two updates with the same texts; the log of texts has each once."""
+
+    def run(name: str) -> Path:
+        options = SMALL | {"steps": 5, "updates": 2}
+        return reinforce(models[kind], questions, tmp_path / name, rewards=vowels, lora=lora, **options)
+
+    undisturbed = run("undisturbed")
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run("interrupted")
+    assert (tmp_path / "interrupted" / "checkpoint-3" / "rollouts.safetensors").is_file()
+    resumed = run("interrupted")
+    for file in sorted(path.name for path in undisturbed.glob("*.safetensors")):
+        first, second = load_file(undisturbed / file), load_file(resumed / file)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (undisturbed / "texts.jsonl").read_text() == (resumed / "texts.jsonl").read_text()
+    assert run("interrupted") == resumed
+
+
+@pytest.mark.parametrize("failure", ["raises", "short", "text", "nothing finite"])
+def test_a_failing_reward_loses_nothing(failure: str, models: dict[str, str], questions: str, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def moody(prompts: list[str], completions: list[str]) -> list[Any]:
+        calls.append(len(completions))
+        if len(calls) != 3:  # the first is that of held-out prompts
+            return vowels(prompts, completions)
+        values: dict[str, Any] = {"short": [1.0], "text": ["good"] * 8, "nothing finite": [float("nan")] * 8}
+        return values[failure]
+
+    def run(name: str, reward: Callable[..., Any]) -> Path:
+        rewards = Reward(reward, "mine")
+        return reinforce(models["block"], questions, tmp_path / name, rewards=rewards, **SMALL)
+
+    with pytest.raises(ValueError, match=r"the last checkpoint is .*checkpoint-1; the same command resumes"):
+        run("failed", moody)
+    expected = load_file(run("undisturbed", vowels) / "model.safetensors")
+    found = load_file(run("failed", vowels) / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_texts_without_a_finite_reward_are_counted(models: dict[str, str], questions: str, tmp_path: Path) -> None:
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        return [float("nan"), *[1.0] * (len(completions) - 1)]
+
+    out = reinforce(models["block"], questions, tmp_path / "out", rewards=reward, **SMALL | {"steps": 2})
+    steps = [entry for entry in log_of(out) if "reward" in entry]
+    assert [entry["bad_rewards"] for entry in steps] == [1, 2]
+    assert all(entry["equal_groups"] == 1 and entry["reward"] == 1 for entry in steps)
+
+
+def test_drafts_learn_and_the_reference_stays(models: dict[str, str], questions: str, tmp_path: Path) -> None:
+    """The model is compared with what it was before, not with itself; without weights nothing is learned."""
+    out = reinforce(models["block"], questions, tmp_path / "out", rewards=vowels, **SMALL)
+    kl = [entry["kl"] for entry in log_of(out) if "kl" in entry]
+    assert kl[0] == 0 and kl[-1] > 0
+    before, _ = load_denoiser(models["block"])
+    still: Any = SMALL | {"policy": Grpo(kl_weight=0.0, drafts=0.0)}
+    same = reinforce(
+        models["block"],
+        questions,
+        tmp_path / "same",
+        rewards=lambda prompts, completions: [1.0] * len(prompts),
+        **still,
+    )
+    after, _ = load_denoiser(same)
+    weights = dict(before.named_parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in after.named_parameters())
+
+
+def test_bad_arguments_are_refused(
+    models: dict[str, str],
+    causal_base: str,
+    corpus: str,
+    questions: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks = adapt(
+        causal_base,
+        corpus,
+        tmp_path / "masks",
+        recipe=block(adapters="masks"),
+        steps=1,
+        length=32,
+        held_out=64,
+        bf16=False,
+    )
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (str(masks), {}, r"act on masks only, so its AR half, the frozen .*adapt .* --recipe block --lora 16"),
+        (causal_base, {}, "is not a diffusion model; make one with"),
+        ("ar", {"policy": Grpo()}, r"Grpo needs a block model .* use Espo \(--policy espo\)"),
+        ("ar", {"policy": TraceRl()}, "TraceRl needs a block model"),
+        ("block", {"policy": Espo()}, r"Espo is for bidirectional models.* use Grpo"),
+        ("block", {"sampling": SamplingConfig(temperature=1.0, top_p=0.9)}, "top_p=0.9 changes the probabilities"),
+        ("block", {"sampling": SamplingConfig(temperature=1.0, tolerance=0.5)}, "tolerance=0.5 keeps drafts"),
+        ("block", {"sampling": SamplingConfig(temperature=1.0, threshold=0.9)}, "threshold decodes by the drafts"),
+        ("block", {"sampling": SamplingConfig()}, "temperature=0 samples equal answers"),
+        ("block", {"group": 1}, "group=1 must be at least 2: the answers to a prompt are compared"),
+        ("block", {"gradient_accumulation_steps": 2}, "follows from prompts and group"),
+        ("block", {"per_device_train_batch_size": 3}, "does not divide the 8 texts of a step .* one of 1, 2, 4, 8"),
+        ("block", {"rewards": "builtin:code"}, "needs the field test, and the records have question, answer"),
+        ("block", {"max_new_tokens": 63}, "every prompt is longer than the 1 tokens"),
+        ("block", {"reward_seconds": 0.0}, "reward_seconds=0.0 must be above 0"),
+    ]
+    for kind, changes, message in cases:
+        options = SMALL | {"rewards": vowels} | changes
+        with pytest.raises(ValueError, match=message):
+            reinforce(models.get(kind, kind), questions, tmp_path / "out", **options)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        reinforce(models["block"], questions, tmp_path / "out", rewards=vowels, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(models: dict[str, str], questions: str, tmp_path: Path) -> None:
+    words = [
+        "reinforce", models["block"], "--data", questions, "--reward", "builtin:math", "--reward", "0.1*builtin:json",
+        "--prompt", "{question}", "--group", "2", "--prompts", "2", "--max-new-tokens", "4", "--steps", "1",
+        "--lora", "2", "--out", str(tmp_path / "out"), "-o", "drafts=0.2", "-o", "held_out=2", "-o", "bf16=false",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["policy"]["drafts"] == 0.2 and run["rewards"][1] == {"name": "builtin:json", "weight": 0.1}
+    assert any("eval_reward_builtin:math" in entry for entry in log_of(tmp_path / "out"))
+    result = CliRunner().invoke(app, ["reinforce", models["block"], "--data", questions])
+    assert result.exit_code == 2

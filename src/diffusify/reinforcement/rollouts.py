@@ -34,7 +34,7 @@ class Rollout:
     step: Tensor
 
 
-class _Trace:
+class Trace:
     """Records the step at which each position was written last, and the forward passes of each row."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ def generate_rollouts(
     their rows have at most `tokens` positions, or those of the largest group. Raises what a generation raises.
     """
     queue = ModelQueue("rollouts", lm, tokens)
-    jobs, traces = [], [_Trace() for _ in groups]
+    jobs, traces = [], [Trace() for _ in groups]
     with torch.inference_mode():
         for (prompts, settings), trace in zip(groups, traces, strict=True):
 
@@ -86,10 +86,11 @@ def generate_rollouts(
     for job in jobs:
         if job.error is not None:
             raise job.error
-    return [each for job, trace in zip(jobs, traces, strict=True) for each in _rollouts(job.work, trace)]
+    return [each for job, trace in zip(jobs, traces, strict=True) for each in rollouts_of(job.work, trace)]
 
 
-def _rollouts(run: GenerationRun, trace: _Trace) -> Iterator[Rollout]:
+def rollouts_of(run: GenerationRun, trace: Trace) -> Iterator[Rollout]:
+    """The rollouts of a finished generation that a trace has followed."""
     results: list[Generation] = run.results()
     ends = end_tokens([run.end_token_id] * len(run.canvas.tokens), run.canvas.tokens.device)
     is_end = generated_ends(run.canvas, ends).long()
