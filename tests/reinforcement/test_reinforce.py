@@ -41,7 +41,10 @@ def vowels(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rewards") / "questions.jsonl"
-    lines = [json.dumps({"question": f"cat {i}", "answer": f"#### {i}"}) + "\n" for i in range(24)]
+    words = [
+        (first, second) for first in ["the", "cat", "dog", "fox"] for second in ["sat", "over", "on", "and", "is", "so"]
+    ]
+    lines = [json.dumps({"question": " ".join(pair), "answer": "#### 7"}) + "\n" for pair in words]
     path.write_text("".join(lines))
     return str(path)
 
@@ -60,10 +63,15 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "training.json").read_text())["log"]
 
 
-POLICIES = [("block", Grpo()), ("block", TraceRl()), ("ar", Espo()), ("mlm", Espo())]
+POLICIES = [
+    pytest.param("block", Grpo(), id="grpo"),
+    pytest.param("block", TraceRl(), id="tracerl", marks=pytest.mark.slow),
+    pytest.param("ar", Espo(), id="espo-ar", marks=pytest.mark.slow),
+    pytest.param("mlm", Espo(), id="espo-mlm", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("kind", "policy"), POLICIES, ids=["grpo", "tracerl", "espo-ar", "espo-mlm"])
+@pytest.mark.parametrize(("kind", "policy"), POLICIES)
 def test_rewards_rise(kind: str, policy: Any, models: dict[str, str], questions: str, tmp_path: Path) -> None:
     options = SMALL | {"steps": 12, "group": 8}
     out = reinforce(models[kind], questions, tmp_path / "out", rewards=vowels, policy=policy, **options)
@@ -81,7 +89,7 @@ def test_scores_are_those_of_the_sampler(kind: str, models: dict[str, str]) -> N
     """The canvases of a policy give each token the log-probability that it had when it was sampled."""
     lm = diffusify.load(models["block"])
     policy: Any = Grpo() if kind == "block-lossless" else TraceRl()
-    settings = {} if kind == "block-lossless" else {"threshold": 0.02}  # several tokens in a step
+    settings = {} if kind == "block-lossless" else {"threshold": 0.003}  # several tokens in a step
     run = lm.prepare_generation(["The cat sat", "It"], 13, SamplingConfig(temperature=1.0, seed=3, **settings))
     trace = Trace()
     trace(run)
@@ -147,7 +155,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert run("interrupted") == resumed
 
 
-@pytest.mark.parametrize("failure", ["raises", "short", "text", "nothing finite"])
+@pytest.mark.parametrize("failure", ["raises", "nothing finite"])
 def test_a_failing_reward_loses_nothing(failure: str, models: dict[str, str], questions: str, tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -155,12 +163,13 @@ def test_a_failing_reward_loses_nothing(failure: str, models: dict[str, str], qu
         calls.append(len(completions))
         if len(calls) != 3:  # the first is that of held-out prompts
             return vowels(prompts, completions)
-        values: dict[str, Any] = {"short": [1.0], "text": ["good"] * 8, "nothing finite": [float("nan")] * 8}
-        return values[failure]
+        if failure == "raises":
+            raise OSError("no disk")
+        return [float("nan")] * len(completions)
 
     def run(name: str, reward: Callable[..., Any]) -> Path:
         rewards = Reward(reward, "mine")
-        return reinforce(models["block"], questions, tmp_path / name, rewards=rewards, **SMALL)
+        return reinforce(models["block"], questions, tmp_path / name, rewards=rewards, **SMALL | {"steps": 2})
 
     with pytest.raises(ValueError, match=r"the last checkpoint is .*checkpoint-1; the same command resumes"):
         run("failed", moody)
@@ -183,7 +192,7 @@ def test_drafts_learn_and_the_reference_stays(models: dict[str, str], questions:
     """The model is compared with what it was before, not with itself; without weights nothing is learned."""
     out = reinforce(models["block"], questions, tmp_path / "out", rewards=vowels, **SMALL)
     kl = [entry["kl"] for entry in log_of(out) if "kl" in entry]
-    assert kl[0] == 0 and kl[-1] > 0
+    assert kl[0] < 1e-9 < kl[-1]
     before, _ = load_denoiser(models["block"])
     still: Any = SMALL | {"policy": Grpo(kl_weight=0.0, drafts=0.0)}
     same = reinforce(

@@ -13,7 +13,7 @@ from diffusify.reinforcement.rewards import Reward, RewardError, make_rewards
 def measured(name: str, texts: list[str], **columns: list[Any]) -> list[float]:
     [reward] = make_rewards(name)
     reward.check_columns(list(columns))
-    return reward(["?"] * len(texts), texts, columns, seconds=60).tolist()
+    return reward(["?"] * len(texts), texts, columns, seconds=60.0).tolist()
 
 
 def test_builtin_rewards() -> None:
@@ -31,7 +31,7 @@ def test_builtin_rewards() -> None:
 def test_a_chat_s_completion_is_a_message() -> None:
     [reward] = make_rewards("builtin:json")
     chats = [[{"role": "assistant", "content": "{}"}], [{"role": "assistant", "content": "no"}]]
-    assert reward([[], []], chats, {}, seconds=60).tolist() == [1, 0]
+    assert reward([[], []], chats, {}, seconds=60.0).tolist() == [1, 0]
 
 
 def test_functions_by_name_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_functions_by_name_with_weights(tmp_path: Path, monkeypatch: pytest.Monk
         ("my_rewards:short", 0.5), ("my_rewards.py:short", 1.0), ("builtin:json", -2.0),
     ]  # fmt: skip
     columns = {"limit": [3, 3], "other": [1, 2]}  # it takes only `limit`
-    assert rewards[0](["", ""], ["ab", "abc"], columns, seconds=60).tolist() == [1, 0]
+    assert rewards[0](["", ""], ["ab", "abc"], columns, seconds=60.0).tolist() == [1, 0]
     with pytest.raises(ValueError, match="needs the field limit, and the records have other"):
         rewards[0].check_columns(["other"])
     for name, message in {

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.training.worlds", "diffusify.training.adapt"])
+_context.set_forkserver_preload(["tests.training.worlds", "diffusify.reinforcement.reinforce"])
 torch.set_num_threads(1)
 
 
@@ -215,3 +215,12 @@ def adapt_until_killed(step: int | None, base: str, corpus: str, out: Path, opti
 
     Budget.on_step_end = on_step_end  # pyright: ignore[reportAttributeAccessIssue]
     adapt(base, corpus, out, console=Console(quiet=True), **options)
+
+
+def reinforce_until_killed(model: str, data: str, out: Path, options: dict[str, Any]) -> None:
+    """Run `reinforce` until the test kills this process."""
+    from rich.console import Console
+
+    from diffusify.reinforcement.reinforce import reinforce
+
+    reinforce(model, data, out, console=Console(quiet=True), **options)

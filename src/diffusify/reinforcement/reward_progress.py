@@ -14,6 +14,8 @@ class RewardProgress(TrainingProgress):
     title = "learning"
 
     def describe_step(self, logs: dict[str, float], steps_per_second: float) -> str:
+        if "reward" not in logs:  # another update with the same texts
+            return f"loss {logs['loss']:.3f}"
         kl = f"  KL {logs['kl']:.3f}" if "kl" in logs else ""
         bad = f"  {logs['bad_rewards']:,} bad rewards" if "bad_rewards" in logs else ""
         return (

@@ -76,13 +76,13 @@ def columns_of(prompts: list[RewardPrompt]) -> dict[str, list[Any]]:
 def split_off_held_out(
     prompts: list[RewardPrompt], count: int, order: list[int]
 ) -> tuple[list[RewardPrompt], list[RewardPrompt]]:
-    """Split prompts into (train, held out): at most `count` different prompts and a tenth of all, the first in `order`.
+    """Split prompts into (train, held out): the first `count` different prompts in `order`, at most a tenth of all.
 
-    No prompt is in both.
+    No prompt is in both. At least one is held out if there are two, unless `count` is 0.
     """
     keys = [tuple(prompt.ids) for prompt in prompts]
     distinct = list(dict.fromkeys(keys[index] for index in order))
-    held = set(distinct[: min(count, len(distinct) // 10)])
+    held = set(distinct[: min(count, max(1, len(distinct) // 10), len(distinct) - 1)])
     first = dict(zip(reversed(keys), reversed(prompts), strict=True))  # each held-out prompt once
     train = [prompt for key, prompt in zip(keys, prompts, strict=True) if key not in held]
     return train, [first[key] for key in distinct if key in held]
