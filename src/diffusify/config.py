@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from diffusify.diffusion.attention import AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.policies import Policy, Unmask
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
@@ -122,6 +123,12 @@ class DiffusionConfig:
     longest_answer: int | None = None  # the largest length that the length head predicts; no head if unset
     frame: DocumentFrame = DocumentFrame()
     adapters: Literal["all", "masks"] = "all"  # the rows of a forward pass that adapters act on, if there are any
+    length_tokens: LengthTokens | None = None  # for models that change the length of masked spans while they fill them
+
+    @property
+    def added_token_ids(self) -> tuple[int, ...]:
+        """The tokens that a base does not have: the mask token and the length tokens."""
+        return (self.mask_token_id, *([] if self.length_tokens is None else self.length_tokens.ids))
 
     def __post_init__(self) -> None:
         if self.shift not in (0, 1):

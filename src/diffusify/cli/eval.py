@@ -75,6 +75,13 @@ def eval_(
             rich_help_panel="Sampling",
         ),
     ] = 1,
+    span_length: Annotated[
+        Literal["told", "unknown"],
+        typer.Option(
+            help="Whether a bidirectional model is told the number of tokens of a span to fill.",
+            rich_help_panel="Sampling",
+        ),
+    ] = "told",
     preset: Preset = None,
     temperature: Temperature = None,
     steps: Steps = None,
@@ -140,6 +147,7 @@ def eval_(
             measure=MEASURES[likelihood] if likelihood else None,
             sampling=replace(settings, **{name: value for name, value in changes.items() if value is not None}),
             tries=tries,
+            span_length=span_length,
             steps=sweep_steps,
             free=free,
             texts=tuple(dict(row)["text"] for row in load_texts(texts)) if texts else (),

@@ -13,6 +13,7 @@ from diffusify.cli.sampling_options import (
     Preset,
     Regex,
     RepetitionPenalty,
+    Rerank,
     Seed,
     Settings,
     Steps,
@@ -33,8 +34,8 @@ def infill(
     text: Annotated[
         str | None,
         typer.Argument(
-            help=r"Text with masked spans: [[8]] is a span of 8 tokens, [[3-12]] a span of 3 to 12 tokens. Write \\[[ "
-            "for two literal brackets.",
+            help=r"Text with masked spans: [[8]] is a span of 8 tokens, [[3-12]] a span of 3 to 12 tokens, [[...]] a "
+            r"span of unknown length. Write \\[[ for two literal brackets.",
             show_default="required without --input",
         ),
     ] = None,
@@ -50,6 +51,7 @@ def infill(
     repetition_penalty: RepetitionPenalty = None,
     guidance: Guidance = None,
     regex: Regex = None,
+    rerank: Rerank = None,
     seed: Seed = None,
     steps: Steps = None,
     threshold: Threshold = None,

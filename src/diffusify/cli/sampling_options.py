@@ -86,6 +86,15 @@ Seed = Annotated[
     int | None,
     typer.Option(help="Random seed. The same seed gives the same text.", show_default="0", rich_help_panel=_SAMPLING),
 ]
+Rerank = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of fillings, of which the text is kept that the model's autoregressive half finds likeliest "
+        "(recipe block with infilling).",
+        show_default="no reranking",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.length_tokens import Columns
 from diffusify.diffusion.schedules import NoiseSchedule
 
 
@@ -123,7 +124,8 @@ class Noised:
 
     `ar_positions` marks the positions whose next-token prediction is also trained on the clean text (the AR co-loss).
     `weight` is that of each position's loss, 0 where no prediction is trained. Each text has `views` canvases in
-    consecutive rows.
+    consecutive rows. If masked spans were resized (`LengthNoise`), `resized_from` has the clean canvases before, and
+    where each position was in them.
     """
 
     canvas: Canvas
@@ -132,6 +134,7 @@ class Noised:
     ar_positions: Bool[Tensor, "b n"]
     weight: Float[Tensor, "b n"]
     views: int = 1
+    resized_from: tuple[Canvas, Columns] | None = None
 
     @property
     def targets(self) -> Bool[Tensor, "b n"]:
@@ -145,12 +148,14 @@ class Noised:
 
     def __getitem__(self, rows: slice) -> "Noised":
         clean, t, ar_positions, weight = (x[rows] for x in (self.clean, self.t, self.ar_positions, self.weight))
-        return Noised(self.canvas[rows], clean, t, ar_positions, weight, self.views)
+        source = None if self.resized_from is None else (self.resized_from[0][rows], self.resized_from[1][rows])
+        return Noised(self.canvas[rows], clean, t, ar_positions, weight, self.views, source)
 
     def to(self, device: torch.device | str) -> "Noised":
         """The batch on a device."""
         clean, t, ar_positions, weight = (x.to(device) for x in (self.clean, self.t, self.ar_positions, self.weight))
-        return Noised(self.canvas.to(device), clean, t, ar_positions, weight, self.views)
+        source = None if self.resized_from is None else tuple(each.to(device) for each in self.resized_from)
+        return Noised(self.canvas.to(device), clean, t, ar_positions, weight, self.views, source)
 
 
 @dataclass(frozen=True)

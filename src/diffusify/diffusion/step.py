@@ -5,7 +5,7 @@ Axes: b texts, n positions, k selected positions (row by row), v vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess
+from diffusify.diffusion.length_tokens import Columns
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.precision import widest_float
 from diffusify.diffusion.rng import RowGenerators
@@ -55,6 +56,18 @@ class StepState:
             tokens[row, position], score[row, position] = picked, log_prob.to(score.dtype)
             done += len(chunk)
         return Guess(tokens, score)
+
+    def moved(self, columns: Columns) -> "StepState":
+        """The state with positions in other columns; positions that are new or gone have no logits."""
+        kept = columns.counts(self.positions.shape[1]) == 1
+        return replace(
+            self,
+            canvas=columns.take_canvas(self.canvas),
+            score=columns.take(self.score),
+            positions=columns.take(self.positions & kept, False),
+            logits=self.logits[kept[self.positions]],
+            window=columns.take(self.window, False),
+        )
 
     @property
     def window_size(self) -> Int[Tensor, " b"]:

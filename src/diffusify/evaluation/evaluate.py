@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusify.config import DiffusionConfig, to_current, to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
-from diffusify.evaluation.scoring import ItemScore, score
+from diffusify.evaluation.scoring import ItemScore, SpanLength, score
 from diffusify.evaluation.tasks import Item, item_checksum
 from diffusify.models.saving import checksum
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -51,16 +51,19 @@ def evaluate(
     measure: Measure | None = None,
     sampling: SamplingConfig = SamplingConfig(),
     tries: int = 1,
+    span_length: SpanLength = "told",
     progress: Callable[[str, int], None] = lambda task, done: None,
 ) -> dict[str, list[ItemScore]]:
     """Score every item. Scores are saved in a file per task in `folder`, and saved ones are not computed again.
 
-    `progress` is called after each item with the task and the number of scored items. ValueError if the folder holds an
-    evaluation with other settings or items.
+    `tries` and `span_length` are those of `score`. `progress` is called after each item with the task and the number of
+    scored items. ValueError if the folder holds an evaluation with other settings or items.
     """
     measure, sampling = measure or best_measure(lm.denoiser), lm.with_defaults(sampling)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
     plain = {name: to_plain(value) for name, value in settings.items()}
+    if span_length != "told":  # earlier versions saved nothing
+        plain["span_length"] = span_length
     _check_settings(folder, plain | {"weights": checksum(lm.denoiser)})
     results = {}
     for name, items in tasks.items():
@@ -70,7 +73,7 @@ def evaluate(
             raise ValueError(f"{file} holds the scores of other items; give another folder, or delete it")
         progress(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
-            for scored in score(lm, items[len(done) :], measure, sampling, tries=tries):
+            for scored in score(lm, items[len(done) :], measure, sampling, tries=tries, span_length=span_length):
                 line = json.dumps(asdict(replace(scored, item=checksums[len(done)])))
                 done.append(ItemScore(**json.loads(line)))  # as a resumed evaluation reads it
                 lines.write(line + "\n")

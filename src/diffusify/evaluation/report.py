@@ -13,6 +13,7 @@ from diffusify.evaluation.bits_per_byte import bits_per_byte
 from diffusify.evaluation.evaluate import difference, evaluate, score_row
 from diffusify.evaluation.html_report import Report, calibration_curve, line_plot, step_colored
 from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo, TokenByToken, best_measure
+from diffusify.evaluation.scoring import SpanLength
 from diffusify.evaluation.tasks import Item, MultipleChoice
 from diffusify.evaluation.text_metrics import distinct, entropy, perplexity
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -39,6 +40,7 @@ class EvalPlan:
     measure: Measure | None = None
     sampling: SamplingConfig = SamplingConfig()
     tries: int = 1
+    span_length: SpanLength = "told"
     steps: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     free: int = 0
@@ -63,7 +65,14 @@ def report(
 
         measure = best_measure(lm.denoiser) if subfolder == "baseline" else plan.measure
         return evaluate(
-            lm, tasks, folder / subfolder, measure=measure, sampling=sampling, tries=plan.tries, progress=task_progress
+            lm,
+            tasks,
+            folder / subfolder,
+            measure=measure,
+            sampling=sampling,
+            tries=plan.tries,
+            span_length=plan.span_length,
+            progress=task_progress,
         )
 
     name, lm = model

@@ -6,7 +6,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -17,8 +17,11 @@ from diffusify.evaluation.sandbox import runs_without_error
 from diffusify.evaluation.tasks import Infill, Item, MultipleChoice, OpenEnded
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.text.prompts import UNKNOWN_LENGTH, InfillText
 
 BATCH_SIZE = 16  # items whose texts are generated together
+
+SpanLength = Literal["told", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,17 @@ class ItemScore:
 
 
 def score(
-    lm: DiffusionLM, items: Sequence[Item], measure: Measure, sampling: SamplingConfig, *, tries: int = 1
+    lm: DiffusionLM,
+    items: Sequence[Item],
+    measure: Measure,
+    sampling: SamplingConfig,
+    *,
+    tries: int = 1,
+    span_length: SpanLength = "told",
 ) -> Iterator[ItemScore]:
     """Score items in order; all items must be of one kind.
+
+    `span_length` says whether bidirectional models are told the length of a span to fill, or have to find it.
 
     With several `tries`, the most frequent answer counts (self-consistency), and the score `hit` says whether any was
     correct. If an item exceeds the model's context, its text is truncated where it is farthest from the choices, answer
@@ -48,7 +59,7 @@ def score(
     for start in range(0, len(items) - len(choices), BATCH_SIZE):
         batch = items[start : start + BATCH_SIZE]
         yield from _score_answers(lm, [item for item in batch if isinstance(item, OpenEnded)], sampling, tries)
-        yield from _score_infills(lm, [item for item in batch if isinstance(item, Infill)], sampling)
+        yield from _score_infills(lm, [item for item in batch if isinstance(item, Infill)], sampling, span_length)
 
 
 def likelihood_request(lm: DiffusionLM, item: MultipleChoice) -> LikelihoodRequest:
@@ -134,7 +145,9 @@ def normalize_answer(text: str) -> str:
     return next(filter(None, forms), "")
 
 
-def _score_infills(lm: DiffusionLM, items: list[Infill], sampling: SamplingConfig) -> Iterator[ItemScore]:
+def _score_infills(
+    lm: DiffusionLM, items: list[Infill], sampling: SamplingConfig, span_length: SpanLength
+) -> Iterator[ItemScore]:
     """Score infilling; a model that does not attend to the text after a span continues the text before it."""
     if not items:
         return
@@ -145,8 +158,10 @@ def _score_infills(lm: DiffusionLM, items: list[Infill], sampling: SamplingConfi
     if bidirectional:
         if lm.config.infilling is not None:  # drafting is for generation from left to right
             settings = [replace(one, tolerance=None) for one in settings]
-        sides = [_truncate_sides(lm, item, available - length) for item, length in zip(items, lengths, strict=True)]
-        texts = [f"{_escape(a)}[[{length}]]{_escape(b)}" for (a, b, _), length in zip(sides, lengths, strict=True)]
+        unknown = UNKNOWN_LENGTH[: max(1, available // 2)]
+        spans = [range(length, length + 1) if span_length == "told" else unknown for length in lengths]
+        sides = [_truncate_sides(lm, item, available - span[-1]) for item, span in zip(items, spans, strict=True)]
+        texts: list[InfillText] = [[a, span, b] for (a, b, _), span in zip(sides, spans, strict=True)]
         results = lm.prepare_infilling(texts, settings).results()
         generated = [result.spans[0] if result.spans else "" for result in results]
         cuts = [cut for _, _, cut in sides]
@@ -164,7 +179,7 @@ def _score_infills(lm: DiffusionLM, items: list[Infill], sampling: SamplingConfi
         else:
             values = rouge.score(item.middle, text)
             scores = {name: float(values[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
-        yield ItemScore(scores, {"wrote": text, "cut": cut})
+        yield ItemScore(scores, {"wrote": text, "forwards": results[0].forwards, "cut": cut})
 
 
 def _truncate_sides(lm: DiffusionLM, item: Infill, length: int) -> tuple[str, str, int]:
@@ -177,11 +192,6 @@ def _truncate_sides(lm: DiffusionLM, item: Infill, length: int) -> tuple[str, st
         left, right = nearest_tokens(*sides, keep)
         before, after, keep = decode(left, continues=True), decode(right, continues=True), keep - 1
     return before, after, sum(map(len, sides)) - size
-
-
-def _escape(text: str) -> str:
-    """Escape brackets, which would mark a span to infill."""
-    return text.replace("[[", r"\[[")
 
 
 def _context_length(lm: DiffusionLM) -> int:

@@ -36,12 +36,14 @@ class Prediction:
     `logits` has shape `[b, n, v]` for all canvas positions, or `[k, v]` for the requested ones, row by row; the mask
     token's is always -inf. `ar_logits` are the next-token logits of the clean text. `length_logits` are the length
     head's, one row for each text with editable positions, if requested. With a `loss`, both other logits are empty.
+    `layers` are the outputs of all layers, if requested.
     """
 
     logits: Float[Tensor, "*positions v"]
     ar_logits: Float[Tensor, "j v"]
     length_logits: Float[Tensor, "t l"] | None = None
     loss: Loss | None = None
+    layers: tuple[Float[Tensor, "b m d"], ...] = ()
 
 
 class Denoiser(nn.Module):
@@ -77,6 +79,7 @@ class Denoiser(nn.Module):
         self._head_parameters: tuple[list[int], tuple[Tensor, ...]] = ([], ())
         self.unused_token_ids: Tensor | None
         self.register_buffer("unused_token_ids", None, persistent=False)
+        self.resizes_spans = False  # whether the length tokens are predicted in inference
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
@@ -104,6 +107,13 @@ class Denoiser(nn.Module):
         other.diffusion_config = self.diffusion_config.infiller
         return other
 
+    @property
+    def resizing(self) -> "Denoiser":
+        """The same network, which also predicts the length tokens (see `project`); the weights are shared."""
+        other = copy(self)
+        other.resizes_spans = True
+        return other
+
     def texts_per_pass(self, texts: int) -> int:
         """The number of texts that share a forward pass with a call for `texts` of them: these alone."""
         return texts
@@ -127,14 +137,15 @@ class Denoiser(nn.Module):
         ar_positions: Bool[Tensor, "b n"] | None = None,
         attention: AttentionPattern | None = None,
         return_lengths: bool = False,
+        return_layers: bool = False,
         loss: Callable[[LazyLogits, LazyLogits], Loss] | None = None,
     ) -> Prediction:
         """Predict the tokens at all positions, or at `positions` alone, and the clean text's at `ar_positions`.
 
         `clean` is the finished text, given in training only; several canvases of one text are consecutive rows that
-        share it. `attention` replaces the diffusion config's pattern (annealing). `return_lengths` also runs the
-        length head, which reads the prompts alone. `loss` receives the logits and the AR logits before they are
-        projected to the vocabulary, and its result is returned in their place.
+        share it. `attention` replaces the diffusion config's pattern (annealing). `return_lengths` also runs the length
+        head, which reads the prompts alone; `return_layers` returns the layers' outputs. `loss` receives the logits and
+        the AR logits before they are projected to the vocabulary, and its result is returned in their place.
         """
         pattern = self.diffusion_config.attention if attention is None else attention
         if positions is not None and clean is None and isinstance(pattern, BlockCausal):
@@ -146,16 +157,17 @@ class Denoiser(nn.Module):
             inputs = inputs.keep_only(needed)
         index = inputs.flat_index(inputs.output_index, torch.ones_like(canvas.open) if positions is None else positions)
         ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
-        hidden, sizes = self.hidden_states(inputs, torch.cat([index, ar_index])), [len(index), len(ar_index)]
+        index, sizes = torch.cat([index, ar_index]), [len(index), len(ar_index)]
+        layers, hidden = self.layer_states(inputs, index) if return_layers else ((), self.hidden_states(inputs, index))
         length_logits = self.length_logits(canvas) if return_lengths else None
         if loss is not None:
             empty = hidden.new_empty(0, self.vocab_size)
             weights = self.head_parameters(hidden)
             value = loss(*(self.lazy_logits(chunk, weights) for chunk in hidden.split(sizes)))
-            return Prediction(empty, empty, length_logits, value)
+            return Prediction(empty, empty, length_logits, value, layers)
         logits, ar_logits = self.project(hidden).split(sizes)
         logits = logits.unflatten(0, canvas.tokens.shape) if positions is None else logits
-        return Prediction(logits, ar_logits, length_logits)
+        return Prediction(logits, ar_logits, length_logits, layers=layers)
 
     def length_logits(self, canvas: Canvas) -> Float[Tensor, "t l"]:
         """The length head's logits; index i stands for an answer of i + 1 tokens, its end token included."""
@@ -192,6 +204,15 @@ class Denoiser(nn.Module):
         hidden = hidden.flatten(0, 1)
         return hidden[index.to(hidden.device)].to(self.device)  # the last layer may lie on another device
 
+    def layer_states(
+        self, inputs: AttentionInputs, index: Int[Tensor, " k"]
+    ) -> tuple[tuple[Float[Tensor, "b m d"], ...], Float[Tensor, "k d"]]:
+        """The outputs of all layers, and the body's hidden states at `index` (see `hidden_states`)."""
+        output = self._run_body(inputs, output_hidden_states=True)
+        self._output_class = type(output)
+        hidden = output.last_hidden_state.flatten(0, 1)[index.to(output.last_hidden_state.device)]
+        return tuple(layer.to(self.device) for layer in output.hidden_states[1:]), hidden.to(self.device)
+
     def lazy_logits(self, hidden: Float[Tensor, "k d"], weights: tuple[Tensor, ...] = ()) -> LazyLogits:
         """Logits that `project` computes from hidden states when they are read; `weights` get gradients, too."""
         return LazyLogits(hidden, lambda chunk, index: self.project(chunk), weights)
@@ -216,7 +237,7 @@ class Denoiser(nn.Module):
         """The logits of hidden states, by the network's own forward pass with its body replaced.
 
         So soft caps, scales and heads of several layers are the network's own. The logits of the mask token and of ids
-        without a token are -inf.
+        without a token are -inf, and in inference those of the length tokens, unless spans are to be resized.
         """
         prefix, body = self.network.base_model_prefix, self.network.base_model
         setattr(self.network, prefix, _FixedBody(self._output_class(last_hidden_state=hidden[None])))
@@ -227,6 +248,12 @@ class Denoiser(nn.Module):
         logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # outside autograd, so its gradient is 0
         if self.unused_token_ids is not None:
             logits.detach().index_fill_(1, self.unused_token_ids, -torch.inf)
+        return self._without_length_tokens(logits)
+
+    def _without_length_tokens(self, logits: Float[Tensor, "k v"]) -> Float[Tensor, "k v"]:
+        tokens = self.diffusion_config.length_tokens
+        if tokens is not None and not (self.training or self.resizes_spans):
+            logits.detach()[:, tokens.ids] = -torch.inf
         return logits
 
     @property
@@ -247,9 +274,9 @@ class Denoiser(nn.Module):
         self._output_class = type(output)
         return torch.cat([output.last_hidden_state, text_hidden], 1)
 
-    def _run_body(self, inputs: AttentionInputs, past: Cache | None = None) -> Any:
-        """The output of the network without its head."""
-        kwargs = self._forward_kwargs if past is None else {"past_key_values": past, "use_cache": True}
+    def _run_body(self, inputs: AttentionInputs, past: Cache | None = None, **more: Any) -> Any:
+        """The output of the network without its head; `more` are arguments of the network."""
+        kwargs = more | (self._forward_kwargs if past is None else {"past_key_values": past, "use_cache": True})
         width = (inputs.position_ids if inputs.key_position_ids is None else inputs.key_position_ids).shape[1]
         windows = {kind: w if w and w < width else None for kind, w in self._sliding_windows.items()}
         limited = any(windows.values())

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diffusify.config import DiffusionConfig
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.bundled import find_model
 from diffusify.models.loading import num_embeddings
 from diffusify.models.logging import quiet_transformers
@@ -31,8 +32,8 @@ from diffusify.models.mask_adapters import (
 class Lora:
     """The settings of LoRA adapters on every linear layer, scaled by alpha / rank (alpha: twice the rank if unset).
 
-    `embeddings` names the embeddings that are trained as well: the mask token's, which the base was hardly trained on,
-    or `all` (DiffuLLaMA). ValueError if the rank is below 1.
+    `embeddings` names the embeddings that are trained as well: those of the mask token and the length tokens, on which
+    the base was hardly trained, or `all` (DiffuLLaMA). ValueError if the rank is below 1.
     """
 
     rank: int = 16
@@ -50,12 +51,17 @@ def default_lora(lora: Lora | None, rows: Literal["all", "masks"]) -> Lora | Non
 
 
 def add_lora(
-    network: PreTrainedModel, lora: Lora, mask_token_id: int, base: str, rows: Literal["all", "masks"] = "all"
+    network: PreTrainedModel,
+    lora: Lora,
+    mask_token_id: int,
+    base: str,
+    rows: Literal["all", "masks"] = "all",
+    length_tokens: LengthTokens | None = None,
 ) -> None:
     """Add new adapters, which do not change the network's outputs yet, and freeze all other weights.
 
-    They act on all `rows` of a forward pass or only where the input is a mask. ValueError if they are for masks only
-    and all embeddings are to be trained.
+    They act on all `rows` of a forward pass or only where the input is a mask. The weights of the length tokens in the
+    head are trained as well. ValueError if the adapters are for masks only and all embeddings are to be trained.
     """
     base = str(Path(base).absolute()) if Path(base).exists() else base
     alpha = lora.alpha or 2 * lora.rank
@@ -64,8 +70,13 @@ def add_lora(
             raise ValueError("embeddings='all' changes clean text, which adapters='masks' keeps; leave embeddings out")
         add_mask_adapters(network, lora.rank, alpha, mask_token_id, base)
         return
+    length_ids = [] if length_tokens is None else length_tokens.ids
     every_id = list(range(num_embeddings(network)))
-    trained = [mask_token_id] if lora.embeddings == "mask" else every_id
+    trained: Any = [mask_token_id, *length_ids] if lora.embeddings == "mask" else every_id
+    head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
+    if length_ids and head is not None and head.weight is not embeddings.weight:  # PEFT trains both if they are tied
+        names = {id(module): name for name, module in network.named_modules()}
+        trained = {names[id(embeddings)]: trained, names[id(head)]: length_ids}
     _attach(network, peft_config(network, lora.rank, alpha, base, trainable_token_indices=trained))
 
 
@@ -91,10 +102,12 @@ def adapter_base(folder: Path) -> str | None:
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
-def check_lora(model: str, lora: Lora | None, rows: Literal["all", "masks"] = "all") -> None:
+def check_lora(
+    model: str, lora: Lora | None, rows: Literal["all", "masks"] = "all", *, length_tokens: bool = False
+) -> None:
     """Check that the adapters of a model, if it has some, can be trained further on `rows` of a forward pass.
 
-    ValueError if new ones are requested, or if they act on other rows.
+    ValueError if new ones are requested, if they act on other rows, or if they need `length_tokens` and have none.
     """
     if (folder := find_model(model)) is None or (base := adapter_base(folder)) is None:
         return
@@ -102,6 +115,11 @@ def check_lora(model: str, lora: Lora | None, rows: Literal["all", "masks"] = "a
         raise ValueError(
             f"{model} holds adapters='{own}', and the recipe needs adapters='{rows}'; omit --recipe, or start from "
             f"the base {base}"
+        )
+    if length_tokens and DiffusionConfig.load(folder).length_tokens is None:
+        raise ValueError(
+            f"{model} holds adapters that train no length tokens, which variable_length=True needs; start from the "
+            f"base {base}, or merge them into full weights first: diffusify merge {model} --out DIR"
         )
     if lora is not None:
         raise ValueError(

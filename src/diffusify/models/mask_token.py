@@ -1,4 +1,4 @@
-"""The mask token of a model: found in its vocabulary, added to it, or chosen."""
+"""The special tokens of a diffusion model: its mask token, found in the vocabulary or added, and length tokens."""
 
 import re
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.loading import Base, num_embeddings
 
 NEW_MASK_TOKEN = "<|mask|>"
@@ -26,8 +27,7 @@ def ensure_mask_token(base: Base, chosen: int | None = None) -> int:
     without a role, else a new `<|mask|>`, whose embedding (a spare row, or one row more) becomes the mean of the
     others. ValueError if the base has another mask token than `chosen`, or cannot have that one.
     """
-    network, tokenizer = base.network, base.tokenizer
-    is_new = False
+    tokenizer, is_new = base.tokenizer, False
     if chosen is not None and tokenizer.mask_token_id is None:
         is_new = assign_mask_token(tokenizer, chosen)
     elif chosen not in (None, tokenizer.mask_token_id):
@@ -36,16 +36,26 @@ def ensure_mask_token(base: Base, chosen: int | None = None) -> int:
             f"({tokenizer.mask_token_id}) already; leave mask_token_id out"
         )
     elif tokenizer.mask_token_id is None:
-        unused = _unused_token(network, tokenizer)
+        unused = _unused_token(base.network, tokenizer)
         tokenizer.add_special_tokens({"mask_token": unused or NEW_MASK_TOKEN})
         is_new = unused is None
     mask_token_id: int = tokenizer.mask_token_id  # pyright: ignore[reportAssignmentType]  (one token, one id)
-    if mask_token_id >= num_embeddings(network):
-        network.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-        is_new = True
-    if is_new:
-        _set_to_mean(network, mask_token_id)
+    _ensure_embedding(base.network, mask_token_id, is_new=is_new)
     return mask_token_id
+
+
+def ensure_length_tokens(base: Base) -> LengthTokens:
+    """The ids of `<|expand|>` and `<|delete|>`, which become special tokens of the tokenizer. Changes `base`.
+
+    The embeddings of new ones become the mean of the others.
+    """
+    names = ["<|expand|>", "<|delete|>"]
+    new = [name for name in names if name not in base.tokenizer.get_vocab()]
+    base.tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    expand, delete = (base.tokenizer.get_vocab()[name] for name in names)
+    for name, token in zip(names, (expand, delete), strict=True):
+        _ensure_embedding(base.network, token, is_new=name in new)
+    return LengthTokens(expand, delete)
 
 
 def assign_mask_token(tokenizer: Any, mask_token_id: int) -> bool:
@@ -83,6 +93,15 @@ def _unused_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     )
     special = [t.content for t in unused if t.special and not _HAS_ROLE.search(t.content)]
     return next(iter(reserved + special), None)
+
+
+def _ensure_embedding(network: PreTrainedModel, token: int, *, is_new: bool) -> None:
+    """Give a token an embedding if it has none; that of a new token becomes the mean of those before it."""
+    if token >= num_embeddings(network):
+        network.resize_token_embeddings(token + 1, mean_resizing=False)
+        is_new = True
+    if is_new:
+        _set_to_mean(network, token)
 
 
 @torch.no_grad()

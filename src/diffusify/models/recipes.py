@@ -10,6 +10,7 @@ from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig, keeps_ar_model
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText, TimeSampler
+from diffusify.diffusion.length_noise import LengthNoise
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
 from diffusify.diffusion.policies import Policy, Rdm, Unmask
 from diffusify.diffusion.quotas import Threshold
@@ -30,8 +31,9 @@ class Recipe:
     of the steps uses bidirectional attention, so that a block model can infill as well. With `adapters="masks"`, only
     adapters are trained, which act where the input is a mask: the AR half stays the base. With a `position_decay`, the
     k-th draft of a block weighs exp(-k / position_decay), since it only counts if the earlier ones were right (DSpark).
-    ValueError for settings that
-    exclude each other.
+    With `length_noise`, the model learns to change the length of a masked span while it fills it. `alignment` is the
+    weight of the distance to the hidden states of the causal base on the clean text (REPR-ALIGN: 10). ValueError for
+    settings that exclude each other.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Recipe:
     infilling: float = 0.0
     adapters: Literal["all", "masks"] = "all"
     position_decay: float | None = None
+    length_noise: LengthNoise | None = None
+    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
@@ -71,6 +75,19 @@ class Recipe:
             raise ValueError(
                 f"position_decay={self.position_decay} must be above 0 and is for block(size); 2.0 is usual, and None "
                 "weighs all positions equally"
+            )
+        blocks_only = isinstance(self.attention, BlockCausal) and not self.infilling
+        if self.alignment < 0 or (self.alignment and (blocks_only or self.shift != 1)):
+            raise ValueError(
+                f"alignment={self.alignment} must be at least 0, and above 0 it needs an autoregressive base and "
+                f"bidirectional attention, not {self.attention} with infilling={self.infilling}; use ar() or "
+                "block(size, infilling=0.25), and 10.0, or leave it at 0.0"
+            )
+        if self.length_noise and (blocks_only or (distill and not self.infilling) or self.adapters == "masks"):
+            raise ValueError(
+                f"length_noise={self.length_noise} is for filling masked spans, with the data's tokens as targets; "
+                f"attention {self.attention}, distill={distill} and infilling={self.infilling} exclude it; use ar(), "
+                "mlm() or block(size, infilling=0.25)"
             )
         if self.curriculum and not isinstance(self.time, PerBlock):
             raise ValueError(f"curriculum={self.curriculum} lists block sizes; use block(size), or leave it empty")
@@ -100,12 +117,17 @@ class Recipe:
         if step + 1 < self.annealing_steps:
             annealed = Annealed((step + 1) / self.annealing_steps, seed=step)
             return replace(self, attention=annealed, annealing_steps=0)
-        stage = int(progress / CURRICULUM_SHARE * len(self.curriculum))
-        if stage >= len(self.curriculum):
+        if not isinstance(self.attention, BlockCausal):
             return self
-        assert isinstance(self.attention, BlockCausal) and isinstance(self.time, PerBlock), "checked in __post_init__"
+        recipe, stage = (
+            replace(self, length_noise=None, alignment=0.0),
+            int(progress / CURRICULUM_SHARE * len(self.curriculum)),
+        )
+        if stage >= len(self.curriculum):
+            return recipe
+        assert isinstance(self.time, PerBlock), "checked in __post_init__"
         size = self.curriculum[stage]
-        return replace(self, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
+        return replace(recipe, attention=replace(self.attention, size=size), time=replace(self.time, size=size))
 
     def position_weight(self, canvas: Canvas) -> Float[Tensor, "b n"]:
         """The weight of each position's loss: 1 at open positions, decaying within blocks if `position_decay` is set.
@@ -143,15 +165,19 @@ def ar(
     shift: int = 1,
     schedule: NoiseSchedule = Linear(),
     objective: Objective = Objective(),
+    variable_length: bool = False,
+    alignment: float = 0.0,
 ) -> Recipe:
     """The recipe for a bidirectional model from an AR one: shift and attention-mask annealing (DiffuGPT, DiffuLLaMA).
 
     The paper anneals over 10,000 steps; the default suits short runs. `Objective(per="open")` is the paper's own
-    normalisation.
+    normalisation. With `variable_length`, the model also learns to fill masked spans of unknown length, by two more
+    tokens (DreamOn, see `LengthNoise`). `alignment` is that of `Recipe`.
     """
     return Recipe(
-        "ar", shift, Bidirectional(), PerText(), objective, schedule=schedule, annealing_steps=annealing_steps
-    )
+        "ar", shift, Bidirectional(), PerText(), objective, schedule=schedule, annealing_steps=annealing_steps,
+        length_noise=LengthNoise() if variable_length else None, alignment=alignment,
+    )  # fmt: skip
 
 
 def mlm(
@@ -161,17 +187,22 @@ def mlm(
     prefix: bool = False,
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
+    variable_length: bool = False,
 ) -> Recipe:
     """The recipe for a masked LM: all mask ratios, discrete time, coupled pairs, RDM weights (Diffusion-LLM).
 
     With `prefix`, prompts do not attend to the text after them. `mask_ratio` trains at that one ratio instead, as
-    masked LMs are pretrained (the paper's ablation). `label_smoothing=0.1` suits training from scratch.
+    masked LMs are pretrained (the paper's ablation). `label_smoothing=0.1` suits training from scratch, and
+    `variable_length` is that of `ar`.
     """
     time = PerText(grid=steps, draws=2) if mask_ratio is None else Fixed(mask_ratio)
     rdm_objective = Objective(RdmWeight(steps), per="text", label_smoothing=label_smoothing)
     mlm_objective = Objective(Flat(), per="open", label_smoothing=label_smoothing)
     objective = objective or (rdm_objective if mask_ratio is None else mlm_objective)
-    return Recipe("mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Rdm())
+    length_noise = LengthNoise() if variable_length else None
+    return Recipe(
+        "mlm", 0, Prefix() if prefix else Bidirectional(), time, objective, policy=Rdm(), length_noise=length_noise
+    )
 
 
 def block(
@@ -191,6 +222,8 @@ def block(
     total_variation: float = 0.0,
     entropy: float = 0.0,
     position_decay: float | None = None,
+    variable_length: bool = False,
+    alignment: float = 0.0,
 ) -> Recipe:
     """The recipe for block diffusion: blocks from left to right, the tokens of a block in parallel (BD3-LM).
 
@@ -206,7 +239,8 @@ def block(
 
     With `adapters="masks"`, only adapters are trained, which act where the input is a mask: the AR half stays the base,
     bit for bit, and teaches the masks. `noisy` is that of `BlockCausal`; `min_t=1.0` trains on fully masked blocks.
-    `total_variation` and `entropy` are those of `Objective`, and `position_decay` is that of `Recipe`.
+    `total_variation` and `entropy` are those of `Objective`, and `position_decay` is that of `Recipe`. With
+    `variable_length` or an `alignment`, the infilling steps are those of `ar` with it.
     """
     attention = BlockCausal(size, clean="block" if masked else "token", noisy=noisy)
     weight = (0.0 if masked or adapters == "masks" else 0.5) if ar_weight is None else ar_weight
@@ -225,6 +259,8 @@ def block(
         infilling=infilling,
         adapters=adapters,
         position_decay=position_decay,
+        length_noise=LengthNoise() if variable_length else None,
+        alignment=alignment,
     )
 
 
@@ -268,4 +304,5 @@ def saved_recipe(model: str) -> Recipe | None:
         config.recipe, config.shift, config.attention, time, config.objective, config.schedule, config.policy,
         infilling=0.0 if config.infilling is None else INFILLING_SHARE,
         adapters=config.adapters,
+        length_noise=None if config.length_tokens is None else LengthNoise(),
     )  # fmt: skip

@@ -27,7 +27,7 @@ from diffusify.models.lora import (
     merge_lora,
     save_lora,
 )
-from diffusify.models.mask_token import ensure_mask_token
+from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.model_card import write_model_card
 from diffusify.models.quantization import keep_gradients, load_in_4bit_arguments
 from diffusify.models.stock_attention import write_is_causal
@@ -159,6 +159,8 @@ def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:
         raise ValueError(
             f"{folder} holds adapters for a base with mask_token_id={config.mask_token_id}; {source} differs"
         )
+    if config.length_tokens is not None and (found := ensure_length_tokens(base)) != config.length_tokens:
+        raise ValueError(f"{folder} holds adapters for a base with {config.length_tokens}; {source} has {found}")
     load_lora(base.network, folder, config.mask_token_id, config.adapters)
     return replace(base, tokenizer=tokenizer)
 
@@ -202,11 +204,12 @@ def _full_model(folder: Path, config: DiffusionConfig, dtype: torch.dtype, devic
     _check_architecture(folder, config, AutoConfig.from_pretrained(folder).architectures or [])
     base = load_base(str(folder), dtype=dtype, device=device)
     rows = num_embeddings(base.network)
-    if not 0 <= config.mask_token_id < rows:
-        raise ValueError(
-            f"the diffusion_config.json in {folder} has mask_token_id={config.mask_token_id}, beyond the {rows} "
-            "embeddings"
-        )
+    for token in config.added_token_ids:
+        if not 0 <= token < rows:
+            raise ValueError(
+                f"the diffusion_config.json in {folder} has mask_token_id={config.mask_token_id} and "
+                f"length_tokens={config.length_tokens}, of which {token} is beyond the {rows} embeddings"
+            )
     return base
 
 

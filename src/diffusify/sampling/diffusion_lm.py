@@ -26,6 +26,7 @@ from diffusify.text.prompts import (
     count_length_candidates,
     decode_canvas,
     infill_canvas,
+    resizable_canvas,
 )
 from diffusify.text.tokenizer import TextTokenizer
 
@@ -90,8 +91,9 @@ class DiffusionLM:
     def infill(self, text: str | list[str], **sampling: Any) -> Generation | list[Generation]:
         """Fill the masked spans of a text or a batch of texts.
 
-        `[[8]]` is a span of eight tokens, `[[3-12]]` one of three to twelve, whichever gives the most confident text.
-        Raises ValueError if the model cannot attend to the text after a span.
+        `[[8]]` is a span of eight tokens, `[[3-12]]` one of three to twelve, and `[[...]]` one of unknown length. A
+        model trained with `variable_length` lengthens and shortens such spans while it fills them; others fill several
+        lengths and keep the most confident text. Raises ValueError if the model cannot attend to the text after a span.
         """
         texts = [text] if isinstance(text, str) else text
         results = self.prepare_infilling(texts, SamplingConfig(**sampling)).results()
@@ -149,9 +151,22 @@ class DiffusionLM:
         if stops := next((each.stop for each in per_text if each.stop), ()):
             raise ValueError(f"stop={stops[0]!r} ends a continuation, but a masked span has a length; leave out stop")
         _check_batch(per_text, denoiser.diffusion_config)
-        choices = count_length_candidates(texts)
-        canvas = infill_canvas(self.tokenizer, texts, context=self.denoiser.context_length, candidates=choices)
-        automata = self._automata(per_text)
+        choices, context, lengths = count_length_candidates(texts), self.denoiser.context_length, None
+        rerank, is_greedy = per_text[0].rerank if per_text else None, any(each.temperature == 0 for each in per_text)
+        if rerank and not self.config.keeps_ar_model:
+            raise ValueError(
+                f"rerank={rerank} needs a model that keeps its AR half, such as block(4, infilling=0.25); leave it out"
+            )
+        if rerank and choices == 1 and is_greedy:
+            raise ValueError(f"rerank={rerank} greedy texts of one length are all the same; set temperature=0.7")
+        # A constraint and an observer are about fixed positions.
+        resizes = choices > 1 and all(each.regex is None and each.observer is None for each in per_text)
+        if resizes and (tokens := self.config.length_tokens) is not None:
+            choices = rerank or 1
+            canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=choices)
+        else:
+            choices = rerank or choices
+            canvas = infill_canvas(self.tokenizer, texts, context=context, candidates=choices)
         return GenerationRun(
             denoiser,
             canvas,
@@ -159,7 +174,8 @@ class DiffusionLM:
             Infilling(self.tokenizer),
             banned=banned,
             num_candidates=choices,
-            automata=automata,
+            lengths=lengths,
+            automata=self._automata(per_text),
         )
 
     def _automata(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
@@ -218,7 +234,7 @@ def _one_per_text(settings: Settings, count: int) -> list[SamplingConfig]:
 
 def _check_batch(settings: list[SamplingConfig], config: DiffusionConfig) -> None:
     """Raise ValueError if settings differ that a whole batch has to share, because they change the forward pass."""
-    shared = ["cache", "guidance", "tolerance", "length_beam"]
+    shared = ["cache", "guidance", "tolerance", "length_beam", "rerank"]
     for name in shared:
         if len({getattr(each, name) for each in settings}) > 1:
             raise ValueError(f"{name} must be the same for all texts of a batch; generate them in separate calls")

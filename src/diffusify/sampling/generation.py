@@ -11,10 +11,12 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.constraints import Automaton, Constraint
+from diffusify.diffusion.length_tokens import SpanLengths
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.guidance import GuidedDenoiser
 from diffusify.sampling.kv_cache import BlockCache, WindowCache
+from diffusify.sampling.reranking import ar_log_likelihood
 from diffusify.sampling.row_text import Answer, Continuation, Infilling, leading_tokens
 from diffusify.sampling.sampler import DenoiseFn, Frame, denoise, end_tokens, generated_ends
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -64,7 +66,8 @@ class GenerationRun:
     """A running generation: an iterator over the frames of a batch, with `results()` at its end.
 
     Every `num_candidates` consecutive rows of the canvas are candidates for one text. The result is the candidate with
-    the highest mean log-probability per token.
+    the highest mean log-probability per token, or with the highest likelihood under the AR half if the settings say
+    `rerank`.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class GenerationRun:
         end_token_id: int | tuple[int, ...] | None = None,
         banned: tuple[int, ...] = (),
         num_candidates: int = 1,
+        lengths: SpanLengths | None = None,
         automata: Mapping[str, Automaton] | None = None,
     ) -> None:
-        """`settings` has one entry per text; `text` turns a row of the canvas into a text.
+        """`settings` has one entry per text; `text` turns a row of the canvas into a text. `lengths` says which masked
+        spans the model may resize.
 
         Any `end_token_id` ends a text; constrained ones end with the first. `automata` maps the regular expressions of
         the settings to their compiled form. Raises ValueError if a masked span is too short for every text that its
@@ -88,10 +93,14 @@ class GenerationRun:
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
         self.settings = [each for each in settings for _ in range(num_candidates)]
         self.end_token_id, self._banned, self._text = end_token_id, banned, text
+        self._lengths = None if lengths is None else lengths.to(denoiser.device)
+        spare = 0 if lengths is None else int(lengths.spare.sum(1).max())
+        self.width = canvas.tokens.shape[1] + spare  # the largest number of positions that a row may get
         self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended
         self.num_candidates = num_candidates
         self._frames = self._run(denoiser)
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
+        self._likelihood: Tensor | None = None  # of each row under the AR half, by which candidates are ranked
         first_end = end_token_id[0] if isinstance(end_token_id, tuple) else end_token_id
         constraints = {regex: Constraint(automaton, first_end) for regex, automaton in (automata or {}).items()}
         self._constraints = [constraints.get(each.regex or "") for each in self.settings]
@@ -108,6 +117,9 @@ class GenerationRun:
             self.canvas, self.forwards, self.score = frame.canvas, frame.forwards, frame.score
             self.seconds = perf_counter() - start_time
             yield frame
+        if self.settings and self.settings[0].rerank:
+            self._likelihood = ar_log_likelihood(denoiser, self.canvas)
+            self.forwards, self.seconds = self.forwards + 1, perf_counter() - start_time
 
     def _end_at_stops(self, steps: Generator[Frame, Canvas | None, None]) -> Iterator[Frame]:
         """The frames of `steps`, in which rows end before the first stop string in their final text."""
@@ -144,7 +156,8 @@ class GenerationRun:
             self.settings[0],
         )  # only fields that are equal in all rows are used
         noise, block_size = config.mask_token_id, config.block_size
-        rng = RowGenerators.from_seeds([each.seed for each in self.settings])
+        rng = RowGenerators.from_seeds([self._seed(row) for row in range(len(self.settings))])
+        denoiser = denoiser if self._lengths is None else denoiser.resizing
         samplers = [
             each.sampler(config.policy, banned=self._banned, end_token_id=self.end_token_id, constraint=constraint)
             for each, constraint in zip(self.settings, self._constraints, strict=True)
@@ -165,7 +178,13 @@ class GenerationRun:
             model = GuidedDenoiser(model, denoise_fn(), settings.guidance, noise)
         n = self.canvas.tokens.shape[1]
         widths = torch.tensor([[block_size or each.window or n] for each in self.settings], device=denoiser.device)
-        return denoise(model, self.canvas, samplers, self.canvas.position_ids // widths, noise=noise, rng=rng)
+        windows = self.canvas.position_ids // widths
+        return denoise(model, self.canvas, samplers, windows, noise=noise, rng=rng, lengths=self._lengths)
+
+    def _seed(self, row: int) -> int:
+        """The seed of a row: that of its text, and another for each further candidate that is reranked."""
+        settings, candidate = self.settings[row], row % self.num_candidates
+        return (settings.seed + 1_000_003 * candidate) % 2**63 if settings.rerank and candidate else settings.seed
 
     def results(self) -> list[Generation]:
         """Run all remaining steps and return the finished texts."""
@@ -192,6 +211,7 @@ class GenerationRun:
         """The row of the best candidate for each text."""
         generated, size = self._generated(), self.num_candidates
         mean = (self.score * generated).sum(1) / generated.sum(1).clamp_min(1)
+        mean = mean if self._likelihood is None else self._likelihood
         best = mean.view(-1, size).argmax(1) + torch.arange(0, len(mean), size, device=mean.device)
         return best.tolist()
 

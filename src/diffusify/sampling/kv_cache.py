@@ -170,7 +170,7 @@ class WindowCache:
 
     A call runs only the current window of requested positions and attends to cached keys and values outside of it:
     those before the window (`prefix`) or on both sides (`dual`). The cache is recomputed when another window starts,
-    and after `refresh` passes; in between it is stale.
+    when a masked span has changed its length, and after `refresh` passes; in between it is stale.
 
     Raises ValueError if the model is not bidirectional, the network has no KV cache, or `refresh` is below 1.
     """
@@ -184,6 +184,7 @@ class WindowCache:
             raise ValueError(f"refresh={refresh} must be at least 1 pass, which caches nothing")
         self.denoiser, self.kind, self.refresh = denoiser, kind, refresh
         self._past: ColumnCache | None = None
+        self._document: Tensor | None = None  # of the canvas that the cache is of
         self._passes = 0
 
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
@@ -192,9 +193,12 @@ class WindowCache:
         active = positions.any(1)
         first = torch.where(positions, at, n).amin(1) - shift
         last = torch.where(positions, at, -1).amax(1) + 1
-        if self._past is None or self._past.n != n or len(self._start) != len(positions):
-            self._past, self._passes = ColumnCache(self.denoiser, n), self.refresh
+        if self._past is None or self._past.n < n or len(self._start) != len(positions):
+            spare = 0 if self._past is None else self._past.n  # a canvas that grew once may grow again
+            self._past, self._document = ColumnCache(self.denoiser, n + spare), None
             self._start, self._end = first, last
+        if self._document is None or not torch.equal(self._document, canvas.document):
+            self._document, self._passes = canvas.document, self.refresh  # positions have moved
         inside = (first >= self._start) & (last <= self._end) | ~active
         if self._passes >= self.refresh or not inside.all():
             self._start, self._end, self._passes = first.clamp_min(0), last, 0
@@ -207,7 +211,7 @@ class WindowCache:
         inputs = self.denoiser.diffusion_config.attention(canvas, shift=shift).select_columns(
             columns.clamp_max(n - 1), n
         )
-        self._past.set_columns(torch.where(columns < end[:, None], columns, n), n)
+        self._past.set_columns(torch.where(columns < end[:, None], columns, self._past.n), n)
         row, position = positions.nonzero(as_tuple=True)
         index = row * columns.shape[1] + (position - shift - start[row]).clamp_min(0)
         return self.denoiser.lazy_logits(self.denoiser.hidden_states(inputs, index, past=self._past))

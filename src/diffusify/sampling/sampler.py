@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.constraints import Constraint
+from diffusify.diffusion.length_tokens import Columns, SpanLengths
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.picking import Greedy
 from diffusify.diffusion.policies import Unmask
@@ -40,13 +41,15 @@ class Frame:
     """The state of a generation after one step.
 
     `score` holds the log-probability of each written token at the time when it was written, and `forwards` counts the
-    forward passes so far. The first `settled` positions of each row will not change any more.
+    forward passes so far. The first `settled` positions of each row will not change any more. If masked spans have
+    changed their length in the step, `columns` says where the canvas's positions were before.
     """
 
     canvas: Canvas
     score: Float[Tensor, "b n"]
     forwards: int
     settled: Int[Tensor, " b"]
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,16 @@ def denoise(
     *,
     noise: int,
     rng: RowGenerators | None = None,
+    lengths: SpanLengths | None = None,
 ) -> Generator[Frame, Canvas | None, None]:
     """Yield the canvas after every step, with one sampler for each row. A canvas that is sent replaces it.
 
     `window_index` numbers the windows (blocks) that are decoded one after the other, lowest first; by default there is
     one window. Every row advances independently and has its own random generator in `rng` (seeds 0, 1, ... by default),
     so its text does not depend on the other rows. A step that would repeat the last forward pass reuses its logits.
+
+    `lengths` says which masked spans the model may lengthen or shorten. A new position has the window of the position
+    that it comes from. Where the number of steps is that of the tokens, it grows with them.
     """
     b, device = len(canvas.tokens), canvas.tokens.device
     rng = rng or RowGenerators.from_seeds(list(range(b)))
@@ -154,6 +161,7 @@ def denoise(
     erases = remasks | rescores
     ends = end_tokens([sampler.end_token_id for sampler in samplers], device)
     window_steps = _window_steps(canvas, window_index, [sampler.steps for sampler in samplers])
+    step_per_token = torch.tensor([sampler.steps is None for sampler in samplers], device=device)
     score = torch.zeros(canvas.tokens.shape, device=device)
     current = torch.full_like(ends[:, 0], -1)
     step, steps, forwards = current, torch.zeros_like(current), 0
@@ -181,26 +189,38 @@ def denoise(
                 logits = denoiser(canvas, positions=positions)
                 forwards += 1
             last_input = (canvas.tokens, positions)
+        allowed = logits if lengths is None else lengths.restrict(logits, canvas, positions)
         guess = Guess(canvas.tokens.clone(), torch.full_like(score, -torch.inf))
         move = Move(torch.zeros_like(positions), torch.zeros_like(positions))
         for group in groups:
             rows = group.rows
             state = group.next_state(
-                logits, canvas[rows], score[rows], positions, window[rows], step[rows], steps[rows]
+                allowed, canvas[rows], score[rows], positions, window[rows], step[rows], steps[rows]
             )
             group_move = group.sampler.policy(state)
             group_guess = state.guess_at(group_move.write)
             constraint, write = group.sampler.constraint, group_move.write
             if constraint:
                 write = constraint.consistent_writes(state.canvas, write, group_guess)
+            if lengths is not None:
+                write = lengths[rows].consistent_writes(write, group_guess)
             if group.sampler.observer is not None and len(state.logits):
                 group.sampler.observer(write, state.logits[write[state.positions]])
             guess.tokens[rows], guess.score[rows] = group_guess.tokens, group_guess.score
             move.write[rows], move.erase[rows] = write, group_move.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
-        canvas = canvas.apply(move, guess, noise)
+        canvas, columns = canvas.apply(move, guess, noise), None
+        if lengths is not None:
+            canvas, lengths, columns = lengths.resize(canvas, move.write, noise)
+        if columns is not None:
+            expanded = (columns.copy > 0) & canvas.open
+            window_index, score = columns.take(window_index), columns.take(score).masked_fill(canvas.open, 0.0)
+            added = torch.zeros_like(window_steps).scatter_add(1, window_index, 2 * expanded.long())
+            window_steps = window_steps + added * step_per_token[:, None]  # one step for each of the two positions
+            for group in groups:
+                group.move(columns)
         unsettled = canvas.open | (canvas.editable & erases[:, None] & (window_index >= active[:, None]))
-        canvas = (yield Frame(canvas, score, forwards, settled=(unsettled.long().cumsum(1) == 0).sum(1))) or canvas
+        canvas = (yield Frame(canvas, score, forwards, (unsettled.long().cumsum(1) == 0).sum(1), columns)) or canvas
 
 
 class _RowGroup:
@@ -210,6 +230,10 @@ class _RowGroup:
         self.sampler, self.rng = sampler, rng.for_rows(rows)
         self.rows = torch.tensor(rows, device=device)
         self.history: tuple[StepState, ...] = ()
+
+    def move(self, columns: Columns) -> None:
+        """Give the positions of earlier steps their new columns."""
+        self.history = tuple(state.moved(columns[self.rows]) for state in self.history)
 
     def next_state(
         self,

@@ -64,6 +64,9 @@ class SamplingConfig:
       and the result ends where it begins.
     - `length_beam`: Number of predicted lengths to try, of which the most confident text is kept. Defaults to 3. Only
       used if the model has a length head and `max_new_tokens` is not given.
+    - `rerank`: Fills masked spans this many times, with several lengths where these are not given, and at a temperature
+      with several seeds. The text to which the model's AR half gives the highest likelihood is kept. For models that
+      keep their AR half. Default: no reranking.
     - `cache`: "exact" caches finished blocks of block models. "prefix" and "dual" are approximate caches for
       bidirectional models with a `window`: they keep what is before the window, or on both sides. Defaults to "exact".
 
@@ -80,6 +83,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     suppress_tokens: tuple[int, ...] = ()
     length_beam: int = 3
+    rerank: int | None = None
     window: int | None = None
     guidance: float = 0.0
     cache: Literal["exact", "prefix", "dual", "none"] = "exact"
@@ -103,6 +107,8 @@ class SamplingConfig:
             raise ValueError(f"seed={self.seed} must be from -2**63 to 2**64 - 1")
         if self.length_beam < 1:
             raise ValueError(f"length_beam={self.length_beam} must be at least 1; 1 tries the most likely length only")
+        if self.rerank is not None and self.rerank < 2:
+            raise ValueError(f"rerank={self.rerank} must be at least 2 candidates; leave it unset for one")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 token; leave it unset for one window")
         if self.guidance < 0:

@@ -1,16 +1,23 @@
 """Prompts and texts with masked spans to canvases, and canvases back to text."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, product
 from typing import Any, NamedTuple
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from diffusify.canvas import Canvas
+from diffusify.diffusion.length_tokens import LengthTokens, SpanLengths
 from diffusify.text.examples import Template
 from diffusify.text.tokenizer import TextTokenizer
 
 _SPAN = re.compile(r"(?P<escape>\\\[\[)|\[\[(?!\[)(?P<length>.*?)(?:\]\]|\Z)", re.DOTALL)
 _LENGTH = re.compile(r"\s*0*([1-9][0-9]{0,5})\s*(?:-\s*0*([1-9][0-9]{0,5})\s*)?")
+UNKNOWN_LENGTH = range(1, 65)  # of `[[...]]`, in tokens
 
 # Plain text, the allowed lengths of a masked span (tokens), or token ids.
 Segment = str | range | list[int]
@@ -21,7 +28,8 @@ InfillText = str | Sequence[Segment]
 def parse_masked_spans(text: str) -> list[Segment]:
     r"""Split a text at its masked spans; each span is the range of its allowed lengths (tokens).
 
-    `[[8]]` is a masked span of eight tokens, `[[3-12]]` one of three to twelve, and `\[[` two plain brackets.
+    `[[8]]` is a masked span of eight tokens, `[[3-12]]` one of three to twelve, `[[...]]` one of unknown length, which
+    is at most 64, and `\[[` two plain brackets.
     ValueError if a span has neither a whole number from 1 to 999999 nor two such numbers in ascending order.
     """
     segments: list[Segment] = []
@@ -33,13 +41,14 @@ def parse_masked_spans(text: str) -> list[Segment]:
             plain += "[["
             continue
         length = _LENGTH.fullmatch(match["length"])
-        shortest, longest = (int(length[1]), int(length[2] or length[1])) if length else (1, 0)
-        if shortest > longest or not match[0].endswith("]]"):
+        span = range(int(length[1]), int(length[2] or length[1]) + 1) if length else range(0)
+        span = UNKNOWN_LENGTH if match["length"].strip() in ("...", "\N{HORIZONTAL ELLIPSIS}") else span
+        if not span or not match[0].endswith("]]"):
             raise ValueError(
                 f"the masked span {match[0][:40]} has no valid length; write [[8]] for 8 tokens (1 to 999999), "
-                r"[[3-12]] for 3 to 12, or \[[ for two plain brackets"
+                r"[[3-12]] for 3 to 12, [[...]] if it is unknown, or \[[ for two plain brackets"
             )
-        segments += [plain, range(shortest, longest + 1)] if plain else [range(shortest, longest + 1)]
+        segments += [plain, span] if plain else [span]
         plain = ""
     plain += text[position:]
     return [*segments, plain] if plain else segments
@@ -108,13 +117,63 @@ def infill_canvas(
     """
     rows = []
     for text in texts:
-        segments = encode_infill_text(tokenizer, text)
-        if not any(isinstance(segment, range) for segment in segments):
-            raise ValueError(f"{_excerpt(text)} has no masked span; write [[8]] where 8 tokens are to be filled in")
-        ends = [[tokenizer.end_token_id]] if add_end_token else []
-        segments = [[tokenizer.start_token_id], *segments, *ends]
-        rows += [_infill_row(text, segments, n / max(1, candidates - 1), context) for n in range(candidates)]
+        segments = _framed_segments(tokenizer, text, add_end_token=add_end_token)
+        for fraction in [n / max(1, candidates - 1) for n in range(candidates)]:
+            lengths = [span[round(fraction * (len(span) - 1))] for span in segments if isinstance(span, range)]
+            rows.append(_infill_row(text, segments, lengths, context))
     return _masked_canvas(tokenizer, rows)
+
+
+def resizable_canvas(
+    tokenizer: TextTokenizer,
+    texts: Sequence[InfillText],
+    tokens: LengthTokens,
+    *,
+    context: int | None,
+    candidates: int = 1,
+) -> tuple[Canvas, SpanLengths]:
+    """A canvas as `infill_canvas` makes it, and the spans whose lengths the model chooses with its length tokens.
+
+    A span begins with the geometric mean of its shortest and longest length. Several candidates begin with lengths that
+    divide the range between them, by equal factors.
+    """
+    rows: list[list[int | None]] = []
+    number, spare, surplus = [], [], []
+    for text, candidate in product(texts, range(candidates)):
+        segments, fraction = _framed_segments(tokenizer, text), (candidate + 0.5) / candidates
+        spans = [segment for segment in segments if isinstance(segment, range)]
+        lengths = [round(span[0] * (span[-1] / span[0]) ** fraction) for span in spans]
+        row = _infill_row(text, segments, lengths, context)
+        left = sys.maxsize if context is None else context - len(row)
+        added = []
+        for span, length in zip(spans, lengths, strict=True):
+            added.append(min(span[-1] - length, left))
+            left -= added[-1]
+        sizes = iter(lengths)
+        is_span = [isinstance(segment, range) for segment in segments]
+        parts = [next(sizes) if isinstance(segment, range) else len(segment) for segment in segments]
+        counts = accumulate(is_span)
+        number.append([n * s for n, s, size in zip(counts, is_span, parts, strict=True) for _ in range(size)])
+        rows.append(row)
+        spare.append([0, *added])
+        surplus.append([0, *(length - span[0] for span, length in zip(spans, lengths, strict=True))])
+    return _masked_canvas(tokenizer, rows), SpanLengths(tokens, *map(_padded, (number, spare, surplus)))
+
+
+def _framed_segments(
+    tokenizer: TextTokenizer, text: InfillText, *, add_end_token: bool = True
+) -> list[list[int] | range]:
+    """The segments of a text between the start and the end token. ValueError if it has no masked span."""
+    segments = encode_infill_text(tokenizer, text)
+    if not any(isinstance(segment, range) for segment in segments):
+        raise ValueError(f"{_excerpt(text)} has no masked span; write [[8]] where 8 tokens are to be filled in")
+    return [[tokenizer.start_token_id], *segments, *([[tokenizer.end_token_id]] if add_end_token else [])]
+
+
+def _padded(rows: list[list[int]]) -> Int[Tensor, "rows n"]:
+    """Rows of numbers, padded with 0."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
 def _segments(text: InfillText) -> Sequence[Segment]:
@@ -148,15 +207,16 @@ def _encode_before_word(tokenizer: TextTokenizer, text: str, *, continues: bool)
 
 
 def _infill_row(
-    text: InfillText, segments: list[list[int] | range], fraction: float, context: int | None
+    text: InfillText, segments: list[list[int] | range], lengths: list[int], context: int | None
 ) -> list[int | None]:
-    """A row with None for open positions; `fraction` selects each span's length, from shortest (0) to longest (1)."""
+    """A row with None for open positions; `lengths` are those of the spans."""
     row: list[int | None] = []
+    remaining = iter(lengths)
     for segment in segments:
         if not isinstance(segment, range):
             row += segment
             continue
-        length = segment[round(fraction * (len(segment) - 1))]
+        length = next(remaining)
         if context is not None and len(row) + length > context:  # before a list of a million is made
             raise ValueError(_too_long(text, len(row) + length, context))
         row += [None] * length

@@ -14,7 +14,7 @@ from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, is_masked_lm
 from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
-from diffusify.models.mask_token import ensure_mask_token
+from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
@@ -77,7 +77,7 @@ def adapt(
     out = Path(out)
     recipe = recipe or saved_recipe(base) or default_recipe(masked=is_masked_lm(base))
     console = console or Console(stderr=True, highlight=False)
-    check_lora(base, lora, recipe.adapters)
+    check_lora(base, lora, recipe.adapters, length_tokens=recipe.length_noise is not None)
     if load_in_4bit:
         check_load_in_4bit(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
@@ -154,10 +154,12 @@ def make_denoiser(
     check_fit(base.source, base.masked, recipe)
     frame = choose_frame(base)[0] if frame is None else frame
     mask = ensure_mask_token(base, mask_token_id)
+    length_tokens = None if recipe.length_noise is None else ensure_length_tokens(base)
+    config = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
+    config = replace(config, frame=frame, length_tokens=length_tokens)
     disable_dropout(base.network)
     if not has_lora(base.network) and (lora := default_lora(lora, recipe.adapters)):
-        add_lora(base.network, lora, mask, base.source, recipe.adapters)
-    config = replace(recipe.diffusion_config(type(base.network).__name__, mask, base.source), frame=frame)
+        add_lora(base.network, lora, mask, base.source, recipe.adapters, length_tokens)
     denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
     denoiser.limit_vocabulary(tokenizer.token_ids)
     return denoiser, tokenizer

@@ -12,6 +12,14 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 
 
+def frozen_copy(denoiser: Denoiser) -> Denoiser:
+    """A copy of a denoiser that does not change with it; weights that are not trained are shared."""
+    shared = {id(weight): weight for weight in denoiser.parameters() if not weight.requires_grad}
+    copy = deepcopy(denoiser, shared).eval().requires_grad_(False)
+    optimize_for_training(copy.network)
+    return copy
+
+
 class Teacher:
     """The next-token logits of the network as it was when the run began, computed on clean text.
 
@@ -20,9 +28,7 @@ class Teacher:
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        shared = {id(weight): weight for weight in denoiser.parameters() if not weight.requires_grad}
-        self.denoiser = deepcopy(denoiser, shared).eval().requires_grad_(False)
-        optimize_for_training(self.denoiser.network)
+        self.denoiser = frozen_copy(denoiser)
 
     @torch.no_grad()
     def __call__(self, batch: Noised) -> LazyLogits:

@@ -19,6 +19,7 @@ from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.recipes import Recipe
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
+from diffusify.training.alignment import Alignment
 from diffusify.training.budget import Budget
 from diffusify.training.resilience.distributed import ShuffledRows, all_gather_rows, row_order
 from diffusify.training.resilience.resilient import ResilientTrainer
@@ -76,6 +77,7 @@ class DiffusionTrainer(ResilientTrainer):
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
         self.teacher = Teacher(denoiser) if recipe.objective.distills_from("base") else None
+        self.alignment = Alignment(denoiser) if recipe.alignment else None
         optimize_for_training(denoiser.network, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
@@ -126,22 +128,29 @@ class DiffusionTrainer(ResilientTrainer):
         text = Canvas.clean(**{name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]})
         order = row_order(sizes, self.args.world_size)
         shard = RowShard(all_gather_rows(text.document)[order.flatten().argsort()], order[self.args.process_index])
+        config, generator = self.denoiser.diffusion_config, torch.Generator().manual_seed(seed % 2**63)
         step = noised(
             self.denoiser.predictable(text),
             recipe.time,
             schedule,
-            self.denoiser.diffusion_config.mask_token_id,
+            config.mask_token_id,
             ar_share=objective.ar_share if objective.ar_weight else 0.0,
-            generator=torch.Generator().manual_seed(seed % 2**63),
+            generator=generator,
             shard=shard,
         )
-        step = replace(step, weight=recipe.position_weight(step.canvas))
+        if recipe.length_noise is not None:
+            assert config.length_tokens is not None, "make_denoiser adds the tokens"
+            step = recipe.length_noise(
+                step, config.length_tokens, schedule, config.mask_token_id, generator=generator, shard=shard
+            )
+        step = replace(step, weight=step.weight * recipe.position_weight(step.canvas))
         starts = [sum(sizes[:i]) * step.views for i in range(len(sizes) + 1)]
-        local_counts = torch.stack([objective.count(step.canvas), (step.canvas.sizes > 0).sum()]).to(device)
-        all_counts: Any = self.accelerator.gather(local_counts)
-        count, texts = all_counts.view(-1, 2).sum(0).clamp_min(1)
-        spans = zip(starts, starts[1:], strict=False)
-        return [{"recipe": recipe, "noised": step[a:b], "count": count, "texts": texts} for a, b in spans], count
+        aligned = 0 if self.alignment is None else int(self.alignment.positions(step).sum())
+        counts = [objective.count(step.canvas), (step.canvas.sizes > 0).sum(), torch.tensor(aligned)]
+        all_counts: Any = self.accelerator.gather(torch.stack(counts).to(device))
+        totals = all_counts.view(-1, len(counts)).sum(0).clamp_min(1)
+        inputs = {"recipe": recipe} | dict(zip(("count", "texts", "aligned"), totals, strict=True))
+        return [inputs | {"noised": step[a:b]} for a, b in zip(starts, starts[1:], strict=False)], totals[0]
 
     def _is_finished(self) -> bool:
         """Whether the budget is spent, as that of a finished run's checkpoint; training stops then."""
@@ -163,6 +172,7 @@ class DiffusionTrainer(ResilientTrainer):
             ar_positions=objective.ar_targets(batch),
             attention=recipe.attention,
             return_lengths=self.denoiser.length_head is not None,
+            return_layers=recipe.alignment > 0,
             loss=lambda logits, ar_logits: objective(logits, ar_logits, batch, recipe.schedule, teacher_logits),
         )
         loss = prediction.loss
@@ -174,6 +184,8 @@ class DiffusionTrainer(ResilientTrainer):
             targets = (sizes[sizes > 0] - 1).clamp_max(prediction.length_logits.shape[1] - 1)
             error = nn.functional.cross_entropy(prediction.length_logits, targets, reduction="sum")
             share = share + objective.length_weight * error / inputs["texts"]
+        if self.alignment and recipe.alignment:
+            share = share + recipe.alignment * self.alignment(batch, prediction.layers) / inputs["aligned"]
         loss_on_rank = share * self.accelerator.num_processes
         return (loss_on_rank, prediction) if return_outputs else loss_on_rank
 

@@ -83,12 +83,16 @@ async def _echo(
 
 
 def _parse_suffix(service: Service, lm: DiffusionLM, body: CompletionBody, suffix: str) -> ParsedRequest:
-    """Masked spans before the suffix. All lengths up to `max_tokens` are tried, unless a constraint is given."""
+    """Masked spans before the suffix, of up to `max_tokens` tokens.
+
+    The model finds the length itself or several are tried, unless a constraint is given.
+    """
     tokenizer = lm.tokenizer
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
     given = [encode_infill_text(tokenizer, [prompt, range(1, 2), suffix]) for prompt in body.prompts]
     longest = 2 + max(sum(len(part) for part in parts if isinstance(part, list)) for parts in given)
-    candidates = 1 if body.constraint else count_length_candidates([[range(body.max_tokens)]])
+    resizes = lm.config.length_tokens is not None and body.num_top_logprobs is None
+    candidates = body.rerank or 1 if body.constraint or resizes else count_length_candidates([[range(body.max_tokens)]])
     max_length = min(body.max_tokens, service.room(lm, longest, candidates * len(prompts)))
 
     def prepare(lm: DiffusionLM) -> GenerationRun:

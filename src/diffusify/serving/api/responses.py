@@ -38,6 +38,8 @@ class JobTexts:
                 continue
             # Of several candidates the best is not known yet.
             live = self.start is not None and self.start.num_candidates == 1
+            for row, text in enumerate(self.texts if live else []):
+                text.resize(event.expand[row], event.delete[row])
             new = [
                 text.apply(event.write[row], event.settled[row]) if live else "" for row, text in enumerate(self.texts)
             ]
@@ -58,8 +60,9 @@ class JobTexts:
             return [""] * len(self.texts)
         rows, new = written_tokens(self.job.work), []
         for text, row in zip(self.texts, self.job.work.best_rows, strict=True):
-            text.positions = self.start.editable[row]
-            new.append(text.apply(rows[row], len(self.start.rows[row]), last=True))
+            if self.start.num_candidates > 1:
+                text.positions = self.start.editable[row]
+            new.append(text.apply(rows[row], self.job.work.canvas.tokens.shape[1], last=True))
         return new
 
     @property
@@ -111,7 +114,7 @@ class StepEvents:
         return [
             sse_event("denoise", self._step(row, event))
             for row in range(len(event.write))
-            if event.write[row] or event.erase[row]
+            if event.write[row] or event.erase[row] or event.expand[row] or event.delete[row]
         ]
 
     def _canvas(self, candidate: int, row: list[int | None]) -> list[dict[str, Any]]:
@@ -131,8 +134,10 @@ class StepEvents:
             }
             for position, token, log_prob in event.write[row]
         ]
-        erase = [position - skip for position in event.erase[row]]
-        return {"candidate": row, "step": self._steps, "forwards": event.forwards, "write": write, "erase": erase}
+        changes = {"expand": event.expand[row], "delete": event.delete[row], "erase": event.erase[row]}
+        moved = {name: [position - skip for position in positions] for name, positions in changes.items()}
+        head = {"candidate": row, "step": self._steps, "forwards": event.forwards}
+        return head | {"write": write} | {name: each for name, each in moved.items() if each or name == "erase"}
 
     def text(self, token: int | None) -> str:
         """The text of one token."""

@@ -30,7 +30,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 MAX_TEXTS = 128  # in one request
 _SAMPLING_FIELDS = (  # of the same name in `SamplingConfig`
-    "steps", "threshold", "tolerance", "window", "guidance", "repetition_penalty", "cache", "length_beam", "top_k",
+    "steps", "threshold", "tolerance", "window", "guidance", "repetition_penalty", "cache", "length_beam", "rerank",
+    "top_k",
 )  # fmt: skip
 
 
@@ -83,6 +84,9 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     cache: Literal["exact", "prefix", "dual", "none"] | None = None
     length_beam: Annotated[int, Field(ge=1, le=16)] | None = None
+    rerank: Annotated[int, Field(ge=2, le=16)] | None = Field(
+        None, description="Number of fillings of masked spans, of which the AR half's likeliest text is kept."
+    )
     preset: Preset | None = Field(None, description="Settings that suit the model; other fields override them.")
     regex: Annotated[UnicodeText, Field(min_length=1, max_length=10_000)] | None = Field(
         None, description="A regular expression that the whole generated text matches."
@@ -112,7 +116,7 @@ class SamplingFields(Body):
 
 
 class InfillBody(SamplingFields):
-    """A text with masked spans, `[[8]]` or `[[3-12]]`, or token ids with null where tokens are to be generated."""
+    """A text with masked spans (`[[8]]`, `[[3-12]]`, `[[...]]`), or token ids with null where tokens are generated."""
 
     text: UnicodeText | None = None
     tokens: Annotated[list[TokenId | None], Field(min_length=1)] | None = None

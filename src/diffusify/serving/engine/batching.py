@@ -58,7 +58,7 @@ class BatchedDenoiser(Denoiser):
         return _suspend(_BodyCall(inputs, index, past))
 
     def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
-        return _suspend(_HeadCall(hidden))
+        return self._without_length_tokens(_suspend(_HeadCall(hidden)))
 
 
 def _suspend(call: _BodyCall | _HeadCall) -> Any:
@@ -135,7 +135,7 @@ class PassBatcher:
 
     def _run_head(self, loops: list[Loop]) -> None:
         hidden = [loop.pending.hidden for loop in loops if isinstance(loop.pending, _HeadCall)]
-        logits = Denoiser.project(self.denoiser, torch.cat(hidden))
+        logits = Denoiser.project(self.denoiser.resizing, torch.cat(hidden))
         for loop, result in zip(loops, logits.split([len(each) for each in hidden]), strict=True):
             self._resume(loop, result)
 

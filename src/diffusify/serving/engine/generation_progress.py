@@ -35,12 +35,18 @@ class StartEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """The changes of one step in each row, and how many positions at the start of each row are final (`settled`)."""
+    """The changes of one step in each row, and how many positions at the start of each row are final (`settled`).
+
+    Positions in `expand` have become two open ones, and those in `delete` are gone, both counted before the step; the
+    others are counted after it.
+    """
 
     write: list[list[WrittenToken]]
     erase: list[list[int]]
     settled: list[int]
     forwards: int
+    expand: list[list[int]]
+    delete: list[list[int]]
 
 
 class ProgressTracker:
@@ -54,10 +60,16 @@ class ProgressTracker:
         if isinstance(step, GenerationRun):
             return StartEvent(*_initial_rows(step.canvas), step.num_candidates)
         assert before is not None
-        after = step.canvas
+        after, counts = step.canvas, before.real.long()
+        if step.columns is not None:
+            counts = step.columns.counts(counts.shape[1])
+        expand, delete = _positions(counts == 2), _positions((counts == 0) & before.real)
+        if step.columns is not None:
+            before = step.columns.take_canvas(before)
         changed = after.written & (before.open | (before.tokens != after.tokens))
-        erase = [[position for position, *_ in row] for row in _by_row(after.open & ~before.open, after, step.score)]
-        return StepEvent(_by_row(changed, after, step.score), erase, step.settled.tolist(), step.forwards)
+        erase = _positions(after.open & ~before.open)
+        write = _by_row(changed, after, step.score)
+        return StepEvent(write, erase, step.settled.tolist(), step.forwards, expand, delete)
 
 
 def written_tokens(run: GenerationRun) -> list[list[WrittenToken]]:
@@ -71,7 +83,11 @@ def _initial_rows(canvas: Canvas) -> tuple[list[list[int | None]], list[list[int
         [None if cell < 0 else cell for cell, is_real in zip(row, real, strict=True) if is_real]
         for row, real in zip(cells, canvas.real.tolist(), strict=True)
     ]
-    return ids, [[i for i, editable in enumerate(row) if editable] for row in canvas.editable.tolist()]
+    return ids, _positions(canvas.editable)
+
+
+def _positions(mask: Bool[Tensor, "b n"]) -> list[list[int]]:
+    return [[i for i, chosen in enumerate(row) if chosen] for row in mask.tolist()]
 
 
 def _by_row(mask: Bool[Tensor, "b n"], canvas: Canvas, score: Tensor) -> list[list[WrittenToken]]:
@@ -102,6 +118,18 @@ class TextStream:
     log_probs: dict[int, float] = field(default_factory=dict)
     before_call: str = ""  # the text before a tool call, untrimmed
     num_tokens: int | None = None  # of a text that a stop string or a tool call ends
+
+    def resize(self, expand: list[int], delete: list[int]) -> None:
+        """Follow a step in which positions have become two or are gone (see `StepEvent`)."""
+        gone, doubled = set(delete), set(expand)
+
+        def moved(position: int) -> int:
+            return position + bisect_left(expand, position) - bisect_left(delete, position)
+
+        kept = [position for position in self.positions if position not in gone]
+        self.positions = [moved(p) + copy for p in kept for copy in range(1 + (p in doubled))]
+        self.ids = {moved(position): token for position, token in self.ids.items()}
+        self.log_probs = {moved(position): log_prob for position, log_prob in self.log_probs.items()}
 
     def apply(self, write: list[WrittenToken], settled: int, *, last: bool = False) -> str:
         """Add the tokens of a step; the text that can be sent now. After the `last` step nothing is held back."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from diffusify.canvas import Canvas
 from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.generation import GenerationRun
 
 
 class Work(Protocol):
@@ -36,6 +37,12 @@ class QueuedJob:
     cancelled: bool = False
     ended: bool = False
     error: BaseException | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of rows of the work, and the largest number of positions that they may get."""
+        rows, n = self.work.canvas.tokens.shape
+        return rows, self.work.width if isinstance(self.work, GenerationRun) else n
 
     def cancel(self) -> None:
         """Stop the work. Its rows are freed before the next forward pass."""

@@ -29,7 +29,7 @@ class ModelQueue:
         """Prepare a job and add it to the queue. A job that cannot be served ends at once with its error."""
         try:
             job.work = job.prepare(self.lm)
-            rows, n = job.work.canvas.tokens.shape
+            rows, n = job.shape
             if rows * n > self.tokens:
                 raise ValueError(
                     f"the request needs {rows} x {n} tokens (texts x length), and the engine takes at most "
@@ -50,7 +50,7 @@ class ModelQueue:
 
     def _fits(self, new: QueuedJob) -> bool:
         """Whether the rows of all running jobs and a new one, padded to the longest, stay within the budget."""
-        shapes = [job.work.canvas.tokens.shape for job in (*self.running, new)]
+        shapes = [job.shape for job in (*self.running, new)]
         return sum(rows for rows, _ in shapes) * max(n for _, n in shapes) <= self.tokens
 
     def remove_ended(self) -> None:

@@ -98,8 +98,8 @@ function pinnedFrom({ id, text, probability }) {
 
 const withFieldsOf = (sent) => (token, i) => (token.id === null ? OPEN : token.id === sent?.[i]?.id ? sent[i] : token);
 
-function nextFrame(frame, { step, forwards, write, erase }, seconds) {
-  const tokens = [...frame.tokens];
+function nextFrame(frame, { step, forwards, write, erase, expand = [], delete: gone = [] }, seconds) {
+  const tokens = frame.tokens.flatMap((token, i) => (gone.includes(i) ? [] : expand.includes(i) ? [OPEN, OPEN] : [token]));
   const revised = write.filter(({ position }) => tokens[position]?.kind === "written");
   for (const position of erase) tokens[position] = OPEN;
   for (const { position, ...token } of write) {

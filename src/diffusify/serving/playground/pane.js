@@ -5,7 +5,7 @@ import { Canvas } from "./canvas.js";
 import { Draft } from "./draft.js";
 import { Settings } from "./settings.js";
 
-const hasSpans = (text) => /(?<!\\)\[\[\d+(-\d+)?\]\]/.test(text);
+const hasSpans = (text) => /(?<!\\)\[\[(\d+(-\d+)?|\.\.\.|…)\]\]/.test(text);
 
 export class Pane {
   draft = new Draft();
