@@ -21,6 +21,7 @@ from diffusify.evaluation.tasks import Infill
 from diffusify.models.loading import ensure_length_tokens, ensure_mask_token, load_base
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.reranking import ar_log_likelihood
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt, make_denoiser
@@ -30,6 +31,16 @@ from tests.text import makers
 
 TINY = {"length": 32, "held_out": 64, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-2}
 TEXT = "The cat[[...]] on [[2]] mat"
+
+
+def eager(lm: DiffusionLM, temperature: float = 2.0, **fields: Any) -> SamplingConfig:
+    """Settings that make length tokens likely, where they are possible."""
+    ids = torch.tensor([] if lm.config.length_tokens is None else lm.config.length_tokens.ids, dtype=torch.long)
+
+    def favour(logits: torch.Tensor, canvas: Canvas, positions: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(1, ids, torch.full((len(logits), len(ids)), 20.0))
+
+    return SamplingConfig(temperature=temperature, logits_processor=favour, **fields)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(2)], ids=str)
@@ -46,13 +57,13 @@ def test_length_tokens_are_trained_saved_and_used(
     assert [lm.tokenizer.tokenizer.convert_ids_to_tokens(i) for i in ids] == ["<|expand|>", "<|delete|>"]
     start, end = (each.get_output_embeddings().weight[ids] for each in (base.network, lm.denoiser.network))
     assert (start != end).any(1).all()
-    run = lm.prepare_infilling([TEXT] * 12, SamplingConfig(temperature=2.0))
+    run = lm.prepare_infilling([TEXT] * 6, eager(lm))
     lengths = {tuple(frame.canvas.real.sum(1).tolist()) for frame in run}
     assert len(lengths) > 1 and run.num_candidates == 1
     for result, row in zip(run.results(), run.canvas.tokens.tolist(), strict=True):
         assert not set(ids) & set(row) and result.text.startswith("The cat") and result.text.endswith(" mat")
     # Known lengths, continuations and likelihoods are as without the tokens.
-    fixed = lm.prepare_infilling(["The[[30]] mat"] * 4, SamplingConfig(temperature=5.0))
+    fixed = lm.prepare_infilling(["The[[30]] mat"] * 4, eager(lm, 5.0))
     fixed.results()
     assert fixed.canvas.editable.sum() == 120 and not torch.isin(fixed.canvas.tokens, torch.tensor(ids)).any()
     assert lm.denoiser(fixed.canvas).logits[..., ids].isneginf().all()
@@ -86,7 +97,7 @@ def test_masked_models_and_block_models_fill_spans_of_unknown_length(
     ]
     for i, (base, recipe) in enumerate(recipes):
         lm = diffusify.load(adapt(base, corpus, tmp_path / str(i), recipe=recipe, steps=4, **TINY))
-        run = lm.prepare_infilling(["the cat [[...]] mat"] * 8, SamplingConfig(temperature=3.0))
+        run = lm.prepare_infilling(["the cat [[...]] mat"] * 4, eager(lm))
         assert len({frame.canvas.tokens.shape[1] for frame in run}) > 1
         assert not run.canvas.open.any()
         assert lm.generate("the cat", max_new_tokens=5).tokens <= 5
