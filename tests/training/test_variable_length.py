@@ -18,8 +18,9 @@ from diffusify.diffusion.schedules import Linear
 from diffusify.evaluation.likelihood import MonteCarlo
 from diffusify.evaluation.scoring import score
 from diffusify.evaluation.tasks import Infill
-from diffusify.models.loading import ensure_length_tokens, ensure_mask_token, load_base
+from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
+from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.recipes import Recipe, ar, block, mlm
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.reranking import ar_log_likelihood
