@@ -4,8 +4,8 @@
 
 `smollm2-infill` becomes GGUF files for llama.cpp's diffusion program, in float32, float16 and q8_0. The float32 file
 has to give our logits of texts with masks to 1e-3, and the same tokens when masks are filled one by one, the surest
-first. The AR half of `smollm2-block` has to give the greedy text of `transformers`. Rates are those of filling 32 masks
-among 96 tokens in 32 forward passes, with as many threads, in one run. Needs llama-cpp-python.
+first. The AR half of `smollm2-block` has to give the greedy text of `transformers`. Rates are those of filling 16 masks
+among 64 tokens in 16 forward passes, with as many threads, in one run. Needs llama-cpp-python.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diffusify.canvas import Canvas
 from diffusify.models.saving import load_ar_half, load_denoiser
 from diffusify.sampling.sampler import Sampler
 
-TOKENS, MASKS = 96, 32
+TOKENS, MASKS = 64, 16
 
 
 def masked_texts(lm: diffusify.DiffusionLM, count: int) -> list[list[int]]:
@@ -63,7 +63,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="smollm2-infill")
     options.add_argument("--block", default="smollm2-block")
-    options.add_argument("--texts", type=int, default=8)
+    options.add_argument("--texts", type=int, default=4)
     chosen = options.parse_args()
     lm = diffusify.load(chosen.model, dtype="float32", device="cpu")
     texts, shift, threads = masked_texts(lm, chosen.texts), lm.config.shift, torch.get_num_threads()

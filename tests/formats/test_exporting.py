@@ -174,6 +174,11 @@ def test_adapters_are_merged_while_they_are_read(to: str, tmp_path: Path, causal
 
 def test_hf_keeps_everything_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = save_tiny(tmp_path / "model", "llama", 1, BIDIRECTIONAL)
+    denoiser.add_length_head(5)
+    save_denoiser(tmp_path / "model", denoiser, tiny_tokenizer(2))
+    for to in ("llada", "gguf"):
+        with pytest.raises(ValueError, match=f"has a length head, for which {to} has no word; use --to hf"):
+            export(tmp_path / "model", tmp_path / "other", to=to)
     monkeypatch.setattr(stored_tensors, "MAX_SHARD_BYTES", 30_000)
     result = CliRunner().invoke(
         app, ["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
@@ -182,7 +187,7 @@ def test_hf_keeps_everything_in_several_files(tmp_path: Path, monkeypatch: pytes
     assert result.exit_code == 0, result.output
     assert (out / "model.safetensors.index.json").is_file() and len(list(out.glob("*.safetensors"))) > 2
     again = load_denoiser(out)[0]
-    assert again.diffusion_config == denoiser.diffusion_config
+    assert again.diffusion_config == denoiser.diffusion_config and again.length_head is not None
     torch.testing.assert_close(logits_of(again), logits_of(denoiser), atol=0.5, rtol=0.1)
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 

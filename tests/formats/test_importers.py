@@ -229,7 +229,7 @@ def test_layouts(kind: str, options: dict[str, Any], expected: Any, tmp_path: Pa
 def test_mask_tokens_that_only_the_layout_knows(kind: str, rows: int, mask: int, tmp_path: Path) -> None:
     source = tmp_path / kind
     released(kind, source, rows, **({"vocab_size": 50257} if kind == "diffugpt" else {}))
-    word_tokenizer(min(rows, 50257 if kind == "diffugpt" else mask)).save_pretrained(source)
+    word_tokenizer(mask if rows > 100_000 else min(rows, 50257)).save_pretrained(source)
     write_json(source / "config.json", eos_token_id=2, bos_token_id=1)
     denoiser, tokenizer = load_denoiser(import_denoiser(str(source), tmp_path / "out"))
     assert denoiser.diffusion_config.mask_token_id == tokenizer.mask_token_id == mask
@@ -294,7 +294,7 @@ def test_dreamon_is_dream_with_more_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(source)
     lm = DiffusionLM.from_pretrained(import_denoiser(str(source), tmp_path / "out"))
     assert lm.tokenizer.tokenizer.convert_tokens_to_ids(["<|expand|>", "<|delete|>"]) == [320, 321]
-    assert torch.equal(logits_of(lm.denoiser), logits_of(Denoiser(network, lm.config)))
+    torch.testing.assert_close(logits_of(lm.denoiser), logits_of(Denoiser(network, lm.config)))
     assert lm.infill("The fox[[4]] over", suppress_tokens=(320, 321)).text.startswith("The fox")
 
 

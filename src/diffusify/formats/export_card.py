@@ -9,59 +9,43 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 from diffusify.formats.saved_model import SavedModel
 from diffusify.models.model_card import INHERITED, hub_metadata, write_model_card
 
-_DIFFUSION_GGUF = """```sh
+# How programs run an exported model, for `write_export_card`.
+DIFFUSION_GGUF = """```sh
 llama-diffusion-cli -m FOLDER/{name}.gguf -p "Once upon a time" -ub 512 --diffusion-steps 128 --diffusion-eps 0.001
 ```"""
-
-_AR_GGUF = """This is the AR half of the model, for llama.cpp and Ollama. Decoding in blocks needs diffusify.
+AR_GGUF = """This is the AR half of the model, for llama.cpp and Ollama. Decoding in blocks needs diffusify.
 
 ```sh
 llama-cli -m FOLDER/{name}.gguf -p "Once upon a time"
 cd FOLDER && ollama create {name} -f Modelfile && ollama run {name} "Once upon a time"
 ```"""
+RELEASED = """Programs for this format open the folder. Where config.json has an `auto_map`, it names the repository
+with the code of `{network}`, which `trust_remote_code=True` in transformers downloads and runs.
 
-_REMOTE_CODE = """The class `{architecture}` is not part of transformers. `auto_map` in config.json names the repository
-that has its code, which `trust_remote_code` downloads and runs.
-
-```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-network = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)
-```"""
-
-_OWN_CODE = "The class `{architecture}` is not part of transformers; programs for this format bring it."
+`diffusify import FOLDER --layout {to} --out DIR` makes a model for diffusify of it again."""
 
 
-def write_export_card(saved: SavedModel, folder: Path, target: Path, to: str, released: dict[str, Any]) -> None:
+def write_export_card(saved: SavedModel, folder: Path, target: Path, to: str, network: str, usage: str) -> None:
     """Write the README.md of a model exported to `to`, whose files are in `folder` and which will be at `target`.
 
-    `released` is its config.json, or for `gguf` the keys of its file. The metadata are those of the model's own
-    README.md, such as licence and base, else made anew.
+    The metadata are those of the model's own README.md, such as licence and base, else made anew. `network` is the name
+    of the network in the exported files, and `usage` one of the texts of this file.
     """
-    config, readme = saved.diffusion_config, saved.folder / "README.md"
-    own = (metadata_load(readme) if readme.is_file() else None) or {}
-    inherited = {key: own[key] for key in (*INHERITED, "base_model", "datasets") if key in own}
-    if to == "hf":
-        write_model_card(folder, target)
-        metadata_save(folder / "README.md", inherited)
-        return
-    metadata: ModelCardData = hub_metadata(config, "", is_adapter=False)
-    fields = metadata.to_dict() | inherited
-    fields |= {"library_name": "gguf" if to == "gguf" else "transformers", "tags": [*metadata.tags, to]}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    config = saved.diffusion_config
+    metadata = hub_metadata(config, "", is_adapter=False).to_dict()
+    metadata |= {"library_name": "gguf" if to == "gguf" else "transformers", "tags": [*metadata["tags"], to]}
     name = target.absolute().name
     rows = {
         "format": to,
-        "network": released["architectures"][0],
+        "network": network,
         "base": config.base_model,
         "mask token id": config.mask_token_id,
         "prediction at a position": "the token after it" if config.shift else "the token at its own position",
         "block size": config.block_size,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value not in (None, ""))
-    text = _usage(to, config.block_size, released).format(name=name, architecture=released["architectures"][0])
     ModelCard(f"""---
-{ModelCardData(**fields).to_yaml()}
+{ModelCardData(**(metadata | _inherited(saved))).to_yaml()}
 ---
 
 # {name}
@@ -74,15 +58,19 @@ A diffusion language model, made by diffusify and exported with `diffusify expor
 
 Below, FOLDER is the path of this folder.
 
-{text}
+{usage.format(name=name, network=network, to=to)}
 """).save(folder / "README.md")
 
 
-def _usage(to: str, block_size: int | None, released: dict[str, Any]) -> str:
-    """How a program runs an exported model."""
-    if to == "gguf":
-        return _DIFFUSION_GGUF if released["diffusion"] else _AR_GGUF
-    again = f"diffusify import FOLDER --layout {to} --out DIR"
-    return (
-        f"{_REMOTE_CODE if 'auto_map' in released else _OWN_CODE}\n\n`{again}` makes a model for diffusify of it again."
-    )
+def write_merged_card(saved: SavedModel, folder: Path, target: Path) -> None:
+    """Write the README.md of a model exported as a `transformers` folder, with the metadata of the model's own."""
+    write_model_card(folder, target)
+    card = folder / "README.md"
+    metadata_save(card, (metadata_load(card) or {}) | _inherited(saved))
+
+
+def _inherited(saved: SavedModel) -> dict[str, Any]:
+    """The metadata that stay the same: licence, languages, base and data."""
+    readme = saved.folder / "README.md"
+    own = (metadata_load(readme) if readme.is_file() else None) or {}
+    return {key: own[key] for key in (*INHERITED, "base_model", "datasets") if key in own}

@@ -1,6 +1,7 @@
 """Export of diffusion models to the formats that other programs read, tensor by tensor."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ from transformers import GenerationConfig
 
 from diffusify.config import nearest
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
-from diffusify.formats.export_card import write_export_card
+from diffusify.formats.export_card import RELEASED, write_export_card, write_merged_card
 from diffusify.formats.gguf_export import GGUF_DTYPES, export_gguf
 from diffusify.formats.layouts import LAYOUTS, Layout, released_config
 from diffusify.formats.saved_model import SavedModel, open_saved_model
 from diffusify.formats.stored_tensors import DTYPES, saved_dtypes, write_weights
-from diffusify.models.saving import require_empty_folder, staging_folder
+from diffusify.models.saving import LENGTH_HEAD, require_empty_folder, staging_folder
 from diffusify.models.stock_attention import write_is_causal
 
 TARGETS = ("gguf", "hf", *LAYOUTS)
@@ -133,11 +134,16 @@ def _write_folder(saved: SavedModel, out: Path, to: str, dtype: str | None, sett
             config.save_pretrained(draft)
             write_is_causal(draft, saved.diffusion_config)
             saved.diffusion_config.save(draft)
+            if saved.diffusion_config.longest_answer is not None:
+                shutil.copy(saved.folder / LENGTH_HEAD, draft)
         else:
             settings["torch_dtype"] = str(usual).removeprefix("torch.")
             (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         _generation_config(saved).save_pretrained(draft)
-        write_export_card(saved, draft, out, to, settings or {})
+        if settings is None:
+            write_merged_card(saved, draft, out)
+        else:
+            write_export_card(saved, draft, out, to, settings["architectures"][0], RELEASED)
 
 
 def _generation_config(saved: SavedModel) -> GenerationConfig:

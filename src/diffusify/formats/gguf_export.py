@@ -1,5 +1,6 @@
 """Export to GGUF: bidirectional models for llama.cpp's diffusion program, and AR halves for llama.cpp and Ollama."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 
 from diffusify.diffusion.attention import Bidirectional
-from diffusify.formats.export_card import write_export_card
+from diffusify.formats.export_card import AR_GGUF, DIFFUSION_GGUF, write_export_card
 from diffusify.formats.gguf_tokenizer import write_tokenizer
 from diffusify.formats.saved_model import SavedModel
 from diffusify.formats.stored_tensors import StoredTensor, require_finite, saved_dtypes
@@ -66,9 +67,10 @@ def export_gguf(saved: SavedModel, out: Path, dtype: str | None) -> Path:
         _write_settings(writer, saved, diffusion)
         _write_vocabulary(writer, saved, diffusion)
         for key, gguf_name in names.items():
-            shape = quant_shape_to_byte_shape(saved.tensors[key].shape, kinds[key])
-            data = np.dtype(np.float32 if kinds[key] == GGMLQuantizationType.F32 else np.uint8)
-            writer.add_tensor_info(gguf_name, shape, data, int(np.prod(shape)), kinds[key])
+            shape, is_float = saved.tensors[key].shape, kinds[key] == GGMLQuantizationType.F32
+            stored = quant_shape_to_byte_shape(shape, kinds[key])
+            data = np.dtype(np.float32 if is_float else np.uint8)
+            writer.add_tensor_info(gguf_name, shape if is_float else stored, data, math.prod(stored), kinds[key])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -77,9 +79,8 @@ def export_gguf(saved: SavedModel, out: Path, dtype: str | None) -> Path:
         writer.close()
         if not diffusion:
             (draft / "Modelfile").write_text(_modelfile(saved, name), encoding="utf-8")
-        write_export_card(
-            saved, draft, out, "gguf", {"architectures": [MODEL_ARCH_NAMES[arch]], "diffusion": diffusion}
-        )
+        usage = DIFFUSION_GGUF if diffusion else AR_GGUF
+        write_export_card(saved, draft, out, "gguf", MODEL_ARCH_NAMES[arch], usage)
     return out
 
 
@@ -87,7 +88,7 @@ def _architecture(saved: SavedModel) -> tuple[MODEL_ARCH, bool]:
     """The architecture of the file, and whether it is for the diffusion program. ValueError if there is none."""
     config, network = saved.diffusion_config, NETWORKS.get(saved.config.model_type)
     if config.longest_answer is not None:
-        raise ValueError(f"{saved.source} has a length head, for which GGUF has no word; use --to hf")
+        raise ValueError(f"{saved.source} has a length head, for which gguf has no word; use --to hf")
     if network is None:
         raise ValueError(
             f"{saved.source} is a {saved.config.model_type} network, and --to gguf writes {', '.join(NETWORKS)}; use "

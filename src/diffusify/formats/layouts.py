@@ -225,8 +225,6 @@ def released_config(
         released["auto_map"] = {
             "AutoConfig": f"{repository}--{config_class}", "AutoModel": network, "AutoModelForCausalLM": network
         }  # fmt: skip
-    if config.dtype is not None:
-        released["torch_dtype"] = str(config.dtype).removeprefix("torch.")
     if block_size is not None:
         released[layout.block_key] = block_size
     again = _plain_settings(stock_config(layout, released, config.vocab_size, source))

@@ -32,7 +32,7 @@ from diffusify.models.model_card import write_model_card
 from diffusify.models.quantization import keep_gradients, load_in_4bit_arguments
 from diffusify.models.stock_attention import write_is_causal
 
-_LENGTH_HEAD = "length_head.safetensors"
+LENGTH_HEAD = "length_head.safetensors"
 
 
 def save_denoiser(
@@ -60,7 +60,7 @@ def save_denoiser(
                 write_is_causal(draft, denoiser.diffusion_config)
             tokenizer.save_pretrained(draft)
         if denoiser.length_head is not None:
-            save_file(head, draft / _LENGTH_HEAD)
+            save_file(head, draft / LENGTH_HEAD)
         denoiser.diffusion_config.save(draft)
         write_model_card(draft, Path(folder))
 
@@ -224,6 +224,6 @@ def _check_architecture(folder: Path, config: DiffusionConfig, architectures: li
 def _load_length_head(denoiser: Denoiser, folder: Path) -> None:
     if denoiser.length_head is None:
         return
-    if not (folder / _LENGTH_HEAD).is_file():
-        raise ValueError(f"the diffusion_config.json in {folder} names a length head, but {_LENGTH_HEAD} is missing")
-    denoiser.length_head.load_state_dict(load_file(folder / _LENGTH_HEAD))
+    if not (folder / LENGTH_HEAD).is_file():
+        raise ValueError(f"the diffusion_config.json in {folder} names a length head, but {LENGTH_HEAD} is missing")
+    denoiser.length_head.load_state_dict(load_file(folder / LENGTH_HEAD))
