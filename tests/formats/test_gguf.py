@@ -68,7 +68,7 @@ def llamacpp() -> ModuleType:
     ],
 )
 def test_every_tensor_and_key(family: str, shift: int, attention: Any, arch: str, tmp_path: Path) -> None:
-    changes = {"sliding_window": None} if family == "mistral" else {}
+    changes: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
     denoiser = save_tiny(tmp_path / "model", family, shift, attention, **changes)
     out = export(tmp_path / "model", tmp_path / "tiny", to="gguf")
     reader = GGUFReader(out / "tiny.gguf")
@@ -130,7 +130,7 @@ def test_smaller_data_types(dtype: str, error: float, tmp_path: Path) -> None:
 def test_transformers_reads_the_ar_half(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another reader of GGUF, and a base for more training."""
     monkeypatch.setenv("DIFFUSIFY_CACHE", str(tmp_path / "cache"))
-    changes = {"head_dim": 128} if family == "qwen3" else {}  # that reader knows no other for Qwen3
+    changes: dict[str, Any] = {"head_dim": 128} if family == "qwen3" else {}  # that reader knows no other for Qwen3
     save_tiny(tmp_path / "model", family, 1, BlockCausal(4), **changes)
     out = export(tmp_path / "model", tmp_path / "half", to="gguf")
     assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()

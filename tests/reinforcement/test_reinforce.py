@@ -73,7 +73,7 @@ POLICIES = [
 
 @pytest.mark.parametrize(("kind", "policy"), POLICIES)
 def test_rewards_rise(kind: str, policy: Any, models: dict[str, str], questions: str, tmp_path: Path) -> None:
-    options = SMALL | {"steps": 12, "group": 8}
+    options = dict(SMALL, steps=12, group=8)
     out = reinforce(models[kind], questions, tmp_path / "out", rewards=vowels, policy=policy, **options)
     rewards = [entry["reward"] for entry in log_of(out) if "reward" in entry]
     assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3])
@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_sampler(kind: str, models: dict[str, str]) -> N
     """The canvases of a policy give each token the log-probability that it had when it was sampled."""
     lm = diffusify.load(models["block"])
     policy: Any = Grpo() if kind == "block-lossless" else TraceRl()
-    settings = {} if kind == "block-lossless" else {"threshold": 0.003}  # several tokens in a step
+    settings: dict[str, Any] = {} if kind == "block-lossless" else {"threshold": 0.003}  # several tokens in a step
     run = lm.prepare_generation(["The cat sat", "It"], 13, SamplingConfig(temperature=1.0, seed=3, **settings))
     trace = Trace()
     trace(run)
@@ -138,7 +138,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     """Also between two updates with the same texts; the log of texts has each once."""
 
     def run(name: str) -> Path:
-        options = SMALL | {"steps": 5, "updates": 2}
+        options = dict(SMALL, steps=5, updates=2)
         return reinforce(models[kind], questions, tmp_path / name, rewards=vowels, lora=lora, **options)
 
     undisturbed = run("undisturbed")
@@ -169,7 +169,7 @@ def test_a_failing_reward_loses_nothing(failure: str, models: dict[str, str], qu
 
     def run(name: str, reward: Callable[..., Any]) -> Path:
         rewards = Reward(reward, "mine")
-        return reinforce(models["block"], questions, tmp_path / name, rewards=rewards, **SMALL | {"steps": 2})
+        return reinforce(models["block"], questions, tmp_path / name, rewards=rewards, **dict(SMALL, steps=2))
 
     with pytest.raises(ValueError, match=r"the last checkpoint is .*checkpoint-1; the same command resumes"):
         run("failed", moody)
@@ -182,7 +182,7 @@ def test_texts_without_a_finite_reward_are_counted(models: dict[str, str], quest
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         return [float("nan"), *[1.0] * (len(completions) - 1)]
 
-    out = reinforce(models["block"], questions, tmp_path / "out", rewards=reward, **SMALL | {"steps": 2})
+    out = reinforce(models["block"], questions, tmp_path / "out", rewards=reward, **dict(SMALL, steps=2))
     steps = [entry for entry in log_of(out) if "reward" in entry]
     assert [entry["bad_rewards"] for entry in steps] == [1, 2]
     assert all(entry["equal_groups"] == 1 and entry["reward"] == 1 for entry in steps)
@@ -243,7 +243,7 @@ def test_bad_arguments_are_refused(
         ("block", {"reward_seconds": 0.0}, "reward_seconds=0.0 must be above 0"),
     ]
     for kind, changes, message in cases:
-        options = SMALL | {"rewards": vowels} | changes
+        options: dict[str, Any] = SMALL | {"rewards": vowels} | changes
         with pytest.raises(ValueError, match=message):
             reinforce(models.get(kind, kind), questions, tmp_path / "out", **options)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -56,7 +56,8 @@ def test_length_tokens_are_trained_saved_and_used(
     assert config.length_tokens is not None
     ids = config.length_tokens.ids
     assert [lm.tokenizer.tokenizer.convert_ids_to_tokens(i) for i in ids] == ["<|expand|>", "<|delete|>"]
-    start, end = (each.get_output_embeddings().weight[ids] for each in (base.network, lm.denoiser.network))
+    networks: list[Any] = [base.network, lm.denoiser.network]
+    start, end = (each.get_output_embeddings().weight[ids] for each in networks)
     assert (start != end).any(1).all()
     run = lm.prepare_infilling([TEXT] * 6, eager(lm))
     lengths = {tuple(frame.canvas.real.sum(1).tolist()) for frame in run}

@@ -154,7 +154,9 @@ class Noised:
     def to(self, device: torch.device | str) -> "Noised":
         """The batch on a device."""
         clean, t, ar_positions, weight = (x.to(device) for x in (self.clean, self.t, self.ar_positions, self.weight))
-        source = None if self.resized_from is None else tuple(each.to(device) for each in self.resized_from)
+        source = None
+        if self.resized_from is not None:
+            source = self.resized_from[0].to(device), self.resized_from[1].to(device)
         return Noised(self.canvas.to(device), clean, t, ar_positions, weight, self.views, source)
 
 

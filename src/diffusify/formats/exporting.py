@@ -14,6 +14,7 @@ from diffusify.formats.gguf_export import GGUF_DTYPES, export_gguf
 from diffusify.formats.layouts import LAYOUTS, Layout, released_config
 from diffusify.formats.saved_model import SavedModel, open_saved_model
 from diffusify.formats.stored_tensors import DTYPES, saved_dtypes, write_weights
+from diffusify.models.loading import num_embeddings
 from diffusify.models.saving import LENGTH_HEAD, require_empty_folder, staging_folder
 from diffusify.models.stock_attention import write_is_causal
 
@@ -63,7 +64,7 @@ def _released_settings(saved: SavedModel, to: str) -> dict[str, Any]:
             f"{saved.source} is a {saved.config.model_type} network, and {to} models are {' or '.join(stock_types)}; "
             f"{_nearest_target(saved)}"
         )
-    rows = saved.network.get_input_embeddings().weight.shape[0]
+    rows = num_embeddings(saved.network)
     fixed = layout.mask_token_ids.get(rows)
     if layout.fixed_mask and config.mask_token_id != fixed:
         raise ValueError(
@@ -148,6 +149,6 @@ def _write_folder(saved: SavedModel, out: Path, to: str, dtype: str | None, sett
 
 def _generation_config(saved: SavedModel) -> GenerationConfig:
     """The generation config of the network, with the mask token, which programs for diffusion models read there."""
-    config = saved.network.generation_config or GenerationConfig()
+    config: Any = saved.network.generation_config or GenerationConfig()
     config.mask_token_id = saved.diffusion_config.mask_token_id
     return config

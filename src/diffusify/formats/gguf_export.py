@@ -16,6 +16,7 @@ from diffusify.formats.gguf_tokenizer import write_tokenizer
 from diffusify.formats.saved_model import SavedModel
 from diffusify.formats.stored_tensors import StoredTensor, require_finite, saved_dtypes
 from diffusify.models.attention_masks import sliding_windows
+from diffusify.models.loading import num_embeddings
 from diffusify.models.saving import staging_folder
 from diffusify.text.tokenizer import TextTokenizer
 
@@ -138,7 +139,7 @@ def _tensor_names(saved: SavedModel, arch: MODEL_ARCH) -> dict[str, str]:
 
 def _write_settings(writer: GGUFWriter, saved: SavedModel, diffusion: bool) -> None:
     config: Any = saved.config
-    writer.add_vocab_size(_num_rows(saved))
+    writer.add_vocab_size(num_embeddings(saved.network))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -161,7 +162,7 @@ def _write_vocabulary(writer: GGUFWriter, saved: SavedModel, diffusion: bool) ->
     write_tokenizer(
         writer,
         saved.tokenizer,
-        _num_rows(saved),
+        num_embeddings(saved.network),
         saved.source,
         start_token_id=words.start_token_id,
         start_prompts=config.frame.start_prompts,
@@ -209,10 +210,6 @@ def _tensor_kind(tensor: StoredTensor, kind: GGMLQuantizationType) -> GGMLQuanti
 def _head_dim(saved: SavedModel) -> int:
     config: Any = saved.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _num_rows(saved: SavedModel) -> int:
-    return saved.network.get_input_embeddings().weight.shape[0]
 
 
 def _modelfile(saved: SavedModel, name: str) -> str:

@@ -104,7 +104,8 @@ def _detect_layout(settings: dict[str, Any], folder: Path, source: str, layout: 
         raise ValueError(f"{source} already has a diffusion_config.json: it needs no import")
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f'layout "{layout}" is not known{nearest(layout, LAYOUTS)}')
-    model_type, classes = settings.get("model_type"), settings.get("architectures") or []
+    model_type: Any = settings.get("model_type")
+    classes = settings.get("architectures") or []
     matching = [name for name, each in LAYOUTS.items() if model_type in each.networks]
     if layout is not None and layout not in matching:
         expected = " or ".join(LAYOUTS[layout].networks)

@@ -196,10 +196,12 @@ def stock_config(layout: Layout, released: dict[str, Any], vocab_size: int, sour
         missing = [name for name, key in layout.settings.items() if given[key] is None and not _OPTIONAL.search(key)]
         if missing:
             raise ValueError(f"the config.json of {source} does not give {', '.join(missing)}")
-        stock = {key: value for key, value in given.items() if value is not None or key.endswith("_token_id")}
+        stock: dict[str, Any] = {
+            key: value for key, value in given.items() if value is not None or key.endswith("_token_id")
+        }
         stock["head_dim"] = stock["hidden_size"] // stock["num_attention_heads"]  # as the released classes have it
     try:
-        return network.from_dict(stock | layout.constants | {"vocab_size": vocab_size})
+        return network.from_dict(stock | dict(layout.constants) | {"vocab_size": vocab_size})
     except Exception as error:  # each family validates its settings with exceptions of its own
         raise ValueError(f"the config.json of {source} describes no valid {model_type} network ({error})") from error
 
