@@ -51,6 +51,7 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/recipes.py --minutes 3
 	$(BENCH)/data.py
 	$(BENCH)/serving.py runs/5
+	$(BENCH)/bulk.py smollm2-block --dtype float32
 	$(BENCH)/reactions.py
 	$(BIN)/pip install -q -c constraints.txt llama-cpp-python
 	$(BENCH)/export.py

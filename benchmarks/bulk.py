@@ -41,7 +41,7 @@ def main(
     killed = kill_twice(model, prompts, texts, ["--max-new-tokens", str(max_new_tokens), "--dtype", dtype])
     found = {"model": model, "dtype": dtype, "max_new_tokens": max_new_tokens, **rates, "killed": killed}
     print(json.dumps(found, indent=2))
-    print("wrote", save("bulk", f"python benchmarks/bulk.py {model}", 0, found))
+    print("wrote", save("bulk", f"python benchmarks/bulk.py {model} --dtype {dtype}", 0, found))
 
 
 def make_prompts(count: int) -> list[str]:
