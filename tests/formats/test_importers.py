@@ -20,6 +20,7 @@ from diffusify.canvas import Canvas
 from diffusify.cli import app
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.diffusion.policies import Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.formats import stored_tensors
@@ -286,7 +287,7 @@ def test_llada_moe(tmp_path: Path) -> None:
 
 
 def test_dreamon_is_dream_with_more_tokens(tmp_path: Path) -> None:
-    """Its tokens that stand for two masks and for none are suppressed by the user; the network is Dream's."""
+    """Its tokens that stand for two masks and for none change the length of a span; the network is Dream's."""
     source = tmp_path / "DreamOn-v0-7B"
     network = released("Dream", source, 322, mask_token_id=2)
     tokenizer = makers.byte_level().tokenizer
@@ -294,8 +295,10 @@ def test_dreamon_is_dream_with_more_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(source)
     lm = DiffusionLM.from_pretrained(import_denoiser(str(source), tmp_path / "out"))
     assert lm.tokenizer.tokenizer.convert_tokens_to_ids(["<|expand|>", "<|delete|>"]) == [320, 321]
-    torch.testing.assert_close(logits_of(lm.denoiser), logits_of(Denoiser(network, lm.config)))
-    assert lm.infill("The fox[[4]] over", suppress_tokens=(320, 321)).text.startswith("The fox")
+    torch.testing.assert_close(logits_of(lm.denoiser), logits_of(Denoiser(network, lm.config).eval()))
+    assert lm.config.length_tokens == LengthTokens(320, 321)
+    text = lm.infill("The fox[[...]] over").text
+    assert text.startswith("The fox") and text.endswith(" over")
 
 
 @pytest.mark.parametrize("text", ["<|mask|>", "<|MASK|>"])

@@ -27,7 +27,7 @@ from diffusify.formats.stored_tensors import (
 from diffusify.models import downloading, loading
 from diffusify.models.attention_check import check_attention
 from diffusify.models.logging import quiet_transformers
-from diffusify.models.mask_token import assign_mask_token
+from diffusify.models.mask_token import assign_mask_token, find_length_tokens
 from diffusify.models.model_card import write_model_card
 from diffusify.models.recipes import Recipe, ar, block
 from diffusify.models.saving import load_denoiser, require_empty_folder, staging_folder
@@ -86,6 +86,8 @@ def import_denoiser(
         config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         diffusion_config = recipe.diffusion_config(architecture, mask, source)
+        if diffusion_config.block_size is None:
+            diffusion_config = replace(diffusion_config, length_tokens=find_length_tokens(tokenizer))
         write_is_causal(draft, diffusion_config)
         diffusion_config.save(draft)
         write_model_card(draft, out)

@@ -10,6 +10,7 @@ from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.loading import Base, num_embeddings
 
 NEW_MASK_TOKEN = "<|mask|>"
+EXPAND_TOKEN, DELETE_TOKEN = "<|expand|>", "<|delete|>"
 
 # The texts of bracketed added tokens that are reserved or unused, and of special tokens that have a role.
 _RESERVED = re.compile(r"[<\[].*(mask|reserved|unused|empty).*[>\]]", re.IGNORECASE)
@@ -49,13 +50,19 @@ def ensure_length_tokens(base: Base) -> LengthTokens:
 
     The embeddings of new ones become the mean of the others.
     """
-    names = ["<|expand|>", "<|delete|>"]
-    new = [name for name in names if name not in base.tokenizer.get_vocab()]
+    new = [name for name in (EXPAND_TOKEN, DELETE_TOKEN) if name not in base.tokenizer.get_vocab()]
     base.tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
-    expand, delete = (base.tokenizer.get_vocab()[name] for name in names)
-    for name, token in zip(names, (expand, delete), strict=True):
+    found = find_length_tokens(base.tokenizer)
+    assert found is not None, "both tokens were added"
+    for name, token in zip((EXPAND_TOKEN, DELETE_TOKEN), found.ids, strict=True):
         _ensure_embedding(base.network, token, is_new=name in new)
-    return LengthTokens(expand, delete)
+    return found
+
+
+def find_length_tokens(tokenizer: PreTrainedTokenizerBase) -> LengthTokens | None:
+    """The ids of `<|expand|>` and `<|delete|>`; None unless the tokenizer has both."""
+    ids = [tokenizer.get_vocab().get(name) for name in (EXPAND_TOKEN, DELETE_TOKEN)]
+    return None if None in ids else LengthTokens(*ids)  # pyright: ignore[reportArgumentType]
 
 
 def assign_mask_token(tokenizer: Any, mask_token_id: int) -> bool:

@@ -1,0 +1,92 @@
+"""Masked spans that change their length while a client watches."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import nn
+
+from diffusify.diffusion.length_tokens import LengthTokens
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.serving.api.app import create_app
+from tests.serving.models import running, tiny_lm
+from tests.serving.test_infill import events, post
+
+TEXT = "The [[...]] sat on [[2]] mat."
+SEEDS = range(3)
+
+
+def resizing_lm() -> DiffusionLM:
+    """A random model that likes to write the length tokens, which are two letters here."""
+    lm = tiny_lm(infills=True)
+    ids = [lm.tokenizer.encode(letter)[-1] for letter in "qz"]
+    network: Any = lm.denoiser.network
+    head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(network.lm_head.weight)
+        head.bias.zero_()
+        head.bias[ids] = 12.0
+    network.lm_head = head.eval().requires_grad_(False)
+    lm.denoiser.diffusion_config = replace(lm.config, length_tokens=LengthTokens(*ids))
+    return lm
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with (
+        running(create_app({"infiller": resizing_lm()})) as address,
+        httpx.Client(base_url=f"{address}/v1", timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"policy": "Rdm"}, {"policy": "ReMdm"}, {"policy": "Wino"}, {"window": 4, "cache": "dual"}],
+    ids=lambda more: "-".join(map(str, more.values())),
+)
+def test_events_lead_to_the_answer(client: httpx.Client, more: dict[str, Any]) -> None:
+    """Expanded and deleted positions are executed first, then what is erased and written counts in the new text."""
+    lm, resized = resizing_lm(), 0
+    for seed in SEEDS:
+        body = {"model": "infiller", "text": TEXT, "temperature": 1.5, "seed": seed, **more}
+        found = events(client, "infill", **body)
+        tokens = [token["id"] for token in next(data for name, data in found if name == "canvas")["tokens"]]
+        for name, step in found:
+            if name != "denoise":
+                continue
+            doubled, gone = step.get("expand", []), step.get("delete", [])
+            resized += len(doubled) + len(gone)
+            tokens = [t for i, t in enumerate(tokens) if i not in gone for _ in range(1 + (i in doubled))]
+            for position in step["erase"]:
+                tokens[position] = None
+            for one in step["write"]:
+                tokens[one["position"]] = one["id"]
+        choice = next(data for name, data in found if not name)["choices"][0]
+        assert tokens == [token["id"] for token in choice["tokens"]]
+        fields = {name: value for name, value in more.items() if name != "policy"}
+        config = SamplingConfig(temperature=1.5, seed=seed, **fields)
+        if "policy" not in more:
+            assert choice["spans"] == list(lm.prepare_infilling([TEXT], config).results()[0].spans or ())
+    assert resized > 5
+
+
+def test_streamed_suffix_completions_add_up(client: httpx.Client) -> None:
+    lengths = set()
+    for seed in SEEDS:
+        body = {"model": "infiller", "prompt": "The cat", "suffix": " mat", "max_tokens": 24, "seed": seed}
+        whole = post(client, "completions", **body)
+        found = events(client, "completions", **body)
+        parts = [c["text"] for name, data in found if not name and data != "[DONE]" for c in data["choices"]]
+        assert "".join(parts) == whole["choices"][0]["text"] and len(parts) > 1
+        lengths.add(whole["usage"]["completion_tokens"])
+        assert 1 <= whole["usage"]["completion_tokens"] <= 24
+        fim = {name: value for name, value in body.items() if name != "seed"} | {"random_seed": seed}
+        assert post(client, "fim/completions", **fim)["choices"][0]["message"]["content"] == "".join(parts)
+    assert len(lengths) > 1
+    with_logprobs = post(client, "completions", **body, logprobs=2)["choices"][0]  # tries several lengths
+    assert all(len(top) == 2 for top in with_logprobs["logprobs"]["top_logprobs"])
