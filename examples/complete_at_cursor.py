@@ -11,7 +11,10 @@ from urllib.request import Request, urlopen
 
 
 def main(address: str, file: str, line: int) -> str:
-    """Generate line number `line` of a file again. The server needs a bidirectional model (`--recipe ar` or `mlm`)."""
+    """Generate line number `line` of a file again, with as many tokens as the model finds right.
+
+    The server needs a bidirectional model: `--recipe ar` or `mlm`, best with `-o variable_length=true`.
+    """
     lines = Path(file).read_text(encoding="utf-8").splitlines(keepends=True)
     with urlopen(f"{address}/v1/models") as response:
         model = next(entry["id"] for entry in json.load(response)["data"] if entry["diffusion"]["infills"])
@@ -19,7 +22,7 @@ def main(address: str, file: str, line: int) -> str:
         "model": model,
         "prompt": "".join(lines[: line - 1]),
         "suffix": "".join(lines[line:]),
-        "max_tokens": 16,
+        "max_tokens": 64,
         "temperature": 0,
     }
     request = Request(f"{address}/v1/fim/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})

@@ -1,4 +1,4 @@
-"""Fill the masked spans of a document: `[[12]]` is a span of 12 tokens, `[[4-20]]` one of 4 to 20 tokens.
+"""Fill the masked spans of a document: `[[12]]` is a span of 12 tokens, `[[...]]` one of unknown length.
 
 python examples/infill_document.py runs/infiller letter.md > filled.md
 """
@@ -12,9 +12,9 @@ import diffusify
 
 def main(folder: str, file: str) -> str:
     """The filled document. Each paragraph is infilled alone, so a document can be longer than the model's context."""
-    model = diffusify.load(folder)  # a bidirectional model: `--recipe ar` or `mlm`
+    model = diffusify.load(folder)  # `--recipe ar` or `mlm`, best with `-o variable_length=true`
     paragraphs = re.split(r"(\n\s*\n)", Path(file).read_text(encoding="utf-8"))
-    masked = [paragraph for paragraph in paragraphs if re.search(r"(?<!\\)\[\[\d", paragraph)]
+    masked = [paragraph for paragraph in paragraphs if re.search(r"(?<!\\)\[\[(\d|\.\.\.)", paragraph)]
 
     # All paragraphs with masked spans form one batch. The default, one token per step, gives the best quality.
     filled = iter(model.infill(masked, temperature=0.7, top_p=0.9))

@@ -97,7 +97,7 @@ def test_a_curriculum_ends_with_the_block_size() -> None:
     sizes = [stage.attention.size for stage in stages if isinstance(stage.attention, BlockCausal)]
     assert sizes == [1, 1, 1, 2, 2, 2, 4, 4] + [8] * 13
     assert all(stage.time == PerBlock(size, complement=True) for stage, size in zip(stages, sizes, strict=True))
-    assert block(8).at(0, 0.0) == block(8) and recipe.at(9, 1.0) is recipe
+    assert block(8).at(0, 0.0) == block(8) and recipe.at(9, 1.0) == recipe
 
 
 def test_infilling_steps_are_spread_evenly_and_equal_those_of_ar() -> None:

@@ -17,7 +17,7 @@ from tests.serving.models import running, tiny_lm
 from tests.serving.test_infill import events, post
 
 TEXT = "The [[...]] sat on [[2]] mat."
-SEEDS = range(3)
+SEEDS = range(2)
 
 
 def resizing_lm() -> DiffusionLM:
@@ -72,13 +72,16 @@ def test_events_lead_to_the_answer(client: httpx.Client, more: dict[str, Any]) -
         config = SamplingConfig(temperature=1.5, seed=seed, **fields)
         if "policy" not in more:
             assert choice["spans"] == list(lm.prepare_infilling([TEXT], config).results()[0].spans or ())
-    assert resized > 5
+    assert resized > 4
 
 
 def test_streamed_suffix_completions_add_up(client: httpx.Client) -> None:
-    lengths = set()
+    lengths, tokens = set(), resizing_lm().config.length_tokens
+    assert tokens is not None
+    bias = {str(i): -6.0 for i in tokens.ids}  # a little less resizing, so that not all bounds are reached
     for seed in SEEDS:
-        body = {"model": "infiller", "prompt": "The cat", "suffix": " mat", "max_tokens": 24, "seed": seed}
+        body: dict[str, Any] = {"model": "infiller", "prompt": "The cat", "suffix": " mat", "max_tokens": 24}
+        body |= {"seed": seed, "logit_bias": bias}
         whole = post(client, "completions", **body)
         found = events(client, "completions", **body)
         parts = [c["text"] for name, data in found if not name and data != "[DONE]" for c in data["choices"]]

@@ -11,6 +11,7 @@ from diffusify.canvas import Canvas
 from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import Template
 from diffusify.text.prompts import (
+    UNKNOWN_LENGTH,
     continuation_canvas,
     count_length_candidates,
     decode_canvas,
@@ -48,6 +49,7 @@ def fill(canvas: Canvas, *rows: list[int]) -> Canvas:
         (r"x = \[[1, 2], [3, 4]]", ["x = [[1, 2], [3, 4]]"]),
         ("[[[8]]]", ["[", range(8, 9), "]"]),
         ("a\n[[2]]\n", ["a\n", range(2, 3), "\n"]),
+        ("so[[...]] it [[ \N{HORIZONTAL ELLIPSIS} ]]", ["so", UNKNOWN_LENGTH, " it ", UNKNOWN_LENGTH]),
     ],
 )
 def test_parse_masked_spans(text: str, segments: list[str | range]) -> None:

@@ -89,6 +89,11 @@ def tune(
             f"{recipe.attention} decodes from left to right and learns where to end, so it needs no length head; "
             "leave the length head out"
         )
+    if length_head and recipe.length_noise:
+        raise ValueError(
+            f"{model} finds the length of masked spans itself, with length tokens that change the lengths that a "
+            "length head learns; leave the length head out"
+        )
     settings = {
         "model": model,
         "data": data,

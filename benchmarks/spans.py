@@ -1,0 +1,90 @@
+"""Masked spans of unknown length: resized while they are filled, of a told length, and the best of eight lengths.
+
+    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--out runs/spans]
+
+MODEL is an infiller with variable length (`-o variable_length=true`); EVAL is a folder of benchmark files, as for
+`diffusify eval --data`, of which those with spans are used. All ways fill the same items with the same settings, in
+batches of 16 texts. `forwards` are forward passes of a batch and `rows` the texts in each of them, so their product is
+the work. A model that keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes.
+"""
+
+import argparse
+import json
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from machine import save
+from models import protocol
+
+from diffusify.evaluation.benchmark_data import items, tasks_in
+from diffusify.evaluation.evaluate import evaluate, score_row
+from diffusify.evaluation.open_model import open_lm
+from diffusify.evaluation.scoring import BATCH_SIZE, SpanLength
+from diffusify.evaluation.tasks import Infill
+from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.sampling_config import SamplingConfig
+from diffusify.text.prompts import UNKNOWN_LENGTH, count_length_candidates
+
+
+def without_resizing(lm: DiffusionLM) -> DiffusionLM:
+    """The same model without its length tokens, which tries several lengths."""
+    denoiser = copy(lm.denoiser)
+    denoiser.diffusion_config = replace(lm.config, length_tokens=None)
+    return DiffusionLM(denoiser, lm.tokenizer)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("model")
+    options.add_argument("data", type=Path)
+    options.add_argument("--limit", type=int, default=100)
+    options.add_argument("--rerank", type=int, default=8)
+    options.add_argument("--out", type=Path, default=Path("runs/spans"))
+    chosen = options.parse_args()
+    lm = open_lm(chosen.model, dtype=torch.bfloat16)
+    if lm.config.length_tokens is None:
+        options.error(f"{chosen.model} has no length tokens; adapt it with -o variable_length=true")
+    plain = SamplingConfig()
+    tokens = tuple(lm.config.length_tokens.ids)
+    eight = count_length_candidates([[UNKNOWN_LENGTH]])
+    ways: dict[str, tuple[DiffusionLM, SamplingConfig, SpanLength, int]] = {
+        "told": (lm, plain, "told", 1),
+        "resized": (lm, plain, "unknown", 1),
+        f"best of {eight} lengths": (
+            without_resizing(lm), SamplingConfig(suppress_tokens=tokens), "unknown", eight
+        ),
+    }  # fmt: skip
+    if lm.config.keeps_ar_model:
+        ways["resized, reranked"] = (lm, SamplingConfig(rerank=chosen.rerank), "unknown", chosen.rerank)
+    result: dict = {
+        "model": chosen.model,
+        "limit": chosen.limit,
+        "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1],
+    }
+    for task in tasks_in(chosen.data):
+        task_items = items(task, data=chosen.data, limit=chosen.limit, protocol=protocol(task))
+        if not isinstance(task_items[0], Infill):
+            continue
+        result[task.name] = {"items": len(task_items)}
+        for name, (model, sampling, span_length, rows) in ways.items():
+            folder = chosen.out / name.replace(",", "").replace(" ", "-")
+            (scored,) = evaluate(
+                model, {task.name: task_items}, folder, sampling=sampling, span_length=span_length
+            ).values()
+            found = {metric: round(score_row(task.name, scored, metric).score, 1) for metric in scored[0].scores}
+            found |= {
+                "se": round(score_row(task.name, scored).se, 1),
+                "forwards": round(fmean(one.said["forwards"] for one in scored), 1),
+                "rows": rows * min(BATCH_SIZE, len(scored)),
+            }
+            result[task.name][name] = found
+            print(task.name, name, found, flush=True)
+    print(json.dumps(result, indent=2))
+    print("wrote", save("spans", f"python benchmarks/spans.py MODEL EVAL --limit {chosen.limit}", 0, result))
+
+
+if __name__ == "__main__":
+    main()
