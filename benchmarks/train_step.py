@@ -24,7 +24,8 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import Noised, noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
-from diffusify.models.loading import ensure_mask_token, load_base
+from diffusify.models.loading import load_base
+from diffusify.models.mask_token import ensure_mask_token
 from diffusify.models.recipes import Recipe, ar, block
 
 ROWS, LENGTH, SEED = 4, 512, 0

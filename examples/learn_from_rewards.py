@@ -20,9 +20,8 @@ QUESTION = "Describe a {thing} as a JSON object with the fields name and color."
 def has_fields(prompts: list[Any], completions: list[Any], fields: list[list[str]]) -> list[float]:
     """The share of the record's fields that the answer has; a reward between 0 and 1 shows the way."""
     answers = [completion[-1]["content"] for completion in completions]
-    return [
-        sum(f'"{name}"' in text for name in names) / len(names) for text, names in zip(answers, fields, strict=True)
-    ]
+    pairs = zip(answers, fields, strict=True)
+    return [sum(f'"{name}"' in text for name in names) / len(names) for text, names in pairs]
 
 
 def main(model: str, out: str, **settings: Any) -> None:

@@ -57,7 +57,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Bas
         raise raised
 
     monkeypatch.setattr("diffusify.training.adapt.check_run_folder", fail)
-    done = run.invoke(app, ["adapt", "base", "--data", "data", "--out", str(tmp_path)])
+    done = run.invoke(app, ["adapt", "base", "--data", "data", "--recipe", "block", "--out", str(tmp_path)])
     assert done.exit_code == code
     assert [line for line in done.stderr.splitlines() if str(raised) in line] == done.stderr.splitlines() or code > 1
 

@@ -161,7 +161,7 @@ def test_a_failing_reward_loses_nothing(failure: str, models: dict[str, str], qu
 
     def moody(prompts: list[str], completions: list[str]) -> list[Any]:
         calls.append(len(completions))
-        if len(calls) != 3:  # the first is that of held-out prompts
+        if len(completions) == SMALL["held_out"] or calls.count(len(completions)) != 2:  # of the second step's texts
             return vowels(prompts, completions)
         if failure == "raises":
             raise OSError("no disk")
