@@ -31,7 +31,7 @@ from tests.text.tool_templates import tool_tokenizer
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md"]
 PAGES += [ROOT / "recipes/README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TINY = "length=128, held_out=64, per_device_train_batch_size=2, bf16=False"
+TINY = "held_out=64, per_device_train_batch_size=2, bf16=False"
 RECORDS = {
     "texts.jsonl": {"text": "The cat sat on the mat, and the dog ran over the lazy fox. It is so! " * 4},
     "de-en.jsonl": {"de": "Guten Tag", "en": "Good day"},
@@ -53,7 +53,8 @@ def python(page: Path) -> str:
 
 def run_in(folder: Path, code: str) -> None:
     """Run a program with tiny models and texts instead of real ones, and one step instead of minutes."""
-    code = re.sub(r"minutes=\d+", f"steps=1, {TINY}", code)
+    length = "" if "reinforce(" in code else "length=128, "
+    code = re.sub(r"minutes=\d+", f"steps=1, {length}{TINY}", code)
     for slow, tiny in SLOW.items():
         code = code.replace(slow, tiny)
     script = folder / "block.py"
