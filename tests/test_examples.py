@@ -51,6 +51,14 @@ def test_adapt_your_model(
     assert "eval_ar_nll" in output and all(f"{preset}, " in output for preset in ("quality", "balanced", "fast"))
 
 
+def test_learn_from_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = tiny_lm(infills=False)
+    save_denoiser(tmp_path / "model", lm.denoiser, lm.tokenizer.tokenizer)
+    small = {"steps": 1, "group": 2, "prompts": 1, "max_new_tokens": 4, "held_out": 1, "bf16": False}
+    example("learn_from_rewards").main(str(tmp_path / "model"), str(tmp_path / "out"), **small)
+    assert "'builtin:json': 0.0" in capsys.readouterr().out
+
+
 def test_infill_document(tmp_path: Path) -> None:
     lm = tiny_lm(infills=True)
     save_denoiser(tmp_path / "model", lm.denoiser, lm.tokenizer.tokenizer)
