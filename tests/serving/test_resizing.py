@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -93,3 +94,17 @@ def test_streamed_suffix_completions_add_up(client: httpx.Client) -> None:
     assert len(lengths) > 1
     with_logprobs = post(client, "completions", **body, logprobs=2)["choices"][0]  # tries several lengths
     assert all(len(top) == 2 for top in with_logprobs["logprobs"]["top_logprobs"])
+
+
+def test_reranked_candidates_are_those_of_the_model() -> None:
+    """Candidates of different lengths, of which the one is kept that the AR half finds likeliest."""
+    lm = resizing_lm()
+    lm.denoiser.diffusion_config = replace(lm.config, attention=BlockCausal(4), infilling=Bidirectional())
+    config = SamplingConfig(temperature=1.0, seed=3, rerank=3)
+    with running(create_app({"both": lm})) as address, httpx.Client(base_url=f"{address}/v1", timeout=60) as client:
+        body = {"model": "both", "temperature": 1.0, "seed": 3, "rerank": 3}
+        choice = post(client, "infill", text=TEXT, **body)["choices"][0]
+        assert choice["spans"] == list(lm.prepare_infilling([TEXT], config).results()[0].spans or ())
+        filled = post(client, "completions", prompt="The cat", suffix=" mat", max_tokens=24, **body)["choices"][0]
+        (alone,) = lm.prepare_infilling([["The cat", range(1, 25), " mat"]], config).results()
+        assert (filled["text"],) == alone.spans

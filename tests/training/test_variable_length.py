@@ -74,9 +74,10 @@ def test_length_tokens_are_trained_saved_and_used(
     assert json.loads((more / "run.json").read_text())["recipe"]["length_noise"]["type"] == "LengthNoise"
 
 
-def test_a_head_of_its_own_learns_the_length_tokens(tmp_path: Path, corpus: str) -> None:
-    """Adapters train the tokens' weights in the head as well, if it has weights of its own."""
-    network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, tie_word_embeddings=False)
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_train_the_length_tokens_in_the_head(tied: bool, tmp_path: Path, corpus: str) -> None:
+    """Also if the head has weights of its own."""
+    network = tiny_network("llama", vocab_size=320, eos_token_id=0, bos_token_id=0, tie_word_embeddings=tied)
     network.save_pretrained(tmp_path / "base")
     makers.byte_level().tokenizer.save_pretrained(tmp_path / "base")
     plain = adapt(str(tmp_path / "base"), corpus, tmp_path / "plain", recipe=ar(), lora=Lora(2), steps=1, **TINY)
@@ -86,8 +87,11 @@ def test_a_head_of_its_own_learns_the_length_tokens(tmp_path: Path, corpus: str)
     out = adapt(str(tmp_path / "base"), corpus, tmp_path / "run", recipe=recipe, lora=Lora(2), steps=2, **TINY)
     weights = load_file(out / "adapter_model.safetensors")
     shapes = {name: tuple(weight.shape) for name, weight in weights.items() if "token_adapter" in name}
-    assert sorted(shapes.values()) == [(2, 32), (3, 32)]
-    assert diffusify.load(out).infill(TEXT).text.endswith(" mat")
+    assert sorted(shapes.values()) == ([(3, 32)] if tied else [(2, 32), (3, 32)])
+    lm, base = diffusify.load(out), load_base(str(tmp_path / "base"))
+    ids = ensure_length_tokens(base).ids
+    start, end = (each.get_output_embeddings().weight[ids] for each in (base.network, lm.denoiser.network))
+    assert (start != end).any(1).all() and lm.infill(TEXT).text.endswith(" mat")
 
 
 def test_masked_models_and_block_models_fill_spans_of_unknown_length(

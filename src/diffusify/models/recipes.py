@@ -119,10 +119,8 @@ class Recipe:
             return replace(self, attention=annealed, annealing_steps=0)
         if not isinstance(self.attention, BlockCausal):
             return self
-        recipe, stage = (
-            replace(self, length_noise=None, alignment=0.0),
-            int(progress / CURRICULUM_SHARE * len(self.curriculum)),
-        )
+        recipe = replace(self, length_noise=None, alignment=0.0)  # which are for filling spans
+        stage = int(progress / CURRICULUM_SHARE * len(self.curriculum))
         if stage >= len(self.curriculum):
             return recipe
         assert isinstance(self.time, PerBlock), "checked in __post_init__"

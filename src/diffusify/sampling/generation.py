@@ -94,6 +94,7 @@ class GenerationRun:
         self.settings = [each for each in settings for _ in range(num_candidates)]
         self.end_token_id, self._banned, self._text = end_token_id, banned, text
         self._lengths = None if lengths is None else lengths.to(denoiser.device)
+        self.resizes = lengths is not None
         spare = 0 if lengths is None else int(lengths.spare.sum(1).max())
         self.width = canvas.tokens.shape[1] + spare  # the largest number of positions that a row may get
         self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended

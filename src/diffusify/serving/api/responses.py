@@ -60,7 +60,9 @@ class JobTexts:
             return [""] * len(self.texts)
         rows, new = written_tokens(self.job.work), []
         for text, row in zip(self.texts, self.job.work.best_rows, strict=True):
-            if self.start.num_candidates > 1:
+            if self.job.work.resizes:
+                text.positions = self.job.work.canvas.editable[row].nonzero()[:, 0].tolist()
+            elif self.start.num_candidates > 1:
                 text.positions = self.start.editable[row]
             new.append(text.apply(rows[row], self.job.work.canvas.tokens.shape[1], last=True))
         return new
