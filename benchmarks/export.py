@@ -68,9 +68,9 @@ def main() -> None:
     lm = diffusify.load(chosen.model, dtype="float32", device="cpu")
     texts, shift, threads = masked_texts(lm, chosen.texts), lm.config.shift, torch.get_num_threads()
     rates, files = {}, {}
-    ours, rates["diffusify float32"] = timed(partial(fill, lm), texts)
+    ours, rates["float32"] = timed(partial(fill, lm), texts)
     lm = diffusify.load(chosen.model, dtype="bfloat16", device="cpu")
-    _, rates["diffusify bfloat16"] = timed(partial(fill, lm), texts)
+    _, rates["bfloat16"] = timed(partial(fill, lm), texts)
     network = load_denoiser(chosen.model)[0].network
     with torch.no_grad(), without_mask(network):
         logits = [network(torch.tensor([text])).logits[0].numpy() for text in texts]
@@ -79,11 +79,12 @@ def main() -> None:
             file = diffusify.export(chosen.model, Path(folder) / dtype, to="gguf", dtype=dtype) / f"{dtype}.gguf"
             model = GgufModel(file, length=128, threads=threads)
             differences = [abs(model.logits(text) - each).max() for text, each in zip(texts, logits, strict=True)]
-            filled, rates[f"llama.cpp {dtype}"] = timed(partial(greedy_infill, model, shift=shift), texts)
+            filled, rate = timed(partial(greedy_infill, model, shift=shift), texts)
             files[dtype] = {
                 "mebibytes": round(file.stat().st_size / 2**20, 1),
                 "largest_logit_difference": float(f"{max(differences):.2g}"),
                 "equal_infills": sum(a == b for a, b in zip(filled, ours, strict=True)),
+                "tokens_per_second": rate,
             }
             model.close()
         half = diffusify.export(chosen.block, Path(folder) / "half", to="gguf", dtype="float32")
@@ -93,7 +94,7 @@ def main() -> None:
     result = {
         "tokens": TOKENS, "masks": MASKS, "texts": len(texts),
         "versions": {name: version(name) for name in ("gguf", "llama-cpp-python")},
-        "files": files, "tokens_per_second": rates, "ar_half": half_result,
+        "diffusify_tokens_per_second": rates, "files": files, "ar_half": half_result,
     }  # fmt: skip
     print(result)
     save("export", "python benchmarks/export.py", 0, result)

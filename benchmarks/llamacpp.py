@@ -27,20 +27,21 @@ class GgufModel:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self.mask_token_id = llama_cpp.llama_vocab_mask(self._vocabulary)
 
-    def logits(self, tokens: list[int], *, causal: bool = False) -> np.ndarray:
-        """The logits of all tokens of a text, as the network gives them: [n, vocabulary]."""
+    def logits(self, tokens: list[int], positions: list[int] | None = None, *, causal: bool = False) -> np.ndarray:
+        """The logits at some or all positions of a text, as the network gives them: [positions, vocabulary]."""
+        positions = list(range(len(tokens))) if positions is None else positions
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         llama_cpp.llama_set_causal_attn(self._context, causal)
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, i in positions
             batch.seq_id[i][0] = 0
         status = llama_cpp.llama_decode(self._context, batch)
         llama_cpp.llama_batch_free(batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
-        rows = [llama_cpp.llama_get_logits_ith(self._context, i) for i in range(len(tokens))]
+        rows = [llama_cpp.llama_get_logits_ith(self._context, i) for i in positions]
         return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)).copy() for row in rows])
 
     def tokenize(self, text: str) -> list[int]:
@@ -60,7 +61,7 @@ def greedy_infill(model: GgufModel, tokens: list[int], shift: int) -> list[int]:
     tokens = list(tokens)
     while model.mask_token_id in tokens:
         masks = [i for i, token in enumerate(tokens) if token == model.mask_token_id]
-        logits = model.logits(tokens)[[i - shift for i in masks]].astype(np.float64)
+        logits = model.logits(tokens, [i - shift for i in masks]).astype(np.float64)
         logits[:, model.mask_token_id] = -np.inf
         best = logits.max(axis=1)
         surest = int(np.argmax(-np.log(np.exp(logits - best[:, None]).sum(axis=1))))

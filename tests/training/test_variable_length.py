@@ -90,7 +90,8 @@ def test_adapters_train_the_length_tokens_in_the_head(tied: bool, tmp_path: Path
     assert sorted(shapes.values()) == ([(3, 32)] if tied else [(2, 32), (3, 32)])
     lm, base = diffusify.load(out), load_base(str(tmp_path / "base"))
     ids = ensure_length_tokens(base).ids
-    start, end = (each.get_output_embeddings().weight[ids] for each in (base.network, lm.denoiser.network))
+    networks: list[Any] = [base.network, lm.denoiser.network]
+    start, end = (each.get_output_embeddings().weight[ids] for each in networks)
     assert (start != end).any(1).all() and lm.infill(TEXT).text.endswith(" mat")
 
 
