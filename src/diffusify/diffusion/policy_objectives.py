@@ -73,22 +73,42 @@ def token_log_probs(logits: LazyLogits, tokens: Int[Tensor, " k"], temperature: 
 
 
 @dataclass(frozen=True)
-class _TokenRatios:
-    """One clipped ratio for each token, and the k3 estimate of the KL divergence, per token."""
+class _ClippedRatios:
+    """Ratios of new to old probabilities, clipped by `clip`, and the weight of the KL divergence from the reference."""
 
     clip: float = 0.2
     kl_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(self.clip, self.kl_weight)
-
-    def count(self, texts: SampledTexts) -> Float[Tensor, ""]:
-        """The loss is a mean over tokens."""
-        return texts.scored.sum().float()
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip={self.clip} must be between 0 and 1, the largest change of a ratio; 0.2 is usual")
+        if self.kl_weight < 0:
+            raise ValueError(
+                f"kl_weight={self.kl_weight} must be at least 0, which needs no reference model; 0.01 is usual"
+            )
 
     def scored(self, noised: Noised) -> Bool[Tensor, "c n"]:
         """The positions whose log-probabilities are needed."""
         return noised.targets
+
+    def loss(self, log_ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> PolicyLoss:
+        """PPO's clipped surrogate, negated, with the KL divergence; tokens or texts alike."""
+        ratio = log_ratio.exp()
+        clamped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        gain = torch.minimum(ratio * advantage, clamped * advantage)
+        kl = torch.zeros_like(gain) if kl is None else kl
+        is_clipped = clamped * advantage < ratio * advantage
+        total = (self.kl_weight * kl - gain).sum()
+        return PolicyLoss(total, kl.detach().sum(), is_clipped.sum().float(), len(gain))
+
+
+@dataclass(frozen=True)
+class _TokenRatios(_ClippedRatios):
+    """One clipped ratio for each token, and the k3 estimate of the KL divergence, per token."""
+
+    def count(self, texts: SampledTexts) -> Float[Tensor, ""]:
+        """The loss is a mean over tokens."""
+        return texts.scored.sum().float()
 
     def __call__(
         self,
@@ -101,7 +121,7 @@ class _TokenRatios:
         """The loss, from the log-probabilities of the scored positions now, when sampled, and before training."""
         row = self.scored(noised).nonzero()[:, 0] // noised.views
         kl = None if reference is None else (reference - log_prob).expm1() - (reference - log_prob)
-        return _clipped_loss(log_prob - old, texts.advantage[row], self.clip, self.kl_weight, kl)
+        return self.loss(log_prob - old, texts.advantage[row], kl)
 
 
 @dataclass(frozen=True)
@@ -175,7 +195,7 @@ class TraceRl(_TokenRatios):
 
 
 @dataclass(frozen=True)
-class Espo:
+class Espo(_ClippedRatios):
     """ESPO, for models that attend to both sides: one ratio for each text, exp((ELBO - old ELBO) / L).
 
     The ELBO of an answer of L tokens is estimated on `samples` canvases with stratified mask counts and control
@@ -184,12 +204,10 @@ class Espo:
     """
 
     reads_ar_half: ClassVar[bool] = False
-    clip: float = 0.2
-    kl_weight: float = 0.01
     samples: int = 2
 
     def __post_init__(self) -> None:
-        _check(self.clip, self.kl_weight)
+        super().__post_init__()
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1 canvas for each text; 2 is usual")
 
@@ -213,10 +231,6 @@ class Espo:
         weight = torch.where(target, 1 / share, 0.0)
         return Noised(canvas, clean.tokens[rows], share, torch.zeros_like(open), weight, self.samples)
 
-    def scored(self, noised: Noised) -> Bool[Tensor, "c n"]:
-        """The answers' open positions."""
-        return noised.targets
-
     def count(self, texts: SampledTexts) -> Float[Tensor, ""]:
         """The loss is a mean over texts."""
         return torch.tensor(float(len(texts.advantage)))
@@ -235,7 +249,7 @@ class Espo:
         kl = None
         if reference is not None:
             kl = 0.5 * (elbo - self.elbo(reference, noised, texts)).square() / length
-        return _clipped_loss((elbo - old_elbo) / length, texts.advantage, self.clip, self.kl_weight, kl)
+        return self.loss((elbo - old_elbo) / length, texts.advantage, kl)
 
     def elbo(self, log_prob: Float[Tensor, " k"], noised: Noised, texts: SampledTexts) -> Float[Tensor, " b"]:
         """The ELBO of each answer in nats, with gradient."""
@@ -249,24 +263,6 @@ class Espo:
 # and for the reference model. The positions `scored` are predicted by the AR half if `reads_ar_half` is set, else by
 # the denoiser. The sum of losses is divided by the `count` of a step's texts.
 PolicyObjective = Grpo | TraceRl | Espo
-
-
-def _check(clip: float, kl_weight: float) -> None:
-    if not 0 < clip < 1:
-        raise ValueError(f"clip={clip} must be between 0 and 1, the largest change of a ratio; 0.2 is usual")
-    if kl_weight < 0:
-        raise ValueError(f"kl_weight={kl_weight} must be at least 0, which needs no reference model; 0.01 is usual")
-
-
-def _clipped_loss(log_ratio: Tensor, advantage: Tensor, clip: float, kl_weight: float, kl: Tensor | None) -> PolicyLoss:
-    """PPO's clipped surrogate, negated, with the KL divergence; tokens or texts alike."""
-    ratio = log_ratio.exp()
-    clamped = ratio.clamp(1 - clip, 1 + clip)
-    gain = torch.minimum(ratio * advantage, clamped * advantage)
-    kl = torch.zeros_like(gain) if kl is None else kl
-    is_clipped = clamped * advantage < ratio * advantage
-    total = (kl_weight * kl - gain).sum()
-    return PolicyLoss(total, kl.detach().sum(), is_clipped.sum().float(), len(gain))
 
 
 def _steps_before(step: Int[Tensor, "b n"], block: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
