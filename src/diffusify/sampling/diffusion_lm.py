@@ -11,6 +11,7 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.constraints import Automaton
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
@@ -151,32 +152,38 @@ class DiffusionLM:
         if stops := next((each.stop for each in per_text if each.stop), ()):
             raise ValueError(f"stop={stops[0]!r} ends a continuation, but a masked span has a length; leave out stop")
         _check_batch(per_text, denoiser.diffusion_config)
-        choices, context, lengths = count_length_candidates(texts), self.denoiser.context_length, None
         rerank, is_greedy = per_text[0].rerank if per_text else None, any(each.temperature == 0 for each in per_text)
         if rerank and not self.config.keeps_ar_model:
             raise ValueError(
                 f"rerank={rerank} needs a model that keeps its AR half, such as block(4, infilling=0.25); leave it out"
             )
-        if rerank and choices == 1 and is_greedy:
+        if rerank and is_greedy and count_length_candidates(texts) == 1:
             raise ValueError(f"rerank={rerank} greedy texts of one length are all the same; set temperature=0.7")
-        # A constraint and an observer are about fixed positions.
-        resizes = choices > 1 and all(each.regex is None and each.observer is None for each in per_text)
-        if resizes and (tokens := self.config.length_tokens) is not None:
-            choices = rerank or 1
-            canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=choices)
+        (candidates, tokens), context, lengths = self.count_infillings(texts, per_text), denoiser.context_length, None
+        if tokens is not None:
+            canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=candidates)
         else:
-            choices = rerank or choices
-            canvas = infill_canvas(self.tokenizer, texts, context=context, candidates=choices)
+            canvas = infill_canvas(self.tokenizer, texts, context=context, candidates=candidates)
         return GenerationRun(
             denoiser,
             canvas,
             per_text,
             Infilling(self.tokenizer),
             banned=banned,
-            num_candidates=choices,
+            num_candidates=candidates,
             lengths=lengths,
             automata=self._automata(per_text),
         )
+
+    def count_infillings(
+        self, texts: Sequence[InfillText], settings: Sequence[SamplingConfig]
+    ) -> tuple[int, LengthTokens | None]:
+        """How many rows fill each text, and the length tokens if the model finds the lengths of the spans itself."""
+        rerank, num_lengths = settings[0].rerank if settings else None, count_length_candidates(texts)
+        # A constraint and an observer are about fixed positions.
+        is_fixed = num_lengths == 1 or any(each.regex is not None or each.observer is not None for each in settings)
+        tokens = None if is_fixed else self.config.length_tokens
+        return rerank or (num_lengths if tokens is None else 1), tokens
 
     def _automata(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:
         return {each.regex: self.compile_regex(each.regex) for each in settings if each.regex is not None}

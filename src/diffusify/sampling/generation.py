@@ -94,7 +94,6 @@ class GenerationRun:
         self.settings = [each for each in settings for _ in range(num_candidates)]
         self.end_token_id, self._banned, self._text = end_token_id, banned, text
         self._lengths = None if lengths is None else lengths.to(denoiser.device)
-        self.resizes = lengths is not None
         spare = 0 if lengths is None else int(lengths.spare.sum(1).max())
         self.width = canvas.tokens.shape[1] + spare  # the largest number of positions that a row may get
         self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended
@@ -186,6 +185,11 @@ class GenerationRun:
         """The seed of a row: that of its text, and another for each further candidate that is reranked."""
         settings, candidate = self.settings[row], row % self.num_candidates
         return (settings.seed + 1_000_003 * candidate) % 2**63 if settings.rerank and candidate else settings.seed
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the model may change the lengths of masked spans."""
+        return self._lengths is not None
 
     def results(self) -> list[Generation]:
         """Run all remaining steps and return the finished texts."""

@@ -13,7 +13,7 @@ from diffusify.serving.api.openai_schemas import CompletionBody, FimBody
 from diffusify.serving.api.service import Service, get_service, wait_or_cancel
 from diffusify.serving.api.token_logits import PromptLogprobs
 from diffusify.serving.engine.generation_progress import TextStream
-from diffusify.text.prompts import count_length_candidates, encode_infill_text
+from diffusify.text.prompts import encode_infill_text
 
 router = APIRouter()
 
@@ -91,14 +91,16 @@ def _parse_suffix(service: Service, lm: DiffusionLM, body: CompletionBody, suffi
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
     given = [encode_infill_text(tokenizer, [prompt, range(1, 2), suffix]) for prompt in body.prompts]
     longest = 2 + max(sum(len(part) for part in parts if isinstance(part, list)) for parts in given)
-    resizes = lm.config.length_tokens is not None and body.num_top_logprobs is None
-    candidates = body.rerank or 1 if body.constraint or resizes else count_length_candidates([[range(body.max_tokens)]])
+    settings = body.sampling_config(lm, infilling=True)
+
+    def lengths(longest: int) -> range:
+        return range(longest if body.constraint else 1, longest + 1)
+
+    candidates, _ = lm.count_infillings([[lengths(body.max_tokens)]], [settings])
     max_length = min(body.max_tokens, service.room(lm, longest, candidates * len(prompts)))
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
-        lengths = range(max_length, max_length + 1) if body.constraint else range(1, max_length + 1)
-        texts = [[prompt, lengths, suffix] for prompt in prompts]
-        return lm.prepare_infilling(texts, body.sampling_config(lm, infilling=True))
+        return lm.prepare_infilling([[prompt, lengths(max_length), suffix] for prompt in prompts], settings)
 
     # A space at the prompt's end becomes part of the span's first token.
     ends_in_space = isinstance(prompts[0], str) and prompts[0].endswith(" ")
