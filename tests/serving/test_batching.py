@@ -1,16 +1,20 @@
 """Batched loops are independent: a text does not depend on the other loops, or on when they join and leave."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from greenlet import getcurrent, greenlet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, Guess
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Prefix
+from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Ancestral, Klass, Rdm, ReMdm, Unmask, Wino
 from diffusify.diffusion.quotas import Threshold
@@ -23,6 +27,7 @@ from diffusify.sampling.sampler import Frame, Sampler
 from diffusify.sampling.shadow import ShadowDenoiser
 from diffusify.sampling.speculative import Speculative
 from diffusify.serving.engine.batching import PassBatcher
+from tests.diffusion.test_policies import step_state
 from tests.families import CAUSAL, MASK, tiny_denoiser
 
 POLICIES = [
@@ -176,3 +181,22 @@ def test_attributes_are_right_while_the_head_runs() -> None:
     denoiser.predict(canvas_of((3, 4)), positions=canvas_of((3, 4)).open).logits  # noqa: B018
     hook.remove()
     assert seen == [(48, 64)]
+
+
+def test_a_suspended_guess_blocks_no_other_thread() -> None:
+    """A loop that is suspended while it guesses, as when a server stops, leaves no lock behind."""
+    state = step_state(torch.ones(1, 2, dtype=torch.bool), torch.randn(2, 5))
+    loops: list[greenlet] = []
+    guesses: list[Guess] = []
+
+    def suspend() -> None:
+        caller = getcurrent()
+        logits = LazyLogits(torch.randn(2, 5), lambda hidden, index: caller.switch())
+        loops.append(greenlet(lambda: replace(state, logits=logits).guess))
+        loops[0].switch()
+
+    for work in (suspend, lambda: guesses.append(state.guess)):
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(60)
+    assert loops[0] and guesses

@@ -6,7 +6,6 @@ Axes: b texts, n positions, k selected positions (row by row), v vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -35,10 +34,14 @@ class StepState:
     rng: RowGenerators
     history: tuple["StepState", ...] = ()  # earlier steps, the latest first, up to the policy's `history_length`
 
-    @cached_property
+    @property
     def guess(self) -> Guess:
         """The proposed tokens at all `positions`, computed on first use, since some policies do not need them."""
-        return self._pick(self.positions)
+        if (
+            "guess" not in self.__dict__
+        ):  # in Python 3.11 a cached_property holds a lock, also while a loop is suspended
+            self.__dict__["guess"] = self._pick(self.positions)
+        return self.__dict__["guess"]
 
     def guess_at(self, write: Bool[Tensor, "b n"]) -> Guess:
         """The proposed tokens at `write`, and at all `positions` if they have been computed already."""
