@@ -91,9 +91,10 @@ requests = st.lists(
 @given(requests=requests)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_neighbours_make_no_difference(kind: str, requests: list[tuple[int, tuple[int, int], int]]) -> None:
-    """Each request gives what it gives alone, in as many forward passes."""
+    """Each request gives what it gives alone, in as many forward passes for the same number of drafts."""
     denoiser, loops = tiny_model(kind), sampling_loops(kind)
     batcher, found = PassBatcher(denoiser), {}
+    batcher.denoiser.texts_per_pass = denoiser.texts_per_pass  # lossless decoding drafts less where passes are shared
 
     def generate(number: int, model: Denoiser) -> Result:
         loop, lengths, _ = requests[number]
@@ -118,6 +119,31 @@ def test_neighbours_make_no_difference(kind: str, requests: list[tuple[int, tupl
         assert found[number][2] == forwards
         torch.testing.assert_close(found[number][1], score, atol=1e-4, rtol=1e-4)
     assert batcher.pool.height == 0
+
+
+@given(requests=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 12)), min_size=2, max_size=20))
+@settings(max_examples=12, deadline=None)
+def test_lossless_text_is_the_same_however_many_share_its_passes(requests: list[tuple[int, int]]) -> None:
+    """The number of drafts depends on the load, and so do the forward passes, but neither tokens nor scores do."""
+    denoiser = tiny_model("block")
+    batcher, found = PassBatcher(denoiser), {}
+
+    def generate(number: int, model: Denoiser) -> Result:
+        rng = RowGenerators.from_seeds([number])
+        return last_of(Speculative(model)(canvas_of(requests[number]), noise=MASK, rng=rng))
+
+    for number in range(len(requests)):
+
+        def work(number: int = number) -> None:
+            found[number] = generate(number, batcher.denoiser)
+
+        batcher.join(work)
+    while batcher.loops:
+        batcher.advance()
+    for number in range(len(requests)):
+        tokens, score, _ = generate(number, denoiser)
+        assert found[number][0] == tokens
+        torch.testing.assert_close(found[number][1], score, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))

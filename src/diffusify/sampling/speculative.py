@@ -129,8 +129,9 @@ class Speculative:
             moves = self._moves(settled, accepted, parent, past.n)
             settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
             start = settled - 1  # of what is not in the cache
-            ahead = self._drafts_behind(node, drafts, masks) if drafts.shape[1] else drafts
-            ahead = ahead.masked_fill_(~todo[:, None, None], -torch.inf)
+            ahead = drafts  # none, if no mask was likely enough to be useful
+            if drafts.shape[1]:
+                ahead = self._drafts_behind(node, drafts, masks).masked_fill_(~todo[:, None, None], -torch.inf)
             copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
