@@ -73,14 +73,14 @@ POLICIES = [
 
 @pytest.mark.parametrize(("kind", "policy"), POLICIES)
 def test_rewards_rise(kind: str, policy: Any, models: dict[str, str], questions: str, tmp_path: Path) -> None:
-    options = dict(SMALL, steps=12, group=8)
+    options = dict(SMALL, steps=24, group=8, held_out=8)
     out = reinforce(models[kind], questions, tmp_path / "out", rewards=vowels, policy=policy, **options)
     rewards = [entry["reward"] for entry in log_of(out) if "reward" in entry]
-    assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3])
+    assert len(rewards) == 24 and sum(rewards[-3:]) > sum(rewards[:3])
     evaluations = [entry for entry in log_of(out) if "eval_reward" in entry]
     assert evaluations[0]["step"] == 0 and evaluations[-1]["eval_reward"] > evaluations[0]["eval_reward"]
     lines = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
-    assert sum(line["split"] == "train" for line in lines) == 12 * 16
+    assert sum(line["split"] == "train" for line in lines) == 24 * 16
     assert diffusify.load(out).generate("cat", max_new_tokens=4).text
 
 
