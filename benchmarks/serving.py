@@ -39,7 +39,7 @@ def main(
     with server(model, dtype) as (address, process):
         found = asyncio.run(measure(address, process.pid, requests, clients, serial, warm, flat))
     print(json.dumps(found, indent=2))
-    print("wrote", save("serving", "python benchmarks/serving.py MODEL", 0, {"dtype": dtype, **found}))
+    print("wrote", save("serving", f"python benchmarks/serving.py {model}", 0, {"dtype": dtype, **found}))
 
 
 @contextmanager

@@ -32,6 +32,13 @@ LLAMA_TENSORS = {
 SPECIAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
+def llama_3(theta: float, length: int) -> dict[str, Any]:
+    """The scaled rotary embedding of Llama 3.2, for a base that was pretrained on texts of a length."""
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = scaling | {"rope_theta": theta, "original_max_position_embeddings": length}
+    return {"head_dim": 64, "max_position_embeddings": 16 * length, "rope_parameters": rope}
+
+
 def gguf_name(name: str) -> str:
     """The name in GGUF of a tensor of Llama, Qwen2 or Qwen3."""
     module, _, kind = name.rpartition(".")
@@ -103,6 +110,15 @@ def test_every_tensor_and_key(family: str, shift: int, attention: Any, arch: str
         expected = permute(weight, heads) if permuted else weight
         assert np.array_equal(tensors[gguf_name(name)].data, expected.numpy()), name
     assert (out / "Modelfile").is_file() is (attention != BIDIRECTIONAL)
+
+
+def test_the_scaled_rope_of_llama_3(tmp_path: Path) -> None:
+    """Factors as in llama.cpp's file of Llama 3.2: 1 for high frequencies, 32 for low ones, in between smooth."""
+    save_tiny(tmp_path / "model", "llama", 1, BIDIRECTIONAL, **llama_3(5e5, 8192))
+    out = export(tmp_path / "model", tmp_path / "tiny", to="gguf", dtype="float16")
+    [factors] = [each.data for each in GGUFReader(out / "tiny.gguf").tensors if each.name == "rope_freqs.weight"]
+    assert factors.dtype == np.float32 and factors.shape == (32,)
+    assert np.allclose(factors[:15], 1) and np.allclose(factors[18:], 32) and (np.diff(factors[14:19]) > 0).all()
 
 
 def test_the_permutation_is_that_of_llama_files() -> None:
@@ -179,12 +195,19 @@ def test_tokenizers_that_llama_cpp_has_no_rule_for_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [("llama", BIDIRECTIONAL), ("qwen2", BIDIRECTIONAL), ("llama", BlockCausal(4)), ("qwen3", BlockCausal(4))],
+    ("family", "attention", "changes"),
+    [
+        ("llama", BIDIRECTIONAL, {}),
+        ("llama", BIDIRECTIONAL, llama_3(1e3, 16)),
+        ("qwen2", BIDIRECTIONAL, {}),
+        ("llama", BlockCausal(4), {}),
+        ("llama", BlockCausal(4), llama_3(1e3, 16)),
+        ("qwen3", BlockCausal(4), {}),
+    ],
 )
-def test_llama_cpp_gives_our_logits(family: str, attention: Any, tmp_path: Path) -> None:
+def test_llama_cpp_gives_our_logits(family: str, attention: Any, changes: Any, tmp_path: Path) -> None:
     module = llamacpp()
-    denoiser = save_tiny(tmp_path / "model", family, 1, attention)
+    denoiser = save_tiny(tmp_path / "model", family, 1, attention, **changes)
     model = module.GgufModel(export(tmp_path / "model", tmp_path / "x", to="gguf") / "x.gguf", length=32)
     tokens = list(range(20, 32))
     network: Any = denoiser.network

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from diffusify.diffusion.attention import Bidirectional
 from diffusify.formats.export_card import AR_GGUF, DIFFUSION_GGUF, write_export_card
@@ -72,11 +74,15 @@ def export_gguf(saved: SavedModel, out: Path, dtype: str | None) -> Path:
             stored = quant_shape_to_byte_shape(shape, kinds[key])
             data = np.dtype(np.float32 if is_float else np.uint8)
             writer.add_tensor_info(gguf_name, shape if is_float else stored, data, math.prod(stored), kinds[key])
+        if (factors := _rope_factors(saved)) is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for key in names:
             writer.write_tensor_data(_array(saved, key, kinds[key]))
+        if factors is not None:
+            writer.write_tensor_data(factors)
         writer.close()
         if not diffusion:
             (draft / "Modelfile").write_text(_modelfile(saved, name), encoding="utf-8")
@@ -115,10 +121,11 @@ def _tensor_names(saved: SavedModel, arch: MODEL_ARCH) -> dict[str, str]:
     """The name in the file of every tensor. ValueError for what the architecture has no word for."""
     config: Any = saved.config
     name, network = MODEL_ARCH_NAMES[arch], NETWORKS[config.model_type]
+    rope_types = ("default", "llama3") if network.permuted else ("default",)
     unknown = {
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "sliding_window": next((w for w in sliding_windows(saved.network).values() if w), None),
-        "rope_scaling": None if config.rope_parameters["rope_type"] == "default" else config.rope_parameters,
+        "rope_scaling": None if _rope_type(saved) in rope_types else config.rope_parameters,
     }
     if config.hidden_size != config.num_attention_heads * _head_dim(saved) and config.model_type == "qwen2":
         unknown["head_dim"] = _head_dim(saved)
@@ -135,6 +142,21 @@ def _tensor_names(saved: SavedModel, arch: MODEL_ARCH) -> dict[str, str]:
                 f"{saved.source} has the tensor {key}, for which --to gguf ({name}) has no word; use --to hf"
             )
     return {key: gguf_name for key, gguf_name in names.items() if gguf_name is not None}
+
+
+def _rope_type(saved: SavedModel) -> str:
+    config: Any = saved.config
+    return config.rope_parameters["rope_type"]
+
+
+def _rope_factors(saved: SavedModel) -> np.ndarray | None:
+    """What each frequency of the rotary embedding is divided by, for the scaling of Llama 3; None without scaling."""
+    if _rope_type(saved) == "default":
+        return None
+    config: Any = saved.config
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    exponents = torch.arange(0, _head_dim(saved), 2) / _head_dim(saved)
+    return (config.rope_parameters["rope_theta"] ** -exponents / scaled).numpy()
 
 
 def _write_settings(writer: GGUFWriter, saved: SavedModel, diffusion: bool) -> None:
