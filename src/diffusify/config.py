@@ -123,6 +123,7 @@ class DiffusionConfig:
     longest_answer: int | None = None  # the largest length that the length head predicts; no head if unset
     frame: DocumentFrame = DocumentFrame()
     adapters: Literal["all", "masks"] = "all"  # the rows of a forward pass that adapters act on, if there are any
+    draft_head: int | None = None  # the inner size of the draft head; no head if unset
     length_tokens: LengthTokens | None = None  # for models that change the length of masked spans while they fill them
 
     @property

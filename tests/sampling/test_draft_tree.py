@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.sampling.draft_tree import DraftTree
+from diffusify.sampling.drafts import Drafts
 
 
 def draft_logits(seed: int, b: int, ahead: int, v: int) -> torch.Tensor:
@@ -18,7 +19,7 @@ def tree_of(logits: torch.Tensor, count: int, **settings) -> DraftTree:
     """The tree of drafted logits alone."""
     b, ahead, _ = logits.shape
     nothing = torch.zeros(b, 0, dtype=torch.long), torch.zeros(b, 0)
-    return DraftTree.from_drafts(logits, *nothing, count, ahead + 1, **settings)
+    return DraftTree.from_drafts(Drafts.from_logits(logits, count), *nothing, count, ahead + 1, **settings)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(2, 5), st.integers(1, 12))
@@ -98,7 +99,7 @@ def test_a_copied_path_joins_the_tree_once(seed: int, b: int, length: int, count
     logits, rng = draft_logits(seed, b, 2, 3), torch.Generator().manual_seed(seed)
     copied = torch.randint(0, 3, (b, length), generator=rng)
     copied_prob = torch.rand(b, length, generator=rng).cumprod(1) * torch.randint(0, 2, (b, 1), generator=rng)
-    tree = DraftTree.from_drafts(logits, copied, copied_prob, count, 6)
+    tree = DraftTree.from_drafts(Drafts.from_logits(logits, count), copied, copied_prob, count, 6)
     for row in range(b):
         expected = {
             path: 0.999**depth * float(torch.stack([logits[row].softmax(-1)[i, t] for i, t in enumerate(path)]).prod())

@@ -67,11 +67,12 @@ def test_correct_drafts_save_forward_passes(monkeypatch: pytest.MonkeyPatch) -> 
     denoiser = block_denoiser()
 
     def next_integer(inputs, index, *, past=None):
-        """Logits of a model that predicts token i + 1 at position i."""
+        """Hidden states that are the logits of a model that predicts token i + 1 at position i."""
         position_ids = inputs.position_ids.flatten()[index]
         return torch.nn.functional.one_hot(position_ids + 2, MASK + 1).float() * 9
 
-    monkeypatch.setattr(denoiser, "logits", next_integer)
+    monkeypatch.setattr(denoiser, "hidden_states", next_integer)
+    monkeypatch.setattr(denoiser, "project", lambda hidden: hidden)
     canvas = Canvas.from_tokens([[1, 2, *[None] * 16], [1, *[None] * 8]], noise=MASK, pad=0)
     *_, last = Speculative(denoiser)(canvas, noise=MASK)
     assert last.canvas.tokens[0].tolist() == list(range(1, 19))

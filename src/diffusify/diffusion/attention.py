@@ -153,6 +153,13 @@ class BlockCausal:
             clean_start=noisy_length,
         )
 
+    def crop(self, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> tuple[Canvas, Bool[Tensor, "b m"]]:
+        """The canvas and `positions` up to the end of the last block of these, which attends to nothing later."""
+        at = torch.arange(positions.shape[1], device=positions.device)
+        ends = torch.where(positions, at - canvas.position_ids % self.size + self.size, 0)
+        end = min(int(ends.max()), positions.shape[1])
+        return canvas[:, :end], positions[:, :end]
+
     def needed_inputs(
         self, canvas: Canvas, positions: Bool[Tensor, "c n"], *, views: int = 1, shift: int = 0
     ) -> Bool[Tensor, "b m"]:

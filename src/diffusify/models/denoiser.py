@@ -25,8 +25,10 @@ from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
 from diffusify.models import grouped_attention
 from diffusify.models.attention_masks import position_offset, sliding_windows, without_mask
+from diffusify.models.draft_head import DraftHead, previous_tokens
 from diffusify.models.length_head import LengthHead, prompt_canvas
 from diffusify.models.mask_adapters import find_mask_rows
+from diffusify.models.output_head import logits_without_body
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Denoiser(nn.Module):
         self.length_head: LengthHead | None = None
         if config.longest_answer is not None:
             self.add_length_head(config.longest_answer)
+        self.draft_head: DraftHead | None = None
+        if config.draft_head is not None:
+            self.draft_head = DraftHead(self.config.get_text_config().hidden_size, config.draft_head).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +154,7 @@ class Denoiser(nn.Module):
         """
         pattern = self.diffusion_config.attention if attention is None else attention
         if positions is not None and clean is None and isinstance(pattern, BlockCausal):
-            canvas, positions = _crop_to_blocks(canvas, positions, pattern.size)
+            canvas, positions = pattern.crop(canvas, positions)
         inputs = pattern(canvas, clean, shift=self.diffusion_config.shift)
         if positions is not None and clean is not None and isinstance(pattern, BlockCausal):
             views = len(positions) // len(clean)
@@ -159,6 +164,11 @@ class Denoiser(nn.Module):
         ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
         index, sizes = torch.cat([index, ar_index]), [len(index), len(ar_index)]
         layers, hidden = self.layer_states(inputs, index) if return_layers else ((), self.hidden_states(inputs, index))
+        if self.draft_head is not None and self.training and clean is not None and positions is not None:
+            assert isinstance(pattern, BlockCausal), "draft heads are for block models"
+            previous, is_known = previous_tokens(canvas, clean, positions, pattern.size)
+            masks, text = hidden.split(sizes)
+            hidden = torch.cat([torch.where(is_known[:, None], self.after_tokens(masks, previous), masks), text])
         length_logits = self.length_logits(canvas) if return_lengths else None
         if loss is not None:
             empty = hidden.new_empty(0, self.vocab_size)
@@ -184,9 +194,10 @@ class Denoiser(nn.Module):
 
     def predict(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         """The logits of `forward` at `positions`, projected to the vocabulary only when read; not for training."""
-        if self.diffusion_config.block_size is not None:
-            canvas, positions = _crop_to_blocks(canvas, positions, self.diffusion_config.block_size)
-        inputs = self.diffusion_config.attention(canvas, shift=self.diffusion_config.shift)
+        pattern = self.diffusion_config.attention
+        if isinstance(pattern, BlockCausal):
+            canvas, positions = pattern.crop(canvas, positions)
+        inputs = pattern(canvas, shift=self.diffusion_config.shift)
         return self.lazy_logits(self.hidden_states(inputs, inputs.flat_index(inputs.output_index, positions)))
 
     def hidden_states(
@@ -212,6 +223,16 @@ class Denoiser(nn.Module):
         self._output_class = type(output)
         hidden = output.last_hidden_state.flatten(0, 1)[index.to(output.last_hidden_state.device)]
         return tuple(layer.to(self.device) for layer in output.hidden_states[1:]), hidden.to(self.device)
+
+    def after_tokens(self, hidden: Float[Tensor, "*k d"], previous: Int[Tensor, "*k"]) -> Float[Tensor, "*k d"]:
+        """The hidden states of masks, changed by the draft head: each predicts the token after its `previous` one."""
+        assert self.draft_head is not None, "the model has no draft head"
+        return self.draft_head(hidden, self.embed(previous))
+
+    def embed(self, tokens: Int[Tensor, "*k"]) -> Float[Tensor, "*k d"]:
+        """The embeddings of tokens, as they are stored."""
+        embedding: Any = self.network.get_input_embeddings()
+        return nn.functional.embedding(tokens, embedding.weight).to(self.device)
 
     def lazy_logits(self, hidden: Float[Tensor, "k d"], weights: tuple[Tensor, ...] = ()) -> LazyLogits:
         """Logits that `project` computes from hidden states when they are read; `weights` get gradients, too."""
@@ -239,12 +260,7 @@ class Denoiser(nn.Module):
         So soft caps, scales and heads of several layers are the network's own. The logits of the mask token and of ids
         without a token are -inf, and in inference those of the length tokens, unless spans are to be resized.
         """
-        prefix, body = self.network.base_model_prefix, self.network.base_model
-        setattr(self.network, prefix, _FixedBody(self._output_class(last_hidden_state=hidden[None])))
-        try:
-            logits = self.network(input_ids=torch.zeros_like(hidden[None, :, 0], dtype=torch.long)).logits[0]
-        finally:
-            setattr(self.network, prefix, body)
+        logits = logits_without_body(self.network, self._output_class(last_hidden_state=hidden[None]))
         logits.detach()[:, self.diffusion_config.mask_token_id] = -torch.inf  # outside autograd, so its gradient is 0
         if self.unused_token_ids is not None:
             logits.detach().index_fill_(1, self.unused_token_ids, -torch.inf)
@@ -307,22 +323,3 @@ class Denoiser(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)
-
-
-def _crop_to_blocks(canvas: Canvas, positions: Bool[Tensor, "b n"], size: int) -> tuple[Canvas, Bool[Tensor, "b m"]]:
-    """The canvas and `positions` up to the end of the last requested block, which attends to nothing later."""
-    at = torch.arange(positions.shape[1], device=positions.device)
-    ends = torch.where(positions, at - canvas.position_ids % size + size, 0)
-    end = min(int(ends.max()), positions.shape[1])
-    return canvas[:, :end], positions[:, :end]
-
-
-class _FixedBody(nn.Module):
-    """A stand-in for a network's body that returns a given output."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output

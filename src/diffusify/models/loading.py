@@ -43,12 +43,16 @@ _VOCABULARY_FILES = {"tokenizer.json", "vocab.json", "vocab.txt"}
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained network and its tokenizer, unchanged; `masked` is True for an MLM, False for an AR network."""
+    """A pretrained network and its tokenizer, unchanged; `masked` is True for an MLM, False for an AR network.
+
+    `folder` is that of the diffusion model to which the network belongs, if any.
+    """
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     masked: bool
+    folder: Path | None = None
 
 
 def load_base(

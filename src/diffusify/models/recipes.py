@@ -32,8 +32,8 @@ class Recipe:
     adapters are trained, which act where the input is a mask: the AR half stays the base. With a `position_decay`, the
     k-th draft of a block weighs exp(-k / position_decay), since it only counts if the earlier ones were right (DSpark).
     With `length_noise`, the model learns to change the length of a masked span while it fills it. `alignment` is the
-    weight of the distance to the hidden states of the causal base on the clean text (REPR-ALIGN: 10). ValueError for
-    settings that exclude each other.
+    weight of the distance to the hidden states of the causal base on the clean text (REPR-ALIGN: 10). `draft_head` is
+    the inner size of a draft head (see `DraftHead`). ValueError for settings that exclude each other.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Recipe:
     position_decay: float | None = None
     length_noise: LengthNoise | None = None
     alignment: float = 0.0
+    draft_head: int | None = None
 
     def __post_init__(self) -> None:
         ar_weight, distill = self.objective.ar_weight, self.objective.distill
@@ -88,6 +89,10 @@ class Recipe:
                 f"length_noise={self.length_noise} is for filling masked spans, with the data's tokens as targets; "
                 f"attention {self.attention}, distill={distill} and infilling={self.infilling} exclude it; use ar(), "
                 "mlm() or block(size, infilling=0.25)"
+            )
+        if self.draft_head is not None and not (self.draft_head > 0 and self.adapters == "masks"):
+            raise ValueError(
+                f"draft_head={self.draft_head} must be above 0, and is for drafting adapters; use draft(size), or None"
             )
         if self.curriculum and not isinstance(self.time, PerBlock):
             raise ValueError(f"curriculum={self.curriculum} lists block sizes; use block(size), or leave it empty")
@@ -154,6 +159,7 @@ class Recipe:
             policy=self.policy,
             infilling=Bidirectional() if self.infilling else None,
             adapters=self.adapters,
+            draft_head=self.draft_head,
         )
 
 
@@ -262,12 +268,19 @@ def block(
     )
 
 
-def draft(size: int = 4, *, total_variation: float = 0.0, position_decay: float | None = None) -> Recipe:
+def draft(
+    size: int = 4,
+    *,
+    head: int | None = 512,
+    total_variation: float = 0.0,
+    position_decay: float | None = None,
+) -> Recipe:
     """The recipe for faster text of an AR base, which stays as it is: `block(size)` with drafting adapters.
 
     Low-rank adapters act on masks only and learn what the base will write next, several tokens ahead, from the base's
     own distributions. Lossless decoding then gives the base's own text, token for token, in fewer forward passes. Masks
-    attend to earlier ones only, and blocks are fully masked in training, as drafts are in decoding.
+    attend to earlier ones only, and blocks are fully masked in training, as drafts are in decoding. A `head` of that
+    inner size lets each draft depend on the one before it (see `DraftHead`); None leaves it out.
 
     `total_variation` is the share of the loss that is the rate of rejected drafts (DSpark: 0.9), and with a
     `position_decay` the k-th draft of a block weighs exp(-k / position_decay).
@@ -276,7 +289,7 @@ def draft(size: int = 4, *, total_variation: float = 0.0, position_decay: float 
         size, adapters="masks", noisy="causal", min_t=1.0,
         total_variation=total_variation, position_decay=position_decay,
     )  # fmt: skip
-    return replace(recipe, name="draft")
+    return replace(recipe, name="draft", draft_head=head)
 
 
 def default_recipe(*, masked: bool) -> Recipe:
@@ -303,4 +316,5 @@ def saved_recipe(model: str) -> Recipe | None:
         infilling=0.0 if config.infilling is None else INFILLING_SHARE,
         adapters=config.adapters,
         length_noise=None if config.length_tokens is None else LengthNoise(),
+        draft_head=config.draft_head,
     )  # fmt: skip

@@ -33,6 +33,7 @@ from diffusify.models.quantization import keep_gradients, load_in_4bit_arguments
 from diffusify.models.stock_attention import write_is_causal
 
 LENGTH_HEAD = "length_head.safetensors"
+DRAFT_HEAD = "draft_head.safetensors"
 
 
 def save_denoiser(
@@ -47,9 +48,9 @@ def save_denoiser(
     complete model. `weights` replace the denoiser's own state dict, for a denoiser that holds only a shard of it.
     """
     weights = denoiser.state_dict() if weights is None else weights
-    network, head = (
+    network, length_head, draft_head = (
         {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        for prefix in ("network.", "length_head.")
+        for prefix in ("network.", "length_head.", "draft_head.")
     )
     with staging_folder(Path(folder)) as draft:
         with quiet_transformers():
@@ -59,8 +60,9 @@ def save_denoiser(
                 denoiser.network.save_pretrained(draft, state_dict=network)
                 write_is_causal(draft, denoiser.diffusion_config)
             tokenizer.save_pretrained(draft)
-        if denoiser.length_head is not None:
-            save_file(head, draft / LENGTH_HEAD)
+        for name, head in ((LENGTH_HEAD, length_head), (DRAFT_HEAD, draft_head)):
+            if head:
+                save_file(head, draft / name)
         denoiser.diffusion_config.save(draft)
         write_model_card(draft, Path(folder))
 
@@ -110,7 +112,7 @@ def load_denoiser(
         base = _full_model(folder, config, dtype, device)
     merge_lora(base.network)
     denoiser = Denoiser(base.network, config)
-    _load_length_head(denoiser, folder)
+    load_heads(denoiser, folder)
     return denoiser.eval(), base.tokenizer
 
 
@@ -136,7 +138,7 @@ def open_base(model: str, *, load_in_4bit: bool = False) -> Base:
     else:
         base = load_base(model, **arguments)
     keep_gradients(base.network)
-    return base
+    return replace(base, folder=folder)
 
 
 def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:
@@ -170,7 +172,7 @@ def load_weights(denoiser: Denoiser, folder: Path | str) -> None:
     folder = Path(folder)
     if has_lora(denoiser.network):
         load_lora_weights(denoiser.network, folder)
-        _load_length_head(denoiser, folder)
+        load_heads(denoiser, folder)
     else:
         denoiser.load_state_dict(load_denoiser(folder)[0].state_dict())
 
@@ -221,9 +223,11 @@ def _check_architecture(folder: Path, config: DiffusionConfig, architectures: li
         )
 
 
-def _load_length_head(denoiser: Denoiser, folder: Path) -> None:
-    if denoiser.length_head is None:
-        return
-    if not (folder / LENGTH_HEAD).is_file():
-        raise ValueError(f"the diffusion_config.json in {folder} names a length head, but {LENGTH_HEAD} is missing")
-    denoiser.length_head.load_state_dict(load_file(folder / LENGTH_HEAD))
+def load_heads(denoiser: Denoiser, folder: Path) -> None:
+    """Set the weights of a denoiser's length head and draft head, if it has them, to those of a folder."""
+    for name, head in ((LENGTH_HEAD, denoiser.length_head), (DRAFT_HEAD, denoiser.draft_head)):
+        if head is None:
+            continue
+        if not (folder / name).is_file():
+            raise ValueError(f"the diffusion_config.json in {folder} names a head whose file {name} is missing")
+        head.load_state_dict(load_file(folder / name))

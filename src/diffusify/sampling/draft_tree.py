@@ -1,6 +1,6 @@
 """A tree of draft tokens for speculative decoding, and the mask tokens that draft the next tree.
 
-Axes: b texts, k tokens that a pass may generate (all but the last are drafted), a = k - 1 drafted tokens, p nodes (the
+Axes: b texts, k tokens that a pass may generate (all but the last are drafted), c tokens of a copy, p nodes (the
 last settled token as the root, then draft tokens), s mask tokens, v vocabulary.
 """
 
@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from diffusify.sampling.drafts import Drafts
 
 # The acceptance rate of a mask's draft, relative to that of the mask before it.
 _ACCEPTANCE_DECAY = 0.4
@@ -34,7 +36,7 @@ class DraftTree:
     @classmethod
     def from_drafts(
         cls,
-        drafts: Float[Tensor, "b a v"],
+        drafts: Drafts,
         copied: Int[Tensor, "b c"],
         copied_prob: Float[Tensor, "b c"],
         num_drafts: int,
@@ -45,21 +47,18 @@ class DraftTree:
         """The tree of the `num_drafts` most likely paths of any depth below k.
 
         All texts have the same number of nodes, so the n-th is left out if it has less than `min_prob` on average. If
-        texts are to be `independent`, nodes below `min_prob` are unused instead, whatever other texts have. `drafts`
-        are the logits of the next tokens, all -inf at depths without a draft. `copied` is one more path, with the
-        probability of each of its prefixes.
+        texts are to be `independent`, nodes below `min_prob` are unused instead, whatever other texts have. `copied`
+        is one more path, with the probability of each of its prefixes.
         """
-        b, ahead, v = drafts.shape
-        branching = min(num_drafts, v)
-        token_probs, tokens = drafts.float().softmax(-1).nan_to_num(0.0).topk(branching, -1)
-        root = cls.root(b, k, drafts.device)
+        b, ahead, branching = drafts.tokens.shape
+        root = cls.root(b, k, drafts.tokens.device)
         path, prob = root.path, root.prob
         paths, probs = [path], [prob]
         for depth in range(ahead):  # a path can only be among the most likely if its prefix is
-            longer = 0.999 * prob[:, :, None] * token_probs[:, None, depth]  # strictly less likely than the prefix
+            longer = 0.999 * prob[:, :, None] * drafts.prob_after(depth, path)  # strictly less likely than the prefix
             prob, best = longer.flatten(1).topk(min(num_drafts, longer[0].numel()))
             path = _gather_paths(path, best // branching)
-            path[..., depth] = tokens[:, depth].gather(1, best % branching)
+            path[..., depth] = drafts.tokens[:, depth].gather(1, best % branching)
             paths.append(path)
             probs.append(prob)
         path, prob = torch.cat(paths, 1), torch.cat(probs, 1)

@@ -1,7 +1,7 @@
 """Self-speculative decoding: a block diffusion model drafts tokens, and its own AR half verifies them.
 
 Axes: b texts, n canvas positions, m positions of a pass, p nodes of the draft tree, s mask tokens, k tokens that a pass
-may generate, v vocabulary.
+may generate, d hidden size, v vocabulary.
 """
 
 from collections.abc import Generator, Sequence
@@ -17,6 +17,7 @@ from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.draft_sampling import SamplerRows
 from diffusify.sampling.draft_tree import DraftTree
+from diffusify.sampling.drafts import ChainedDrafts, Drafts
 from diffusify.sampling.kv_cache import ColumnCache
 from diffusify.sampling.prompt_lookup import copied_drafts
 from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
@@ -112,7 +113,7 @@ class Speculative:
         while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
             min_prob = self._min_prob(b)
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
-            logits, drafts = self._forward(canvas.tokens, start, settled, tree, masks, noise, past, moves)
+            logits, drafts, hidden = self._forward(canvas.tokens, start, settled, tree, masks, noise, past, moves)
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
@@ -129,9 +130,8 @@ class Speculative:
             moves = self._moves(settled, accepted, parent, past.n)
             settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
             start = settled - 1  # of what is not in the cache
-            ahead = drafts  # none, if no mask was likely enough to be useful
-            if drafts.shape[1]:
-                ahead = self._drafts_behind(node, drafts, masks).masked_fill_(~todo[:, None, None], -torch.inf)
+            latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
+            ahead = self._drafts_behind(node, drafts, hidden, masks, todo, latest)
             copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
@@ -175,15 +175,30 @@ class Speculative:
         return tokens, log_prob, node, torch.cat([torch.zeros_like(path[:, :1]), path[:, :-1]], 1)
 
     def _drafts_behind(
-        self, node: Int[Tensor, " b"], drafts: Float[Tensor, "b s v"], masks: PlacedMasks
-    ) -> Float[Tensor, "b a v"]:
-        """The drafts of the masks that follow a node of each tree, in order; -inf where there is no mask."""
+        self,
+        node: Int[Tensor, " b"],
+        logits: Float[Tensor, "b s v"],
+        hidden: Float[Tensor, "b s d"],
+        masks: PlacedMasks,
+        todo: Bool[Tensor, " b"],
+        latest: Int[Tensor, " b"],
+    ) -> Drafts:
+        """The drafts of the masks that follow a node of each tree, in order, for the texts that are to be continued.
+
+        `latest` is the token after that node, the last one of the text.
+        """
+        if not logits.shape[1]:  # no mask was likely enough to be useful
+            return Drafts.from_logits(logits, self.candidates)
         mask_node, mask_offset, is_used = masks
         offsets = torch.arange(self.size - 1, device=node.device)[:, None]
         matches = (is_used & (mask_node == node[:, None]))[:, None] & (mask_offset[:, None] == offsets)
         mask_index = matches.long().argmax(-1)
         row = torch.arange(len(node), device=node.device)[:, None]
-        return drafts[row, mask_index].masked_fill_(~matches.any(-1, keepdim=True), -torch.inf)
+        has_draft = matches.any(-1) & todo[:, None]
+        logits = logits[row, mask_index].masked_fill_(~has_draft[..., None], -torch.inf)
+        if self.denoiser.draft_head is None:
+            return Drafts.from_logits(logits, self.candidates)
+        return ChainedDrafts.from_masks(self.denoiser, logits, hidden[row, mask_index], latest)
 
     def _moves(
         self, settled: Int[Tensor, " b"], accepted: Int[Tensor, " b"], parent: Int[Tensor, "b k"], unused: int
@@ -206,8 +221,8 @@ class Speculative:
         noise: int,
         past: ColumnCache,
         moves: Int[Tensor, "2 b a"] | None,
-    ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"]]:
-        """The AR logits after every node of the tree, and the draft logits of the mask tokens.
+    ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"], Float[Tensor, "b s d"]]:
+        """The AR logits after every node of the tree, and the draft logits and hidden states of the mask tokens.
 
         The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
         the settled text follow, in the order of its positions.
@@ -258,5 +273,6 @@ class Speculative:
         m = columns.shape[1]
         root = row * m + (settled - 1 - start)[:, None]
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
-        logits = self.denoiser.logits(inputs, torch.cat([root, rest], 1).flatten(), past=past).unflatten(0, (b, -1))
-        return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :]
+        hidden = self.denoiser.hidden_states(inputs, torch.cat([root, rest], 1).flatten(), past=past)
+        logits, hidden = self.denoiser.project(hidden).unflatten(0, (b, -1)), hidden.unflatten(0, (b, -1))
+        return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :], hidden[:, drafted + 1 :]

@@ -44,7 +44,7 @@ class BatchedDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.network, denoiser.diffusion_config)
-        self.length_head = denoiser.length_head
+        self.length_head, self.draft_head = denoiser.length_head, denoiser.draft_head
         self.unused_token_ids = denoiser.unused_token_ids
         self.last_texts = 1  # of the last shared pass
 
