@@ -215,6 +215,12 @@ def test_what_has_no_target_is_refused(model: Any, to: str, reason: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "to", "reason"),
     [
@@ -223,6 +229,7 @@ def test_what_has_no_target_is_refused(model: Any, to: str, reason: str, tmp_pat
         ("llama", {"attention_bias": True}, "gguf", r"tensor .*_proj\.bias, for which --to gguf \(llada\)"),
         ("llama", {"hidden_act": "gelu"}, "gguf", "hidden_act=gelu, for which"),
         ("mistral", {"sliding_window": 8}, "gguf", "sliding_window=8, for which"),
+        ("llama", {"rope_parameters": LLAMA_3}, "gguf", "rope_scaling=.*llama3.*, for which"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "gguf", "rope_scali"),
     ],
 )

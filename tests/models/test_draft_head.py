@@ -106,7 +106,7 @@ def test_a_head_is_trained_saved_and_trained_further(causal_base: str, corpus: s
     assert weights["outer.weight"].abs().max() > 0
     head = load_denoiser(first)[0].draft_head
     assert head is not None and torch.equal(head.outer.weight, weights["outer.weight"])
-    second = adapt(str(first), corpus, tmp_path / "second", **SMALL | {"learning_rate": 1e-9})
+    second = adapt(str(first), corpus, tmp_path / "second", **dict(SMALL, learning_rate=1e-9))
     later = load_file(second / "draft_head.safetensors")
     assert all((later[name] - weight).abs().max() < 1e-6 for name, weight in weights.items())
     (first / "draft_head.safetensors").unlink()

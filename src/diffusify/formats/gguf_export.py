@@ -121,7 +121,7 @@ def _tensor_names(saved: SavedModel, arch: MODEL_ARCH) -> dict[str, str]:
     """The name in the file of every tensor. ValueError for what the architecture has no word for."""
     config: Any = saved.config
     name, network = MODEL_ARCH_NAMES[arch], NETWORKS[config.model_type]
-    rope_types = ("default", "llama3") if network.permuted else ("default",)
+    rope_types = ("default", "llama3") if arch == MODEL_ARCH.LLAMA else ("default",)  # llada ignores factors
     unknown = {
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "sliding_window": next((w for w in sliding_windows(saved.network).values() if w), None),
