@@ -25,7 +25,7 @@ import diffusify
 from diffusify.config import cache_folder
 from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import ar, block
+from diffusify.models.recipes import ar, block, draft
 from diffusify.models.saving import checksum
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.packing import pack
@@ -49,6 +49,8 @@ ARMS = {
     "ar": (ar(), DATA),
     "ar, aligned": (ar(alignment=10.0), DATA),
     "ar, variable length": (ar(variable_length=True), DATA),
+    "draft(4)": (draft(4), DATA),
+    "draft(4), no head": (draft(4, head=None), DATA),
     "block(8)": (block(8), DATA),
     "block(8), curriculum 2, 4": (block(8, curriculum=(2, 4)), DATA),
 }
