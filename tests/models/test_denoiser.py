@@ -170,6 +170,27 @@ def test_two_canvases_of_a_text_share_its_clean_half(family: str) -> None:
     torch.testing.assert_close(together.ar_logits, apart.ar_logits, atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "gemma3_text"])
+def test_texts_of_a_group_share_what_they_begin_with(family: str) -> None:
+    """One row for each group gives the same logits as one row for each text, and is shorter than its texts."""
+    denoiser = tiny_denoiser(family, BlockCausal(4, clean="token" if family in CAUSAL else "block"))
+    tokens = texts(6, 20)
+    tokens[1:3, :9], tokens[4:, :3] = tokens[0, :9], tokens[3, :3]  # three texts begin with 9 tokens, three with 3
+    lengths = torch.tensor([20, 14, 18, 12, 20, 12])
+    document = (torch.arange(20) < lengths[:, None]).long()
+    clean = denoiser.predictable(Canvas.clean(tokens, document, (torch.arange(20) > 7) & (document > 0)))
+    time, generator = PerBlock(4, complement=True), torch.Generator().manual_seed(1)
+    batch = noised(clean, time, Linear(), MASK, ar_share=0.5, generator=generator)
+    asked = {"positions": batch.targets, "ar_positions": batch.ar_positions | batch.targets}
+    widths = []
+    denoiser.network.base_model.register_forward_hook(lambda m, a, out: widths.append(out[0].shape[:2]))
+    apart, together = (denoiser(batch.canvas, batch.text, group=group, **asked) for group in (1, 3))
+    torch.testing.assert_close(together.logits, apart.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.ar_logits, apart.ar_logits, atol=1e-5, rtol=1e-4)
+    assert widths[1][0] == 2 and widths[1].numel() < widths[0].numel()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("distill", [0.0, 1.0])
 def test_the_chunked_loss_has_the_gradients_of_one_over_all_logits(

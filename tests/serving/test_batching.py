@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Thread
 from typing import Any
 
@@ -144,6 +144,40 @@ def test_lossless_text_is_the_same_however_many_share_its_passes(requests: list[
         tokens, score, _ = generate(number, denoiser)
         assert found[number][0] == tokens
         torch.testing.assert_close(found[number][1], score, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["block", "bidirectional", "prefix", "masked"])
+def test_samples_of_a_prompt_run_it_once(kind: str) -> None:
+    """The first pass has a row for each prompt instead of each text, and every text is the one without that."""
+    denoiser, rows = tiny_model(kind), []
+    hook = denoiser.network.base_model.register_forward_hook(lambda m, a, out: rows.append(len(out[0])))
+    shapes = [(7, 6), (5, 8)]
+
+    def generate(loop: SamplingLoop, model: Denoiser, number: int) -> Result:
+        canvas = canvas_of(shapes[number])
+        samples = canvas[torch.zeros(3, dtype=torch.long)]
+        return last_of(loop(model, samples, RowGenerators.from_seeds([3 * number + i for i in range(3)])))
+
+    for loop in sampling_loops(kind):
+        batcher, found = PassBatcher(denoiser), [[], []]
+        batcher.denoiser.texts_per_pass = denoiser.texts_per_pass
+
+        def work(results: list[Result], number: int, loop: SamplingLoop, model: Denoiser) -> None:
+            results.append(generate(loop, model, number))
+
+        for number in range(2):
+            batcher.join(partial(work, found[number], number, loop, batcher.denoiser))
+        rows.clear()
+        batcher.advance()
+        assert rows[0] in (1, 2)  # 1 if the other prompt has a pass of its own
+        while batcher.loops:
+            batcher.advance()
+        for number in range(2):
+            tokens, score, _ = generate(loop, denoiser, number)
+            [(batched_tokens, batched_score, _)] = found[number]
+            assert batched_tokens == tokens
+            torch.testing.assert_close(batched_score, score, atol=1e-4, rtol=1e-4)
+    hook.remove()
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))

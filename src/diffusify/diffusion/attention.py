@@ -165,9 +165,9 @@ class BlockCausal:
     ) -> Bool[Tensor, "b m"]:
         """Which positions of the training inputs are needed to predict `positions`; for `AttentionInputs.keep_only`.
 
-        They are all clean positions, and every noisy block with one of `positions`. With a shift, clean text predicts
-        the first position of a block, so a block in which only that one is predicted is not needed. Of causal noisy
-        blocks, positions after the last one that predicts are not needed.
+        They are all clean positions except padding, and every noisy block with one of `positions`. With a shift, clean
+        text predicts the first position of a block, so a block in which only that one is predicted is not needed. Of
+        causal noisy blocks, positions after the last one that predicts are not needed.
         """
         block_start = canvas.position_ids % self.size == 0
         block = block_start.cumsum(1) - 1
@@ -176,8 +176,39 @@ class BlockCausal:
         last = torch.full_like(block, -1).scatter_reduce(1, block, torch.where(predicted, at, -1), "amax")
         last = last.gather(1, block)
         noisy = (last >= 0) if self.noisy == "full" else (at <= last - shift)
-        return torch.cat([noisy.view(len(positions) // views, -1), torch.ones_like(noisy[::views])], 1)
+        return torch.cat([noisy.view(len(positions) // views, -1), canvas.real[::views]], 1)
+
+    def common_prefixes(
+        self, canvas: Canvas, clean: Int[Tensor, "b n"], group: int, *, views: int = 1
+    ) -> Int[Tensor, " groups"]:
+        """The number of first positions, in whole blocks, that every `group` texts have in common."""
+        rows = torch.stack([clean, canvas.document[::views]], -1).unflatten(0, (-1, group))
+        common = (rows == rows[:, :1]).all(-1).all(1).cumprod(1).sum(1)
+        return common - common % self.size
 
 
 # (canvas, clean, shift) -> AttentionInputs: which token attends to which. `clean` is given in training only.
 AttentionPattern = Causal | Bidirectional | Annealed | Prefix | BlockCausal
+
+
+def training_inputs(
+    pattern: AttentionPattern,
+    canvas: Canvas,
+    clean: Int[Tensor, "texts n"] | None,
+    positions: Bool[Tensor, "c n"] | None,
+    *,
+    shift: int = 0,
+    group: int = 1,
+) -> AttentionInputs:
+    """The inputs of a pattern; in training with blocks, only those that are needed to predict `positions`.
+
+    What every `group` consecutive texts begin with, such as their prompt, is then needed once.
+    """
+    inputs = pattern(canvas, clean, shift=shift)
+    if positions is None or clean is None or not isinstance(pattern, BlockCausal):
+        return inputs
+    views = len(positions) // len(clean)
+    needed = pattern.needed_inputs(canvas, positions, views=views, shift=shift)
+    if group == 1:
+        return inputs.keep_only(needed)
+    return inputs.share_prefixes(needed, pattern.common_prefixes(canvas, clean, group, views=views), group)

@@ -78,6 +78,66 @@ class AttentionInputs:
             per_row=True,
         )
 
+    @property
+    def rows_are_equal(self) -> bool:
+        """Whether all rows have the same tokens, positions and mask."""
+        if (self.tokens != self.tokens[:1]).any():
+            return False
+        rows = (self.position_ids, self.is_mask, self.columns, self.key_position_ids, self.visible())
+        return all(bool((values == values[:1]).all()) for values in rows if values is not None)
+
+    def first_row(self) -> "AttentionInputs":
+        """The inputs of the first row only."""
+
+        def first(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:1]
+
+        return replace(
+            self,
+            tokens=self.tokens[:1],
+            position_ids=self.position_ids[:1],
+            output_index=self.output_index[:1],
+            ar_output_index=self.ar_output_index[:1],
+            is_mask=first(self.is_mask),
+            columns=first(self.columns),
+            key_position_ids=first(self.key_position_ids),
+        )
+
+    def share_prefixes(
+        self, keep: Bool[Tensor, "b m"], prefix: Int[Tensor, " groups"], group: int
+    ) -> "AttentionInputs":
+        """The positions in `keep`, with every `group` rows in one, in which a common prefix is computed once.
+
+        The first `prefix` positions of the clean copies of a group are equal, and only attend to each other.
+        """
+        assert self.clean_start is not None, "the rows have a clean copy"
+        (b, m), mask_mod, device = keep.shape, self.mask_mod, keep.device
+        column, row = torch.arange(m, device=device) - self.clean_start, torch.arange(b, device=device)
+        shared = (column >= 0) & (column < prefix[:, None])
+        is_copy = shared[row // group] & (row % group > 0)[:, None]
+
+        def mask_of_group(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            is_own = (q // m == k // m) | ((k < m) & shared[b, k % m])
+            return is_own & mask_mod(b * group + q // m, h, q % m, k % m)
+
+        def in_group(index: Int[Tensor, "c n"]) -> Int[Tensor, "c n"]:
+            row = torch.arange(len(index), device=device) // (len(index) // b)
+            is_shared = shared[row // group].gather(1, index)
+            return index + torch.where(is_shared, 0, m * (row % group)[:, None])
+
+        grouped = replace(
+            self,
+            tokens=self.tokens.view(-1, group * m),
+            position_ids=self.position_ids.view(-1, group * m),
+            is_mask=None if self.is_mask is None else self.is_mask.view(-1, group * m),
+            clean_start=None,
+            output_index=in_group(self.output_index),
+            ar_output_index=in_group(self.ar_output_index),
+            mask_mod=mask_of_group,
+            per_row=True,
+        )
+        return grouped.keep_only((keep & ~is_copy).view(-1, group * m), multiple=16)
+
     def split(self, start: int) -> tuple["AttentionInputs", "AttentionInputs"]:
         """The inputs from position `start` on, and the earlier ones as a chunk over the keys of both, those first.
 

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
-from diffusify.diffusion.attention import AttentionPattern, BlockCausal
+from diffusify.diffusion.attention import AttentionPattern, BlockCausal, training_inputs
 from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
@@ -143,23 +143,22 @@ class Denoiser(nn.Module):
         attention: AttentionPattern | None = None,
         return_lengths: bool = False,
         return_layers: bool = False,
+        group: int = 1,
         loss: Callable[[LazyLogits, LazyLogits], Loss] | None = None,
     ) -> Prediction:
         """Predict the tokens at all positions, or at `positions` alone, and the clean text's at `ar_positions`.
 
         `clean` is the finished text, given in training only; several canvases of one text are consecutive rows that
         share it. `attention` replaces the diffusion config's pattern (annealing). `return_lengths` also runs the length
-        head, which reads the prompts alone; `return_layers` returns the layers' outputs. `loss` receives the logits and
-        the AR logits before they are projected to the vocabulary, and its result is returned in their place.
+        head, which reads the prompts alone; `return_layers` returns the layers' outputs. In training with blocks, what
+        every `group` texts begin with is computed once. `loss` receives the logits and the AR logits before they are
+        projected to the vocabulary, and its result is returned in their place.
         """
         pattern = self.diffusion_config.attention if attention is None else attention
         if positions is not None and clean is None and isinstance(pattern, BlockCausal):
             canvas, positions = pattern.crop(canvas, positions)
-        inputs = pattern(canvas, clean, shift=self.diffusion_config.shift)
-        if positions is not None and clean is not None and isinstance(pattern, BlockCausal):
-            views = len(positions) // len(clean)
-            needed = pattern.needed_inputs(canvas, positions, views=views, shift=self.diffusion_config.shift)
-            inputs = inputs.keep_only(needed)
+        shift = self.diffusion_config.shift
+        inputs = training_inputs(pattern, canvas, clean, positions, shift=shift, group=group)
         index = inputs.flat_index(inputs.output_index, torch.ones_like(canvas.open) if positions is None else positions)
         ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
         index, sizes = torch.cat([index, ar_index]), [len(index), len(ar_index)]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.attention import training_inputs
 from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.diffusion.corruption import Noised, noised
 from diffusify.diffusion.objectives import cross_entropy, divergence
@@ -147,10 +147,7 @@ class _StepCounts:
 def _count_step(setup: TrainingSetup, rows: int, gathered: bool, *, reentrant: bool | None = None) -> _StepCounts:
     """Count a step, with either kind of activation checkpointing, or without if `reentrant` is None."""
     recipe, half, noise = setup.recipe, DTYPES[setup.dtype], sample_noise(setup, rows)
-    real_inputs = recipe.attention(noise.canvas, noise.text, shift=recipe.shift)
-    if isinstance(recipe.attention, BlockCausal):
-        needed = recipe.attention.needed_inputs(noise.canvas, noise.targets, views=noise.views, shift=recipe.shift)
-        real_inputs = real_inputs.keep_only(needed)
+    real_inputs = training_inputs(recipe.attention, noise.canvas, noise.text, noise.targets, shift=recipe.shift)
     n_open, n_clean, n_ar = (
         int(mask.sum()) for mask in (noise.targets, recipe.objective.ar_targets(noise), noise.ar_positions)
     )

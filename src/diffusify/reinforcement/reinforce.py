@@ -28,7 +28,7 @@ from diffusify.training.budget import Budget
 from diffusify.training.document_frame import choose_frame
 from diffusify.training.run_folder import check_run_folder, check_training_options, train
 
-_MICRO_BATCH = 8  # texts in a forward pass, at most
+_MICRO_BATCH = 2048  # new tokens in a forward pass of training, at most; 8 texts if they have more
 _DISTORTING = (
     *("top_k", "top_p", "repetition_penalty", "suppress_tokens", "logits_processor", "regex", "stop", "guidance"),
 )
@@ -100,7 +100,7 @@ def reinforce(
     has_adapters = lora is not None or adapter_base(resolve_model(model)) is not None
     defaults = {"learning_rate": 1e-4 if has_adapters else 1e-5, "logging_steps": 1}
     defaults |= {} if held_out else {"eval_strategy": "no"}
-    training = defaults | training | _micro_batch(training, group * prompts)
+    training = defaults | training | _micro_batch(training, group * prompts, max_new_tokens)
     settings = {
         "model": model,
         "data": data,
@@ -215,7 +215,7 @@ def _check_counts(**given: int) -> None:
             raise ValueError(f"{name}={value} must be at least {least.get(name, 1)}{reason}")
 
 
-def _micro_batch(training: dict[str, Any], texts: int) -> dict[str, int]:
+def _micro_batch(training: dict[str, Any], texts: int, max_new_tokens: int) -> dict[str, int]:
     """How the texts of a step are split into micro-batches. ValueError for a size that does not divide them."""
     if "gradient_accumulation_steps" in training:
         raise ValueError(
@@ -223,7 +223,8 @@ def _micro_batch(training: dict[str, Any], texts: int) -> dict[str, int]:
             "of texts in a forward pass, or leave it out"
         )
     divisors = [size for size in range(1, texts + 1) if texts % size == 0]
-    size = training.get("per_device_train_batch_size", max(each for each in divisors if each <= _MICRO_BATCH))
+    most = max(8, _MICRO_BATCH // max_new_tokens)
+    size = training.get("per_device_train_batch_size", max(each for each in divisors if each <= most))
     if size not in divisors:
         raise ValueError(
             f"per_device_train_batch_size={size} does not divide the {texts} texts of a step (prompts x group); use "

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
+from math import gcd
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -33,7 +34,7 @@ from diffusify.models.lora import merge_lora
 from diffusify.models.recipes import Recipe
 from diffusify.reinforcement.reward_prompts import RewardPrompt, columns_of
 from diffusify.reinforcement.rewards import Reward, RewardError
-from diffusify.reinforcement.rollouts import Rollout, generate_rollouts, stack_rollouts
+from diffusify.reinforcement.rollouts import Rollout, generate_rollouts, longest_groups_first, stack_rollouts
 from diffusify.reinforcement.text_log import TextLog
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -162,12 +163,8 @@ class RewardTrainer(DiffusionTrainer):
                 "rollouts_per_second": len(rollouts) / seconds,
             }
         )
-        by_length = sorted(range(len(rollouts)), key=lambda i: -rollouts[i].canvas.tokens.shape[1])
-        texts = stack_rollouts(
-            [rollouts[i] for i in by_length],
-            advantages.flatten()[by_length].float(),
-            self.text_tokenizer.pad_token_id,
-        )
+        order, pad = longest_groups_first(rollouts, size), self.text_tokenizer.pad_token_id
+        texts = stack_rollouts([rollouts[i] for i in order], advantages.flatten()[order].float(), pad)
         return self._make_batch(number, texts)
 
     def _make_batch(self, number: int, texts: SampledTexts) -> _Batch:
@@ -257,7 +254,7 @@ class RewardTrainer(DiffusionTrainer):
         targets = noised.targets if drafts or not policy.reads_ar_half else torch.zeros_like(noised.targets)
         prediction = model(
             noised.canvas, noised.text, positions=targets, ar_positions=ar_positions,
-            attention=self.recipe.attention, loss=loss,
+            attention=self.recipe.attention, group=gcd(len(noised.text), self.reinforcement.group), loss=loss,
         )  # fmt: skip
         return prediction.loss, log_prob
 

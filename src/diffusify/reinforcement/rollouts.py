@@ -107,6 +107,13 @@ def rollouts_of(run: GenerationRun, trace: Trace) -> Iterator[Rollout]:
         )
 
 
+def longest_groups_first(rollouts: Sequence[Rollout], size: int) -> list[int]:
+    """The order of rollouts in which groups of similar length are neighbours, the longest first."""
+    tokens = torch.tensor([rollout.tokens for rollout in rollouts]).unflatten(0, (-1, size)).sum(1)
+    groups = tokens.argsort(descending=True, stable=True).tolist()
+    return [group * size + i for group in groups for i in range(size)]
+
+
 def stack_rollouts(rollouts: Sequence[Rollout], advantages: Tensor, pad: int) -> SampledTexts:
     """The rollouts as one batch on the CPU, padded to the longest."""
     n = max(rollout.canvas.tokens.shape[1] for rollout in rollouts)

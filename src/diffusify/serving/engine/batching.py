@@ -7,7 +7,7 @@ Axes: k output positions, d hidden size, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,18 @@ from diffusify.serving.engine.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class _BodyCall:
-    """A suspended call of the network's body."""
+    """A suspended call of the network's body, for a number of `texts`."""
 
     inputs: AttentionInputs
     index: Tensor
     past: ColumnCache | None
+    texts: int
+
+    def once(self) -> "_BodyCall":
+        """The call with one row if all are equal, as the prompts of several samples are."""
+        if self.texts == 1 or not self.inputs.rows_are_equal:
+            return self
+        return replace(self, inputs=self.inputs.first_row(), index=self.index % self.inputs.tokens.shape[1])
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class BatchedDenoiser(Denoiser):
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k d"]:
         assert past is None or isinstance(past, ColumnCache)
-        return _suspend(_BodyCall(inputs, index, past))
+        return _suspend(_BodyCall(inputs, index, past, len(inputs.tokens)))
 
     def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         return self._without_length_tokens(_suspend(_HeadCall(hidden)))
@@ -107,18 +114,22 @@ class PassBatcher:
 
     def _run_body(self, loops: list[Loop]) -> None:
         calls = [loop.pending for loop in loops if isinstance(loop.pending, _BodyCall)]
+        calls = [call if call.past in loop.rows else call.once() for loop, call in zip(loops, calls, strict=True)]
         width = self._prepare_pool(loops, calls)
         past = None if width is None else self.pool
         inputs = BatchedInputs.from_inputs(tuple(call.inputs for call in calls), width)
         index = torch.cat(list(_batched_index(calls, inputs.tokens.shape[1])))
         self.passes += 1
-        self.denoiser.last_texts = len(inputs.tokens)
+        self.denoiser.last_texts = sum(call.texts for call in calls)
         try:
             hidden = Denoiser.hidden_states(self.denoiser, inputs, index, past=past)
         except Exception as error:
             for loop in loops:
                 self._resume(loop, error=error)
             return
+        for loop, call in zip(loops, calls, strict=True):
+            if call.past is not None and len(call.inputs.tokens) < call.texts:
+                self.pool.copy_first(loop.rows[call.past])
         for loop, result in zip(loops, hidden.split([len(call.index) for call in calls]), strict=True):
             self._resume(loop, result)
 
@@ -127,10 +138,10 @@ class PassBatcher:
         pasts, rows = [call.past for call in calls if call.past is not None], []
         if not pasts:
             return None
-        for loop, past in zip(loops, pasts, strict=True):
+        for loop, call, past in zip(loops, calls, pasts, strict=True):
             if past not in loop.rows:
                 loop.rows[past] = self.pool.allocate(len(past.columns), past.n)
-            rows += loop.rows[past]
+            rows.append(loop.rows[past][: len(call.inputs.tokens)])
         return self.pool.prepare(rows, pasts)
 
     def _run_head(self, loops: list[Loop]) -> None:

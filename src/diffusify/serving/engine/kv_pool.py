@@ -42,21 +42,36 @@ class KVPool(ColumnCache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
-    def prepare(self, rows: list[int], caches: list[ColumnCache]) -> int:
-        """Select the rows of the next pass and the columns that `caches` write to; the number of key columns."""
+    def prepare(self, rows: list[list[int]], caches: list[ColumnCache]) -> int:
+        """Select the rows of the next pass, the first ones of each cache, and the columns that `caches` write to.
+
+        Returns the number of key columns.
+        """
 
         def joined(columns: list[Tensor]) -> Tensor:
             """The columns of all caches, with the pool's unused column in the place of theirs and as padding."""
             width = max(each.shape[-1] for each in columns)
-            pairs = zip(columns, caches, strict=True)
-            own = [each.masked_fill(each == cache.n, self.n) for each, cache in pairs]
+            parts = zip(columns, rows, caches, strict=True)
+            own = [
+                first.masked_fill(first == cache.n, self.n)
+                for each, mine, cache in parts
+                for first in [each[..., : len(mine), :]]
+            ]
             return torch.cat([functional.pad(each, (0, width - each.shape[-1]), value=self.n) for each in own], -2)
 
         moves = joined([cache.moves for cache in caches])
         self.set_columns(joined([cache.columns for cache in caches]), max(cache.width for cache in caches), moves)
-        self.rows = torch.tensor(rows, device=self.columns.device)
-        self.contiguous = rows == list(range(len(rows)))
+        of_pass = [row for mine in rows for row in mine]
+        self.rows = torch.tensor(of_pass, device=self.columns.device)
+        self.contiguous = of_pass == list(range(len(of_pass)))
         return self.width
+
+    def copy_first(self, rows: list[int]) -> None:
+        """Copy the keys and values of the first of some rows to the others."""
+        for layer in self.layers:
+            assert layer.keys is not None and layer.values is not None
+            for states in (layer.keys, layer.values):
+                states[rows[1:]] = states[rows[0]].clone()
 
 
 class _KVPoolLayer(ColumnCacheLayer):
