@@ -84,6 +84,14 @@ def test_rewards_rise(kind: str, policy: Any, models: dict[str, str], questions:
     assert diffusify.load(out).generate("cat", max_new_tokens=4).text
 
 
+def test_an_epoch_has_every_prompt_once(models: dict[str, str], questions: str, tmp_path: Path) -> None:
+    """22 prompts of 24, two held out, in steps of two, and other ones after them."""
+    out = reinforce(models["block"], questions, tmp_path / "out", rewards=vowels, **dict(SMALL, steps=12, group=2))
+    lines = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
+    prompts = [line["prompt"] for line in lines if line["split"] == "train"][::2]
+    assert len(prompts) == 24 and len(set(prompts[:22])) == 22 == len(set(prompts))
+
+
 @pytest.mark.parametrize("kind", ["block-lossless", "block-threshold"])
 def test_scores_are_those_of_the_sampler(kind: str, models: dict[str, str]) -> None:
     """The canvases of a policy give each token the log-probability that it had when it was sampled."""

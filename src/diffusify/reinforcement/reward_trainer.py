@@ -139,7 +139,8 @@ class RewardTrainer(DiffusionTrainer):
         """Sample the texts of a batch, get their rewards, and choose the canvases to score them on."""
         settings, start = self.reinforcement, perf_counter()
         order = ShuffledRows(len(self._train_prompts), settings.prompts, self.args.seed, lambda: number)
-        prompts = [self._train_prompts[index] for index in islice(order, settings.prompts)]
+        start_row = number % order.steps * settings.prompts  # of the epoch
+        prompts = [self._train_prompts[index] for index in islice(order, start_row, start_row + settings.prompts)]
         first = (self.args.seed * 1_000_003 + number) * 65_536
         seeds = [(first + index) % 2**63 for index in range(settings.prompts * settings.group)]
         samples = [replace(settings.sampling, seed=seed) for seed in seeds]
