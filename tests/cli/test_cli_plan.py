@@ -59,6 +59,17 @@ def test_a_run_that_does_not_fit_prints_options_that_make_it_fit(tmp_path: Path,
     assert "diffusify plan" in done.stderr and "--gpus" in done.stderr
 
 
+def test_a_run_that_learns_from_rewards(causal_base: str, counted: None) -> None:
+    words = ["plan", causal_base, "--answers", "6400x8", "--gpus", "H100", "--length", "32", "--recipe", "block"]
+    done = run.invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "for 6.4K answers" in done.stdout and "with a reference model" in done.stdout
+    command = " ".join(done.stderr.split("next:")[1].split())
+    assert "reinforce" in command and "--data DATA --reward REWARD --max-new-tokens 8 --steps 200" in command
+    found = json.loads(run.invoke(app, [*words, "--json"]).stdout)
+    assert found["learning"]["tokens"] == 6400 * 32 and found["hours"] > found["sampling_hours"] > 0
+
+
 def test_the_runs_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
     monkeypatch.setattr(paper_runs, "RUNS", (replace(paper_runs.RUNS[2], config=lambda: tiny, length=32),))
@@ -78,7 +89,9 @@ def test_numbers_and_durations_have_units() -> None:
     [
         ([], "diffusify plan MODEL --tokens"),
         (["BASE"], "diffusify plan MODEL --tokens"),
-        (["BASE", "--paper"], "leave MODEL and --tokens out"),
+        (["BASE", "--paper"], "leave MODEL, --tokens and --answers out"),
+        (["BASE", "--tokens", "1B", "--answers", "9x9"], "either --tokens or --answers"),
+        (["BASE", "--answers", "640"], "answers=640 is not a number and a length"),
         (["BASE", "--tokens", "-1"], "tokens=-1 must be above 0"),
         (["BASE", "--tokens", "65Q"], "tokens=65Q is not a number"),
         (["BASE", "--tokens", "1B", "--gpus", "0xH100"], "0 x H100"),

@@ -14,6 +14,7 @@ from diffusify.cli.training_options import LoraRank, RecipeName, default_recipe_
 
 if TYPE_CHECKING:
     from diffusify.planning.plan import Memory, Plan
+    from diffusify.planning.reward_plan import RewardPlan
 
 MEMORY_LABELS = {
     "weights": "weights (float32)",
@@ -36,7 +37,15 @@ def plan(
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Number of training tokens, such as 65B, 300M or 1e9. Required with MODEL.")
+        str | None,
+        typer.Option(help="Number of training tokens, such as 65B, 300M or 1e9. Required with MODEL, or --answers."),
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan a run of `diffusify reinforce` instead, by the number of answers that it samples (steps x "
+            "prompts x group) and their length in tokens, such as 6400x64. --length includes the prompt."
+        ),
     ] = None,
     gpus: Annotated[
         str,
@@ -90,24 +99,30 @@ def plan(
     """Estimate the memory, time and cost of a training run before it is started.
 
     Prints parameters, FLOPs, memory per device, sharding, hours and cost, and the command that starts the run. The
-    operations of one training step are counted without loading weights, for any model family that can be adapted.
+    operations of one training step are counted without loading weights, for any model family that can be adapted. With
+    --answers, also the time and memory of sampling for reinforcement learning.
     """
     with report_errors():
-        from diffusify.models.lora import Lora
+        from diffusify.models.lora import Lora, own_adapters
         from diffusify.planning.devices import DeviceGroup, parse_amount
         from diffusify.planning.plan import plan as run
+        from diffusify.planning.reward_plan import TEXTS, RewardPlan, parse_answers
 
         if paper:
-            if model or tokens:
-                raise ValueError("--paper plans the runs of the paper; leave MODEL and --tokens out")
+            if model or tokens or answers:
+                raise ValueError("--paper plans the runs of the paper; leave MODEL, --tokens and --answers out")
             _print_paper_runs(as_json)
             return
-        if model is None or tokens is None:
+        if model is None or (tokens is None) == (answers is None):
             raise ValueError(
-                "MODEL and --tokens are required, for example: diffusify plan MODEL --tokens 1B --gpus 8xH100"
+                "MODEL and either --tokens or --answers are required, for example: diffusify plan MODEL --tokens 1B "
+                "--gpus 8xH100"
             )
-        token_count, devices = parse_amount(tokens), DeviceGroup.parse(gpus)
-        make_recipe = recipe_function(recipe or default_recipe_name(model))
+        sampled = parse_answers(answers) if answers else None
+        token_count = sampled[0] * length if sampled else parse_amount(tokens or "")
+        devices = DeviceGroup.parse(gpus)
+        base, _ = own_adapters(model) or (model, None)
+        make_recipe = recipe_function(recipe or default_recipe_name(base))
         lora_types = argument_types(Lora, "alpha", "embeddings") if lora is not None else {}
         recipe_options, lora_options = parse_options(option or [], argument_types(make_recipe), lora_types)
         with console.status("counting the operations of a step"):
@@ -117,20 +132,21 @@ def plan(
                 gpus=devices,
                 recipe=make_recipe(**recipe_options) if recipe or recipe_options else None,
                 length=length,
-                batch=batch,
+                batch=batch or (TEXTS if sampled else None),
                 lora=None if lora is None else Lora(lora, **lora_options),
                 dtype=dtype,
                 utilisation=utilisation,
                 price=price,
             )
+        rewarded = RewardPlan(found, *sampled) if sampled else None
         if as_json:
-            print(json.dumps(found.to_dict()))
+            print(json.dumps((rewarded or found).to_dict()))
             return
-        _print_plan(found)
+        _print_plan(found, rewarded)
         if found.layout is not None:
-            suggest(_training_command(found, recipe, option or []))
+            suggest(_reward_command(rewarded) if rewarded else _training_command(found, recipe, option or []))
             return
-        command = [f"diffusify plan {shlex.quote(model)} --tokens {tokens}"]
+        command = [f"diffusify plan {shlex.quote(model)}", f"--answers {answers}" if answers else f"--tokens {tokens}"]
         command += [f"--recipe {recipe.value}"] if recipe else []
         command += [f"-o {shlex.quote(pair)}" for pair in option or []]
         given = {"--gpus": gpus, "--length": length, "--batch": batch, "--lora": lora, "--price": price}
@@ -152,12 +168,30 @@ def _training_command(found: "Plan", recipe: RecipeName | None, pairs: list[str]
     settings += {"ZeRO-2": ["fsdp=shard_grad_op"], "ZeRO-3": ["fsdp=full_shard"]}.get(found.sharding, [])
     words = ["adapt" if setup.lora is None else "tune", shlex.quote(found.model), "--data DATA"]
     words += [f"--recipe {recipe.value}"] if recipe else []
-    words += [f"--lora {setup.lora.rank}"] if setup.lora else []
+    words += _lora_option(found)
     words += [f"--steps {found.steps}", *(f"-o {shlex.quote(pair)}" for pair in [*pairs, *settings])]
     return " ".join([program, *words])
 
 
-def _print_plan(found: "Plan") -> None:
+def _lora_option(found: "Plan") -> list[str]:
+    """The option for new adapters; a model that has some continues with them."""
+    from diffusify.models.lora import own_adapters
+
+    lora = found.setup.lora
+    return [] if lora is None or own_adapters(found.model) else [f"--lora {lora.rank}"]
+
+
+def _reward_command(found: "RewardPlan") -> str:
+    """The command that starts the planned run with the default numbers of prompts and answers in a step."""
+    learning, texts = found.learning, 4 * 8
+    words = [f"diffusify reinforce {shlex.quote(learning.model)} --data DATA --reward REWARD"]
+    words += [f"--max-new-tokens {found.new_tokens} --steps {max(1, round(found.answers / texts))}"]
+    words += _lora_option(learning)
+    words += ["-o activation_checkpointing=true"] if learning.checkpointing else []
+    return " ".join(words)
+
+
+def _print_plan(found: "Plan", rewarded: "RewardPlan | None" = None) -> None:
     stdout, setup, parameters = Console(highlight=False), found.setup, found.parameters
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
@@ -178,10 +212,17 @@ def _print_plan(found: "Plan") -> None:
     else:
         layout = found.sharding + (", activation checkpointing" if found.checkpointing else "")
         facts.add_row("layout", f"{layout}; {found.rows} sequences per device at a time ({found.layout.rows} fit)")
-        rate = f"{found.utilisation:.0%} of the peak rate, {found.tokens_per_second:,.0f} tokens/s"
-        facts.add_row("time", f"{duration(found.hours)} for {found.steps:,} steps (at {rate})")
-        hours = f"{found.device_hours:,.3g} device hours"
-        facts.add_row("cost", hours if found.cost is None else f"{found.cost:,.2f} ({hours} at {found.price:g})")
+        if rewarded is not None:
+            count, peaks = short_number(rewarded.answers), (rewarded.sampling_memory, rewarded.learning_memory)
+            sampling, learning = (f", {gib(peak)} GiB" for peak in peaks)
+            facts.add_row("sampling", f"{duration(rewarded.sampling_hours)} for {count} answers{sampling}")
+            facts.add_row("learning", f"{duration(rewarded.learning_hours)} with a reference model{learning}")
+            facts.add_row("time", f"{duration(rewarded.hours)} (at {found.utilisation:.0%} of the peak rate)")
+        else:
+            rate = f"{found.utilisation:.0%} of the peak rate, {found.tokens_per_second:,.0f} tokens/s"
+            facts.add_row("time", f"{duration(found.hours)} for {found.steps:,} steps (at {rate})")
+            hours = f"{found.device_hours:,.3g} device hours"
+            facts.add_row("cost", hours if found.cost is None else f"{found.cost:,.2f} ({hours} at {found.price:g})")
     stdout.print(facts)
     stdout.print(_memory_table(found.memory, found.memory_checkpointed))
     if found.layout is None:

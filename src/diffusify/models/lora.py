@@ -102,6 +102,15 @@ def adapter_base(folder: Path) -> str | None:
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
+def own_adapters(model: str) -> tuple[str, Lora] | None:
+    """The base and the settings of the adapters of a model, which training continues with; None if it has none."""
+    folder = find_model(model)
+    if folder is None or (base := adapter_base(folder)) is None:
+        return None
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    return base, Lora(config.r, config.lora_alpha)
+
+
 def check_lora(
     model: str, lora: Lora | None, rows: Literal["all", "masks"] = "all", *, length_tokens: bool = False
 ) -> None:

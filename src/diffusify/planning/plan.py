@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
-from diffusify.models.lora import Lora
+from diffusify.models.lora import Lora, check_lora, own_adapters
 from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
 from diffusify.planning.devices import DEVICES, DeviceGroup
 from diffusify.planning.footprint import DTYPES, Footprint, ParameterCounts, TrainingSetup, count_parameters, footprint
@@ -162,9 +162,10 @@ def plan(
 ) -> Plan:
     """Estimate what a run of `adapt` or `tune` takes; no weights are read.
 
-    `model` is a source for `load_base`, a path of a config.json, or a config. `gpus` is the devices, such as 64xH100;
-    `batch` the rows of `length` tokens on each at a time (by default the most that fit); `utilisation` the share of
-    their peak (by default the device's own); `price` that of one device for one hour. ValueError for invalid settings.
+    `model` is a source for `load_base`, a diffusion model, a path of a config.json, or a config. `gpus` is the devices,
+    such as 64xH100; `batch` the rows of `length` tokens on each at a time (by default the most that fit); `utilisation`
+    the share of their peak (by default the device's own); `price` that of one device for one hour. A model that has
+    adapters continues with them. ValueError for invalid settings.
     """
     devices = DeviceGroup.parse(gpus) if isinstance(gpus, str) else gpus
     dtype = dtype or devices.device.dtype
@@ -174,14 +175,16 @@ def plan(
     utilisation = devices.device.utilisation if utilisation is None else utilisation
     _check(tokens=tokens, length=length, batch=batch, utilisation=utilisation, price=price)
     source = model if isinstance(model, str) else model.model_type
-    config = load_config(model) if isinstance(model, str) else model
+    base, own = (isinstance(model, str) and own_adapters(model)) or (model, lora)
+    config = load_config(base) if isinstance(base, str) else base
     network, masked = network_class(config, source)
     recipe = recipe or saved_recipe(source) or default_recipe(masked=masked)
     check_fit(source, masked, recipe)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(f"length={length} is more than the {context} tokens of {source}'s context; use less")
-    setup = TrainingSetup(network, config, recipe, length, dtype, lora)
+    check_lora(source, lora, recipe.adapters)
+    setup = TrainingSetup(network, config, recipe, length, dtype, own)
     parameters = count_parameters(setup)
     layouts = list(_candidate_layouts(setup, parameters, devices, batch))
     best = next((layout for layout in layouts[::-1] if layout.rows >= (batch or 1)), None)
