@@ -1,5 +1,6 @@
 """Plans of runs that learn from rewards: their parts add up, and their FLOPs are those of real passes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
 from diffusify.models.recipes import Recipe, ar, block
-from diffusify.planning.footprint import flop_counter
+from diffusify.planning.footprint import Footprint, flop_counter
 from diffusify.planning.plan import Plan, plan
 from diffusify.planning.reward_plan import GROUP, RewardPlan, parse_answers
+from diffusify.training.adapt import adapt
 
 CONFIG = LlamaConfig(
     vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -72,3 +74,15 @@ def test_answers_must_be_shorter_than_texts(new_tokens: int) -> None:
     several = plan(CONFIG, tokens=1e6, gpus="8xH100", length=32, recipe=block(4), batch=4)
     with pytest.raises(ValueError, match="8xH100 are 8 devices, and reinforcement uses 1"):
         RewardPlan(several, 1e6, 8)
+
+
+def test_a_model_with_adapters_continues_with_them(
+    causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapt(causal_base, corpus, tmp_path, lora=Lora(4), steps=1, length=32, held_out=64, bf16=False)
+    steps = Footprint(1e9, 0.0, 1e6, 1e6), Footprint(4e9, 0.0, 4e6, 4e6)
+    monkeypatch.setattr("diffusify.planning.plan._counted_steps", lambda *arguments: steps)
+    found = plan(str(folder), tokens=1e6, gpus="L4", length=32)
+    assert found.setup.lora == Lora(4, 8) and 0 < found.parameters.trained < found.parameters.total
+    with pytest.raises(ValueError, match="training continues with these; omit --lora"):
+        plan(str(folder), tokens=1e6, gpus="L4", length=32, lora=Lora(4))
