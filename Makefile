@@ -71,6 +71,7 @@ ifdef DATA
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \
 	    --steps 160 --tests 60
+	$(BENCH)/rewards.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 24 --seeds 3
 	$(BENCH)/instructions.py runs/5 $(DATA)/tune/instructions-t0-30k.jsonl.gz --steps 100 --tests 80
 endif
 
