@@ -58,7 +58,7 @@ class DiffusionLM:
         """
         device = choose_device(device)
         denoiser, tokenizer = load_denoiser(folder, dtype=choose_dtype(dtype, device), device=device)
-        optimize_for_inference(denoiser.network)
+        optimize_for_inference(denoiser.requires_grad_(False).network)
         config = denoiser.diffusion_config
         return cls(denoiser, TextTokenizer(tokenizer, config.mask_token_id, config.frame))
 
