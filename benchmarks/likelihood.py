@@ -88,9 +88,7 @@ def compare(
     every = list(measure(lm.denoiser, [one for one, _ in requests]))
     all_seconds = perf_counter() - start
     right = [one.best(result.log_prob) == gold for (one, gold), result in zip(requests, every, strict=True)]
-    same = [
-        a.log_prob.index(max(a.log_prob)) == b.log_prob.index(max(b.log_prob)) for a, b in zip(slow, ours, strict=True)
-    ]
+    same = [one.best(a.log_prob) == one.best(b.log_prob) for one, a, b in zip(both, slow, ours, strict=True)]
     result = {
         "items": len(requests),
         "plain_items": len(both),

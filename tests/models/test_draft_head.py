@@ -112,6 +112,8 @@ def test_a_head_is_trained_saved_and_trained_further(causal_base: str, corpus: s
     (first / "draft_head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names a head whose file draft_head.safetensors is missing"):
         load_denoiser(first)
+    with pytest.raises(ValueError, match=r"names a head whose file draft_head.safetensors is missing"):
+        adapt(str(first), corpus, tmp_path / "third", **SMALL)
 
 
 def test_heads_are_for_drafting_adapters() -> None:

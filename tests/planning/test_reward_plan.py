@@ -63,7 +63,7 @@ def test_flops_are_those_of_a_real_pass_except_attention() -> None:
     tokens = torch.zeros(1, 32, dtype=torch.long)
     inputs = AttentionInputs(tokens, tokens, tokens, tokens, lambda b, h, q, k: k <= q, per_row=False)
     with torch.no_grad(), flop_counter() as real:
-        denoiser.logits(inputs, torch.arange(8))
+        denoiser.project(denoiser.hidden_states(inputs, torch.arange(8)))
     assert planned.reference_flops == pytest.approx(real.get_total_flops(), rel=0.15)
 
 

@@ -183,7 +183,9 @@ def _lora_option(found: "Plan") -> list[str]:
 
 def _reward_command(found: "RewardPlan") -> str:
     """The command that starts the planned run with the default numbers of prompts and answers in a step."""
-    learning, texts = found.learning, 4 * 8
+    from diffusify.planning.reward_plan import GROUP, PROMPTS
+
+    learning, texts = found.learning, PROMPTS * GROUP
     words = [f"diffusify reinforce {shlex.quote(learning.model)} --data DATA --reward REWARD"]
     words += [f"--max-new-tokens {found.new_tokens} --steps {max(1, round(found.answers / texts))}"]
     words += _lora_option(learning)

@@ -185,12 +185,6 @@ class Denoiser(nn.Module):
         inputs = self.diffusion_config.attention(prompts, shift=self.diffusion_config.shift)
         return self.length_head(self._run_body(inputs).last_hidden_state.to(self.device), prompts)
 
-    def logits(
-        self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
-    ) -> Float[Tensor, "k v"]:
-        """Run the network and return the logits of its outputs at `index` (see `hidden_states`)."""
-        return self.project(self.hidden_states(inputs, index, past=past))
-
     def predict(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         """The logits of `forward` at `positions`, projected to the vocabulary only when read; not for training."""
         pattern = self.diffusion_config.attention

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusify.config import DiffusionConfig
-from diffusify.models.bundled import find_model, resolve_model
+from diffusify.models.bundled import find_diffusion_config, find_model, resolve_model
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import Base, load_base, load_tokenizer, num_embeddings
 from diffusify.models.logging import quiet_transformers
@@ -138,7 +138,7 @@ def open_base(model: str, *, load_in_4bit: bool = False) -> Base:
     else:
         base = load_base(model, **arguments)
     keep_gradients(base.network)
-    return replace(base, folder=folder)
+    return base if find_diffusion_config(model) is None else replace(base, folder=folder)
 
 
 def open_base_with_adapters(folder: Path, **arguments: Any) -> Base:

@@ -9,8 +9,9 @@ from diffusify.planning.devices import parse_amount
 from diffusify.planning.footprint import DTYPES
 from diffusify.planning.plan import FLOAT32, Memory, Plan
 
-# The defaults of `reinforce`: answers to a prompt, texts in a forward pass of training, positions that are sampled.
-GROUP, TEXTS, SAMPLED_POSITIONS = 8, 8, 16384
+# The defaults of `reinforce`: prompts of a step, answers to each, texts in a forward pass of training, and positions
+# that are sampled at the same time.
+PROMPTS, GROUP, TEXTS, SAMPLED_POSITIONS = 4, 8, 8, 16384
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from diffusify.config import DocumentFrame, to_plain
+from diffusify.config import DiffusionConfig, DocumentFrame, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.denoiser import Denoiser
@@ -17,7 +17,7 @@ from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_
 from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
-from diffusify.models.saving import DRAFT_HEAD, checksum, load_heads, open_base
+from diffusify.models.saving import checksum, load_heads, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
 from diffusify.text.sources import source_checksum, source_files
@@ -162,7 +162,7 @@ def make_denoiser(
         add_lora(base.network, lora, mask, base.source, recipe.adapters, length_tokens)
     denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
     denoiser.limit_vocabulary(tokenizer.token_ids)
-    if base.folder is not None and (base.folder / DRAFT_HEAD).is_file():
+    if base.folder is not None and DiffusionConfig.load(base.folder).draft_head is not None:
         load_heads(denoiser, base.folder)
     return denoiser, tokenizer
 
