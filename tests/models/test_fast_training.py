@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.schedules import Linear
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training, transformer_layers
+from diffusify.models.lora import Lora, add_lora
 from tests.families import CAUSAL, FAMILIES, MASK, tiny_denoiser
 
 OBJECTIVE = Objective()
@@ -67,6 +68,27 @@ def test_under_autocast_gradients_are_as_exact_as_before(family: str) -> None:
     )
     assert dtypes == {torch.bfloat16}
     assert torch.cosine_similarity(narrow, float32, dim=0) > torch.cosine_similarity(autocast, float32, dim=0) - 0.02
+
+
+@pytest.mark.parametrize("rows", ["all", "masks"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_frozen_weights_of_half_the_width_change_nothing_under_autocast(
+    family: str, rows: Literal["all", "masks"]
+) -> None:
+    denoisers = []
+    for dtype in (None, torch.bfloat16):
+        plain = denoiser_of(family)
+        torch.manual_seed(0)
+        add_lora(plain.network, Lora(2), MASK, "base", rows)
+        denoisers.append(Denoiser(plain.network, plain.diffusion_config))
+        optimize_for_training(plain.network, autocast_dtype=dtype)
+    wide, narrow = denoisers
+    before, after = loss_and_gradients(wide, autocast=True), loss_and_gradients(narrow, autocast=True)
+    kinds = {(weight.requires_grad, weight.dtype) for weight in narrow.parameters() if weight.ndim > 1}
+    assert {(True, torch.float32), (False, torch.bfloat16)} <= kinds and (True, torch.bfloat16) not in kinds
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-3, rtol=2e-2)
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def test_torch_compile_compiles_layer_by_layer(
 ) -> None:
     calls = []
     name = "diffusify.training.trainer.optimize_for_training"
-    monkeypatch.setattr(name, lambda network, compiled: calls.append(compiled))
+    monkeypatch.setattr(name, lambda network, compiled, **_: calls.append(compiled))
     for torch_compile in (False, True):
         trainer = trainer_for(causal_base, corpus, tmp_path, block(4), torch_compile=torch_compile)
         assert trainer.args.torch_compile is False  # the parent class would compile the whole model

@@ -141,14 +141,14 @@ class AttentionInputs:
     def split(self, start: int) -> tuple["AttentionInputs", "AttentionInputs"]:
         """The inputs from position `start` on, and the earlier ones as a chunk over the keys of both, those first.
 
-        No position from `start` on may attend to an earlier one.
+        No position from `start` on may be a mask or attend to an earlier one.
         """
         (b, m), mask_mod, is_mask = self.tokens.shape, self.mask_mod, self.is_mask
         later = replace(
             self,
             tokens=self.tokens[:, start:],
             position_ids=self.position_ids[:, start:],
-            is_mask=None if is_mask is None else is_mask[:, start:],
+            is_mask=None,
             mask_mod=lambda b, h, q, k: mask_mod(b, h, q + start, k + start),
         )
         earlier = replace(

@@ -3,6 +3,7 @@
 Axes: b texts, n positions, k open positions (row by row), j positions of the AR co-loss, v vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -45,20 +46,27 @@ class Flat:
 
 Weight = Elbo | RdmWeight | Flat
 
+_CACHED_VALUES = 2**18  # float32 values of a CPU's cache
+_ROWS_ELSEWHERE = 128
+
+
+def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of the rows of logits and of what belongs to them, whose float32 copies fit into a processor's cache."""
+    logits = tensors[0]
+    rows = max(1, _CACHED_VALUES // logits.shape[-1]) if logits.device.type == "cpu" else _ROWS_ELSEWHERE
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
 
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy in float32, in chunks of rows, so that a float32 copy of all logits never exists."""
 
-    CHUNK = 128
-
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        chunks = logits.split(_CrossEntropy.CHUNK)
-        log_norm = torch.cat([chunk.float().logsumexp(-1) for chunk in chunks])
+        log_norm = torch.cat([chunk.float().logsumexp(-1) for (chunk,) in _row_chunks(logits)])
         target_logit = logits.gather(-1, targets[:, None])[:, 0].float()
         if smoothing:
-            possible = torch.cat([chunk.isfinite().sum(-1) for chunk in chunks])
-            total = torch.cat([chunk.float().masked_fill(chunk.isinf(), 0.0).sum(-1) for chunk in chunks])
+            possible = torch.cat([chunk.isfinite().sum(-1) for (chunk,) in _row_chunks(logits)])
+            total = torch.cat([chunk.float().masked_fill(chunk.isinf(), 0).sum(-1) for (chunk,) in _row_chunks(logits)])
             target_logit = (1 - smoothing) * target_logit + smoothing * total / possible
         ctx.save_for_backward(logits, targets, log_norm)
         ctx.smoothing = smoothing
@@ -68,8 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, log_norm = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
-        chunks = (x.split(_CrossEntropy.CHUNK) for x in (logits, targets, log_norm, grad, logits_grad))
-        for chunk, target, norm, upstream, out in zip(*chunks, strict=True):
+        for chunk, target, norm, upstream, out in _row_chunks(logits, targets, log_norm, grad, logits_grad):
             probs = (chunk.float() - norm[:, None]).exp_()
             if ctx.smoothing:
                 possible = chunk.isfinite()
@@ -80,38 +87,38 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Divergence(torch.autograd.Function):
-    """Cross-entropy with a teacher's distribution, in part replaced by the total variation distance, in chunks."""
+    """Cross-entropy with a teacher's distribution, in part replaced by the total variation distance, in chunks.
+
+    The gradient is computed together with the loss, since both need the same probabilities.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, total_variation: float) -> Tensor:
-        pairs = zip(logits.split(_CrossEntropy.CHUNK), teacher.split(_CrossEntropy.CHUNK), strict=True)
-        losses = [_teacher_loss(chunk, teacher_chunk, total_variation) for chunk, teacher_chunk in pairs]
-        ctx.save_for_backward(logits, teacher)
-        ctx.total_variation = total_variation
+        losses, logits_grad = [], torch.empty_like(logits)
+        for chunk, teacher_chunk, out in _row_chunks(logits, teacher, logits_grad):
+            z, teacher_probs = chunk.float(), teacher_chunk.float().softmax(-1)
+            z = z.clamp_min(torch.finfo(z.dtype).min)  # -inf times a probability of 0 is not a number
+            log_norm = z.logsumexp(-1)
+            loss = log_norm - (teacher_probs * z).sum(-1)
+            probs = z.sub_(log_norm[:, None]).exp_()
+            difference = probs - teacher_probs
+            if total_variation:
+                sign = difference.sign()
+                loss = loss.lerp(0.5 * (difference * sign).sum(-1), total_variation)
+                distance_grad = 0.5 * probs * (sign - (probs * sign).sum(-1, keepdim=True))
+                difference.lerp_(distance_grad, total_variation)
+            losses.append(loss)
+            out.copy_(difference)
+        ctx.save_for_backward(logits_grad)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, teacher = ctx.saved_tensors
-        logits_grad = torch.empty_like(logits)
-        chunks = (x.split(_CrossEntropy.CHUNK) for x in (logits, teacher, grad, logits_grad))
-        for chunk, teacher_chunk, upstream, out in zip(*chunks, strict=True):
-            probs = chunk.float().softmax(-1)
-            difference = probs - teacher_chunk.float().softmax(-1)
-            if ctx.total_variation:
-                sign = difference.sign()
-                distance_grad = 0.5 * probs * (sign - (probs * sign).sum(-1, keepdim=True))
-                difference.lerp_(distance_grad, ctx.total_variation)
-            out.copy_(difference.mul_(upstream[:, None]))
-        return logits_grad, None, None
-
-
-def _teacher_loss(logits: Tensor, teacher: Tensor, total_variation: float) -> Tensor:
-    z, teacher_probs = logits.float(), teacher.float().softmax(-1)
-    loss = z.logsumexp(-1) - (teacher_probs * z.masked_fill(z.isinf(), 0.0)).sum(-1)
-    if not total_variation:
-        return loss
-    return loss.lerp(0.5 * (z.softmax(-1) - teacher_probs).abs().sum(-1), total_variation)
+        (logits_grad,) = ctx.saved_tensors
+        scaled = torch.empty_like(logits_grad)
+        for chunk, upstream, out in _row_chunks(logits_grad, grad, scaled):
+            torch.mul(chunk, upstream[:, None], out=out)
+        return scaled, None, None
 
 
 def divergence(
@@ -242,7 +249,8 @@ class Objective:
         teacher_index = torch.where(trained[ar_targets])[0]  # the entries of ar_logits at the targets
 
         def diffusion_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            loss = cross_entropy(logits, targets[index], self.label_smoothing)
+            learns_text = self.distill < 1
+            loss = cross_entropy(logits if learns_text else logits.detach(), targets[index], self.label_smoothing)
             nll = cross_entropy(logits.detach(), targets[index]) if self.label_smoothing else loss.detach()
             teacher = None
             if self.distill:

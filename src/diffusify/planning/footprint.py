@@ -61,12 +61,14 @@ class ParameterCounts:
     """The numbers of a network's parameters.
 
     `embeddings` are those of the token embeddings and the output projection, `trained` those that require gradients,
-    `root` those outside the layers and `layer` those of the largest layer, which sharding gathers separately.
+    `half` those that are kept in the compute dtype alone, `root` those outside the layers and `layer` those of the
+    largest layer, which sharding gathers separately.
     """
 
     total: int
     embeddings: int
     trained: int
+    half: int
     root: int
     layer: int
 
@@ -99,7 +101,8 @@ def count_parameters(setup: TrainingSetup) -> ParameterCounts:
     largest = max((_count([layer]) for layer in layers), default=0)
     total = _count([network])
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    return ParameterCounts(total, _count(ends), trained, total - _count(layers), largest)
+    half = sum(weight.numel() for weight in network.parameters() if weight.dtype != torch.float32)
+    return ParameterCounts(total, _count(ends), trained, half, total - _count(layers), largest)
 
 
 def sample_noise(setup: TrainingSetup, rows: int) -> Noised:
@@ -216,13 +219,17 @@ def _denoiser(setup: TrainingSetup) -> Denoiser:
         if lora := default_lora(setup.lora, setup.recipe.adapters):
             add_lora(network, lora, 0, "", setup.recipe.adapters)
         kernel: Any = network.config._attn_implementation
-        optimize_for_training(network)
+        half = DTYPES[setup.dtype]
+        optimize_for_training(network, autocast_dtype=None if half == torch.float32 else half)
         network.set_attn_implementation(kernel)  # the tiled CPU kernel reads the mask's contents
         return Denoiser(network, setup.recipe.diffusion_config(type(network).__name__, 0, ""))
 
 
 def _materialise(denoiser: Denoiser, dtype: torch.dtype) -> None:
-    """Replace the network's tensors by fake CPU tensors of the active fake mode, and allocate their gradients."""
+    """Replace the network's tensors by fake CPU tensors of the active fake mode, and allocate their gradients.
+
+    Weights in float32 get the `dtype`.
+    """
     replaced: dict[int, Any] = {}
     for module in denoiser.modules():
         for tensors in (module._parameters, module._buffers):
@@ -230,7 +237,7 @@ def _materialise(denoiser: Denoiser, dtype: torch.dtype) -> None:
                 if old is None:
                     continue
                 if id(old) not in replaced:  # tied weights stay tied
-                    new_dtype = dtype if isinstance(old, nn.Parameter) else old.dtype
+                    new_dtype = dtype if isinstance(old, nn.Parameter) and old.dtype == torch.float32 else old.dtype
                     new = torch.empty(old.shape, dtype=new_dtype, device="cpu")
                     replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 tensors[name] = replaced[id(old)]

@@ -214,7 +214,7 @@ def memory(
     exchange = {"DDP": FLOAT32 * parameters.trained, "single": 0.0}
     bucket = min(parameters.trained, max(parameters.root, parameters.layer))
     return Memory(
-        weights=FLOAT32 * parameters.total / shards,
+        weights=(FLOAT32 * (parameters.total - parameters.half) + width * parameters.half) / shards,
         copies=step.copies + width * gathered.get(sharding, 0),
         gradients=FLOAT32 * parameters.trained / shards,
         optimizer=ADAMW * parameters.trained / shards,

@@ -78,7 +78,8 @@ class DiffusionTrainer(ResilientTrainer):
         self.recipe, self.budget = recipe, budget
         self.teacher = Teacher(denoiser) if recipe.objective.distills_from("base") else None
         self.alignment = Alignment(denoiser) if recipe.alignment else None
-        optimize_for_training(denoiser.network, compiled=compiled)
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
