@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from prompts import PROMPTS
+
 from diffusify.evaluation.open_model import open_lm
 
 TOPICS = (
@@ -40,8 +41,9 @@ KINDS = {
         TOPICS,
     ),
     "stories": (
-        ("Once there was {} who", "One morning {} woke up and", "It was late at night when {}", "{} had a secret:",
-         "In the middle of the storm, {}", "Dear diary, today {}", "Nobody believed {} when"),
+        ("Once there was {} who", "One morning {} woke up and", "It was late at night when {}",
+         "Long ago, {} had a secret:", "In the middle of the storm, {}", "Dear diary, today {}",
+         "Nobody believed {} when"),
         PEOPLE,
     ),
     "code": (
@@ -63,7 +65,8 @@ KINDS = {
     ),
     "lists": (
         ("Five facts about {}:\n1.", "Things that go with {}:\n-", "How to write about {}:\n1.",
-         "Steps to understand {}:\n1.", "Questions about {}:\n1.", "Pros and cons of {}:\n-", "A timeline of {}:\n-", "Famous places for {}:\n1."),
+         "Steps to understand {}:\n1.", "Questions about {}:\n1.", "Pros and cons of {}:\n-", "A timeline of {}:\n-",
+         "Famous places for {}:\n1."),
         TOPICS,
     ),
 }  # fmt: skip
@@ -73,8 +76,7 @@ def openings(seed: int = 0) -> list[str]:
     """All openings, in random order."""
     rng, known = random.Random(seed), {prompt for prompts in PROMPTS.values() for prompt in prompts}
     every = [form.format(filler) for forms, fillers in KINDS.values() for form, filler in product(forms, fillers)]
-    found = [text[0].upper() + text[1:] if text[:4] in ("a fi", "a yo") else text for text in every]
-    found = [text for text in found if text not in known]
+    found = [text for text in every if text not in known]
     rng.shuffle(found)
     return found
 
