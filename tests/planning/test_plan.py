@@ -16,7 +16,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora, add_lora
-from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.models.recipes import Recipe, ar, block, draft, mlm
 from diffusify.planning.footprint import (
     Footprint,
     TrainingSetup,
@@ -86,6 +86,18 @@ def test_only_adapters_are_trained() -> None:
     found = count_parameters(setup("llama", ar(), Lora(4)))
     assert found.trained == sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
     assert found.total == sum(weight.numel() for weight in real.parameters())
+    with_head, without = (count_parameters(setup("llama", draft(head=head))) for head in (8, None))
+    size = real.config.hidden_size
+    assert with_head.trained - without.trained == with_head.total - without.total == 3 * size * 8 + 8
+
+
+def test_frozen_matrices_take_half_the_memory_in_half_precision() -> None:
+    narrow = replace(setup("llama", ar(), Lora(4)), dtype="bfloat16")
+    counts = count_parameters(narrow)
+    assert count_parameters(setup("llama", ar(), Lora(4))).half == 0
+    assert 0.5 * counts.total < counts.half < counts.total - counts.trained
+    found = memory(narrow, counts, "single", 1, Footprint(0.0, 0.0, 0.0, 0.0))
+    assert found.weights == 4 * (counts.total - counts.half) + 2 * counts.half
 
 
 @pytest.mark.parametrize(

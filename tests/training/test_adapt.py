@@ -78,6 +78,9 @@ def test_drafting_adapters_are_trained_and_continue(causal_base: str, corpus: st
     assert "without diffusify, the model is its base" in (more / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="holds adapters='masks', and the recipe needs adapters='all'; omit --recipe"):
         adapt(str(first), corpus, tmp_path / "other", recipe=block(4), steps=1, **TINY)
+    for head in (16, None):
+        with pytest.raises(ValueError, match=f"has draft_head=512, and the recipe needs draft_head={head}; omit"):
+            adapt(str(first), corpus, tmp_path / "other", recipe=draft(head=head), steps=1, **TINY)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(2)], ids=["all", "lora"])

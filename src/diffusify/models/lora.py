@@ -26,6 +26,7 @@ from diffusify.models.mask_adapters import (
     save_mask_adapters,
     write_adapter_weights,
 )
+from diffusify.models.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -111,29 +112,34 @@ def own_adapters(model: str) -> tuple[str, Lora] | None:
     return base, Lora(config.r, config.lora_alpha)
 
 
-def check_lora(
-    model: str, lora: Lora | None, rows: Literal["all", "masks"] = "all", *, length_tokens: bool = False
-) -> None:
-    """Check that the adapters of a model, if it has some, can be trained further on `rows` of a forward pass.
+def check_lora(model: str, lora: Lora | None, recipe: Recipe) -> None:
+    """Check that the adapters of a model, if it has some, can be trained further by a recipe.
 
-    ValueError if new ones are requested, if they act on other rows, or if they need `length_tokens` and have none.
+    ValueError if new ones are requested, if they act on other rows of a forward pass or have another draft head, or if
+    the recipe needs length tokens and they have none.
     """
     if (folder := find_model(model)) is None or (base := adapter_base(folder)) is None:
         return
-    if (own := DiffusionConfig.load(folder).adapters) != rows:
+    own, merge = DiffusionConfig.load(folder), f"diffusify merge {model} --out DIR"
+    if own.adapters != recipe.adapters:
         raise ValueError(
-            f"{model} holds adapters='{own}', and the recipe needs adapters='{rows}'; omit --recipe, or start from "
-            f"the base {base}"
+            f"{model} holds adapters='{own.adapters}', and the recipe needs adapters='{recipe.adapters}'; omit "
+            f"--recipe, or start from the base {base}"
         )
-    if length_tokens and DiffusionConfig.load(folder).length_tokens is None:
+    if own.draft_head != recipe.draft_head:
+        raise ValueError(
+            f"{model} has draft_head={own.draft_head}, and the recipe needs draft_head={recipe.draft_head}; omit "
+            f"--recipe, or start from the base {base}"
+        )
+    if recipe.length_noise is not None and own.length_tokens is None:
         raise ValueError(
             f"{model} holds adapters that train no length tokens, which variable_length=True needs; start from the "
-            f"base {base}, or merge them into full weights first: diffusify merge {model} --out DIR"
+            f"base {base}, or merge them into full weights first: {merge}"
         )
     if lora is not None:
         raise ValueError(
             f"{model} holds adapters, and training continues with these; omit --lora, or merge them into full weights "
-            f"first: diffusify merge {model} --out DIR"
+            f"first: {merge}"
         )
 
 

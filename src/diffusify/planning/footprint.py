@@ -92,16 +92,17 @@ class Footprint:
 
 
 def count_parameters(setup: TrainingSetup) -> ParameterCounts:
-    """Count the parameters of a setup's network, adapters included."""
-    network = _denoiser(setup).network
+    """Count the parameters of a setup's network, adapters and a draft head included."""
+    denoiser = _denoiser(setup)
+    network = denoiser.network
     ends = [
         module for module in (network.get_input_embeddings(), network.get_output_embeddings()) if module is not None
     ]
     layers = [layer for stack in network.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
     largest = max((_count([layer]) for layer in layers), default=0)
-    total = _count([network])
-    trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    half = sum(weight.numel() for weight in network.parameters() if weight.dtype != torch.float32)
+    total = _count([denoiser])
+    trained = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
+    half = sum(weight.numel() for weight in denoiser.parameters() if weight.dtype != torch.float32)
     return ParameterCounts(total, _count(ends), trained, half, total - _count(layers), largest)
 
 

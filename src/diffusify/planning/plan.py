@@ -183,7 +183,7 @@ def plan(
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(f"length={length} is more than the {context} tokens of {source}'s context; use less")
-    check_lora(source, lora, recipe.adapters)
+    check_lora(source, lora, recipe)
     setup = TrainingSetup(network, config, recipe, length, dtype, own)
     parameters = count_parameters(setup)
     layouts = list(_candidate_layouts(setup, parameters, devices, batch))

@@ -90,7 +90,7 @@ def reinforce(
     policy = policy or default_policy(config)
     sampling = _check_sampling(policy, sampling or SamplingConfig(temperature=1.0))
     check_policy(model, config, policy)
-    check_lora(model, lora, recipe.adapters)
+    check_lora(model, lora, recipe)
     _check_counts(group=group, prompts=prompts, updates=updates, max_new_tokens=max_new_tokens, held_out=held_out)
     if reward_seconds <= 0:
         raise ValueError(f"reward_seconds={reward_seconds} must be above 0; 60 is usual")

@@ -77,7 +77,7 @@ def adapt(
     out = Path(out)
     recipe = recipe or saved_recipe(base) or default_recipe(masked=is_masked_lm(base))
     console = console or Console(stderr=True, highlight=False)
-    check_lora(base, lora, recipe.adapters, length_tokens=recipe.length_noise is not None)
+    check_lora(base, lora, recipe)
     if load_in_4bit:
         check_load_in_4bit(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)

@@ -79,7 +79,7 @@ def tune(
             f"the adapters of {recipe.name} leave the AR half as it is, so it cannot learn the answers in {data}; tune "
             f"the base with --recipe block, or let the model answer the questions itself: --data self:{data}"
         )
-    check_lora(model, lora, recipe.adapters, length_tokens=recipe.length_noise is not None)
+    check_lora(model, lora, recipe)
     if load_in_4bit:
         check_load_in_4bit(model, lora)
     if template is not None and SELF_SOURCE.search(data):
