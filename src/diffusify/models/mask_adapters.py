@@ -93,7 +93,7 @@ class MaskEmbedding(nn.Module):
     def replace_output(self, embedding: nn.Module, args: Any, output: Float[Tensor, "b m d"]) -> Tensor:
         if self.rows.is_mask is None:
             return output
-        return torch.where(self.rows.select(output).bool(), self.weight, output)
+        return torch.where(self.rows.select(output).bool(), self.weight, output).to(output.dtype)
 
 
 def add_mask_adapters(network: PreTrainedModel, rank: int, alpha: int, mask_token_id: int, base: str) -> None:
