@@ -154,6 +154,20 @@ def test_how_much_is_held_out_on_disk(source: Path, on_disk: None, tokens: int) 
     assert len(held) == {1: 1, 23: 2}.get(tokens, 20)  # at most a tenth of the documents, and at least one row
 
 
+@pytest.mark.parametrize(("in_memory", "streaming"), [(1 << 20, None), (0, None), (0, True)])
+def test_nothing_is_held_out(
+    source: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int, streaming: bool | None
+) -> None:
+    monkeypatch.setattr(corpus, "IN_MEMORY", in_memory)
+    for _ in range(2):  # the second time, rows on disk are reused
+        opened = open_rows(source, held_out=0, streaming=streaming)
+        assert len(opened.held_out) == 0
+        if isinstance(opened.rows, RowStream):
+            assert not opened.rows.left_out
+        else:
+            assert set(texts_in(opened.rows)) == {text_of(n) for n in range(200)} and len(opened.rows) == 204
+
+
 def test_mixtures_keep_their_shares_on_disk(source: Path, tmp_path: Path, on_disk: None) -> None:
     (tmp_path / "b.txt").write_text("yyyyyy")
     train = texts_in(open_rows(f"3*{source},1*{tmp_path}/b.txt", held_out=DOCUMENT).rows)
@@ -195,8 +209,6 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(ValueError, match="nothing is left .* this stream of 1 documents"):
         open_rows(tmp_path / "a.txt", streaming=True)
-    with pytest.raises(ValueError, match="held_out=0 must be at least 1"):
-        open_rows(tmp_path / "a.txt", held_out=0)
     with pytest.raises(ValueError, match="is on a hub, which is always streamed"):
         open_rows("0.5*hub:some/texts,0.5*builtin:pydoc", streaming=False)
     for streaming, size in ((None, 100), (None, 0), (True, 0)):

@@ -259,11 +259,9 @@ def test_no_more_of_a_single_document_is_held_out_than_requested() -> None:
 
 
 def test_split_off_errors() -> None:
-    with pytest.raises(ValueError, match="tokens=0 must be at least 1"):
-        split_off(Dataset.from_dict({"text": ["a b"]}), 0, BYTES)
     with pytest.raises(ValueError, match="no documents"):
         split_off(Dataset.from_dict({"text": []}), 5, BYTES)
-    with pytest.raises(ValueError, match="single word 'word'"):
+    with pytest.raises(ValueError, match="single word 'word', .* held_out=0"):
         split_off(Dataset.from_dict({"text": ["word"]}), 5, BYTES)
 
 

@@ -168,6 +168,24 @@ def test_a_run_with_a_class_of_the_user_is_recognized(causal_base: str, corpus: 
         adapt(causal_base, corpus, finished, steps=1, **TINY)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_without_validation(causal_base: str, tmp_path: Path, streaming: bool) -> None:
+    path = tmp_path / "word.txt"
+    path.write_text("quick")
+    options: dict[str, Any] = {**TINY, "held_out": 0, "streaming": streaming, "logging_steps": 1}
+    with pytest.raises(ValueError, match="single word 'quick', .* train without validation: held_out=0"):
+        adapt(causal_base, str(path), tmp_path / "out", steps=2, **TINY)
+    console = Console(file=(output := StringIO()), width=80)
+    out = adapt(causal_base, str(path), tmp_path / "out", steps=2, console=console, **options)
+    log = json.loads((out / "training.json").read_text())["log"]
+    assert sum("loss" in entry for entry in log) == 2 and not any("eval_bound" in entry for entry in log)
+    assert (out / "README.md").is_file() and not (out / "curve.png").exists() and "bound" not in output.getvalue()
+    with pytest.raises(ValueError, match="held_out=0 leaves nothing to evaluate on; leave eval_strategy=steps out"):
+        adapt(causal_base, str(path), tmp_path / "other", steps=2, eval_strategy="steps", **options)
+    with pytest.raises(ValueError, match="held_out=-1 must be at least 0"):
+        adapt(causal_base, str(path), tmp_path / "other", steps=2, **{**options, "held_out": -1})
+
+
 def test_a_log_file_gets_rate_and_time_left(causal_base: str, corpus: str, tmp_path: Path) -> None:
     console = Console(file=(output := StringIO()), width=80)
     adapt(causal_base, corpus, tmp_path / "run", steps=6, console=console, logging_steps=2, **TINY)

@@ -113,5 +113,6 @@ def adapt(
             **adapt_options,
             **training_options,
         )
-        console.print(f"saved {folder}  (loss curve: {folder / 'curve.png'})", soft_wrap=True)
+        curve = folder / "curve.png"  # missing if nothing was held out
+        console.print(f"saved {folder}" + f"  (loss curve: {curve})" * curve.is_file(), soft_wrap=True)
         suggest(f"diffusify generate {folder} 'Once upon a time' --watch", f"diffusify show {folder}")

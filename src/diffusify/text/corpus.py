@@ -46,12 +46,11 @@ def open_corpus(
 
     Small sources are packed in memory, larger ones on disk (see `cached_rows`). Hub datasets and sources of more than
     STREAMED bytes are read during training (see `RowStream`); `streaming` forces or forbids that. About `held_out`
-    tokens of whole documents are held out: a random sample, or the first documents of a stream. Records that cannot be
-    read are skipped; ValueError if they are more than a share `max_corrupt`, or if the source has no texts.
+    tokens of whole documents are held out: a random sample, or the first documents of a stream; with 0 none. Records
+    that cannot be read are skipped; ValueError if they are more than a share `max_corrupt`, or if the source has no
+    texts.
     """
     check_limit(max_corrupt)
-    if held_out < 1:
-        raise ValueError(f"held_out={held_out} must be at least 1, or there is nothing to evaluate on")
     files = source_files(source)
     if files is None and streaming is False:
         raise ValueError(f"data source {source} is on a hub, which is always streamed; leave streaming unset")
@@ -72,8 +71,7 @@ def open_corpus(
     if not texts:
         raise ValueError(no_documents_message(source))
     train, held = split_off(Dataset.from_dict({"text": texts}), held_out, tokenizer, seed=seed)
-    packed = pack(held, tokenizer, length, keep_tail=True)
-    return Corpus(pack(train, tokenizer, length), _truncate(packed, held_out, length), bad_records)
+    return Corpus(pack(train, tokenizer, length), _pack_held_out(held, held_out, tokenizer, length), bad_records)
 
 
 def _open_stream(
@@ -82,8 +80,8 @@ def _open_stream(
     texts, bad_records = stream_texts(source, seed=seed), BadRecords()
     held = _first_documents(texts, source, held_out, tokenizer, bad_records, max_corrupt)
     rows = RowStream(texts, tokenizer, length, seed, frozenset(held), max_corrupt)
-    packed = pack(Dataset.from_dict({"text": held}), tokenizer, length, keep_tail=True)
-    return Corpus(rows, _truncate(packed, held_out, length), bad_records, "texts are streamed during training")
+    held_rows = _pack_held_out(Dataset.from_dict({"text": held}), held_out, tokenizer, length)
+    return Corpus(rows, held_rows, bad_records, "texts are streamed during training")
 
 
 def _first_documents(
@@ -113,8 +111,12 @@ def _first_documents(
     )
 
 
+def _pack_held_out(texts: Dataset, tokens: int, tokenizer: TextTokenizer, length: int) -> Dataset:
+    return _truncate(pack(texts, tokenizer, length, keep_tail=True) if len(texts) else texts, tokens, length)
+
+
 def _truncate(held: Dataset, tokens: int, length: int) -> Dataset:
-    """At most `tokens` tokens of rows, but at least one row."""
+    """At most `tokens` tokens of rows, but at least one row if there is one."""
     return held.select(range(min(len(held), max(1, tokens // length))))
 
 

@@ -86,7 +86,8 @@ def _hold_out(
     """The documents to hold out, and the training text of a document of which only a part is held out.
 
     Held out are the documents with the lowest hashes, of about `tokens` tokens: at least one, at most a tenth of all.
-    Hashes amount to a random sample and are equal for copies. If all documents are the same, it is cut in two.
+    Hashes amount to a random sample and are equal for copies. If all documents are the same, it is cut in two. With 0
+    tokens nothing is held out.
     """
     lowest: list[tuple[int, str, int]] = []  # a heap of (minus the hash, the document, its number of tokens)
     chosen: set[str] = set()
@@ -94,6 +95,8 @@ def _hold_out(
     others = False
     for text in chain.from_iterable(batches):
         documents += 1
+        if not tokens:
+            continue
         digest = int.from_bytes(hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest())
         if text in chosen:
             continue
@@ -110,6 +113,8 @@ def _hold_out(
             total -= size
     if not documents:
         raise ValueError(no_documents_message(source))
+    if not tokens:
+        return [], {}
     if not others:
         train, held = split_document(lowest[0][1], tokens, tokenizer)
         return [held], {lowest[0][1]: train}

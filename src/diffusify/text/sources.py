@@ -149,11 +149,11 @@ def split_off(dataset: Dataset, tokens: int, tokenizer: TextTokenizer, *, seed: 
     """Split a dataset into training documents and held-out documents of about `tokens` tokens.
 
     Held out are whole documents sampled by `seed`: at least one, at most a tenth of them, each with all its copies. A
-    single document is cut near its end instead, at the end of a paragraph if there is one. ValueError if nothing would
-    be left.
+    single document is cut near its end instead, at the end of a paragraph if there is one. With 0 tokens none is held
+    out. ValueError if nothing would be left.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens} must be at least 1, or there is nothing to evaluate on")
+    if tokens == 0:
+        return dataset, dataset.select([])
     texts = dataset["text"][:]
     documents = list(dict.fromkeys(texts))
     if not documents:
@@ -187,7 +187,10 @@ def split_document(text: str, tokens: int, tokenizer: TextTokenizer) -> tuple[st
             return text[: close[-1]], text[close[-1] :]
     words = [match.end() for match in re.finditer(r"\s+", text)]
     if not words:
-        raise ValueError(f"the data is the single word {text[:40]!r}, so no part of it can be held out; give more text")
+        raise ValueError(
+            f"the data is the single word {text[:40]!r}, so no part of it can be held out; give more text, or train "
+            "without validation: held_out=0"
+        )
     cut = max((end for end in words if end <= target), default=words[-1])
     return text[:cut], text[cut:]
 

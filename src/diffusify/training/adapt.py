@@ -59,7 +59,8 @@ def adapt(
     - `recipe`: default `block()`, or `mlm()` for a masked LM. `lora` trains adapters instead of all weights, which
       `draft()` does by itself; with `load_in_4bit`, on a base with 4-bit weights (QLoRA), which takes a fraction of the
       memory.
-    - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO.
+    - `length` is the number of tokens per row; about `held_out` tokens are held out to measure the NELBO; 0
+      trains on all and measures nothing.
     - `start_token` and `end_token` are put around documents, and the first before prompts; `start_token="none"` leaves
       it out before prompts. Default: those of a diffusion model, and what suits a base best (see `choose_frame`).
     - `mask_token_id` is the token that stands for noise, where another program expects a certain one; it may be the
@@ -81,7 +82,7 @@ def adapt(
     if load_in_4bit:
         check_load_in_4bit(base, lora)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
-    training = check_training_options(training, minutes=minutes)
+    training = check_training_options(training, minutes=minutes, held_out=held_out)
     settings = {
         "base": base,
         "data": data,

@@ -174,12 +174,18 @@ def _check_rows_per_step(out: Path, rows: int, processes: int) -> None:
         )
 
 
-def check_training_options(options: dict[str, Any], *, minutes: float | None = None) -> dict[str, Any]:
+def check_training_options(
+    options: dict[str, Any], *, minutes: float | None = None, held_out: int | None = None
+) -> dict[str, Any]:
     """Training options with plain values converted to their field's type, for a run of some `minutes` if given.
 
-    Raises ValueError for a name that is not a field of `TrainingArguments`, for an option that would have no effect,
-    and for a value of the wrong type.
+    With a `held_out` of 0 nothing is evaluated. Raises ValueError for a name that is not a field of
+    `TrainingArguments`, for an option that would have no effect, and for a value of the wrong type.
     """
+    if held_out is not None and held_out < 0:
+        raise ValueError(f"held_out={held_out} must be at least 0; with 0 there is no validation")
+    if held_out == 0:
+        options = {"eval_strategy": "no"} | options
     hints = get_type_hints(TrainingArguments)
     for name in options:
         if name not in hints:
@@ -188,7 +194,11 @@ def check_training_options(options: dict[str, Any], *, minutes: float | None = N
             )
     check_supported(options, minutes=minutes)
     simple = bool | int | float | str
-    return {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
+    checked = {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
+    if held_out == 0 and checked["eval_strategy"] != "no":
+        strategy = checked["eval_strategy"]
+        raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
+    return checked
 
 
 def training_arguments(

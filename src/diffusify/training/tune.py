@@ -67,12 +67,7 @@ def tune(
     resuming and errors are as in `adapt`. Raises ValueError for bad arguments.
     """
     out, console = Path(out), console or Console(stderr=True, highlight=False)
-    training = check_training_options(training, minutes=minutes)
-    if held_out < 0:
-        raise ValueError(f"held_out={held_out} must be at least 0; with 0 there is no validation")
-    if held_out == 0 and training.setdefault("eval_strategy", "no") != "no":
-        strategy = training["eval_strategy"]
-        raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
+    training = check_training_options(training, minutes=minutes, held_out=held_out)
     recipe = _choose_recipe(model, recipe)
     if recipe.adapters == "masks" and not SELF_SOURCE.search(data):
         raise ValueError(
