@@ -113,6 +113,13 @@ def test_chats_of_several_turns() -> None:
     assert whole["tokens"] == second["tokens"] and sum(whole["target"]) == sum(first["target"]) + sum(second["target"])
 
 
+def test_the_chosen_answer_of_a_preference_is_learned_and_told() -> None:
+    preference = {"prompt": "fox", "chosen": "dog", "rejected": "cat"}
+    made = make_examples(records(preference), byte_level(), template=None, each_turn=False, length=100)
+    assert BYTES.decode(made.rows["tokens"][0]) == "User: fox\nAssistant: dog"
+    assert list(made.notes(100)) == ["1 records are preferences: chosen answers are learned, rejected ones unused"]
+
+
 def test_a_tokenizer_without_a_chat_template_is_given_one() -> None:
     tokenizer = byte_level()
     (row,) = examples_of(tokenizer, {"question": "fox", "answer": "dog"})
