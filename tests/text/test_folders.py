@@ -55,12 +55,13 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
 
 def test_strings_written_as_bytes(tmp_path: Path) -> None:
     message = pa.array([[{"role": b"user", "content": "Sch\u00f6n".encode()}]])
-    parquet.write_table(
-        pa.table({"text": pa.array(["Sch\u00f6n".encode()]), "messages": message}), tmp_path / "a.parquet"
-    )
+    notes = pa.array([[("in", "Sch\u00f6n".encode())]], pa.map_(pa.string(), pa.binary()))
+    table = pa.table({"text": pa.array(["Sch\u00f6n".encode()]), "messages": message, "notes": notes})
+    parquet.write_table(table, tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == ["Sch\u00f6n"]
     record = json.loads(load_records(str(tmp_path / "a.parquet"))["record"][0])
     assert record["messages"] == [{"role": "user", "content": "Sch\u00f6n"}]
+    assert record["notes"] == [["in", "Sch\u00f6n"]]
 
 
 def test_a_field_by_name(tmp_path: Path) -> None:

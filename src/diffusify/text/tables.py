@@ -92,7 +92,7 @@ def decode_bytes(value: Any) -> Any:
             return value
     if isinstance(value, dict):
         return {name: decode_bytes(item) for name, item in value.items()}
-    return [decode_bytes(item) for item in value] if isinstance(value, list) else value
+    return [decode_bytes(item) for item in value] if isinstance(value, list | tuple) else value  # a map has tuples
 
 
 def missing_field_message(where: str, field: str, found: list[str]) -> str:
