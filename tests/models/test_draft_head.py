@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 
 from diffusify.canvas import Canvas
 from diffusify.config import DiffusionConfig
+from diffusify.diffusion.attention import training_inputs
+from diffusify.diffusion.corruption import PerBlock, noised
+from diffusify.diffusion.objectives import CANDIDATES
+from diffusify.diffusion.schedules import Linear
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.draft_head import DraftHead, previous_tokens
+from diffusify.models.draft_head import DraftHead
 from diffusify.models.recipes import block, draft
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.draft_tree import DraftTree
@@ -51,15 +55,30 @@ def test_a_new_head_changes_nothing() -> None:
     torch.testing.assert_close(scaled, head(hidden, previous), atol=1e-4, rtol=1e-4)
 
 
-def test_every_second_block_is_told_the_token_before() -> None:
-    clean = torch.arange(10, 22)[None]
-    canvas = Canvas.clean(clean)
-    positions = torch.ones_like(clean, dtype=torch.bool)
-    tokens, is_known = previous_tokens(canvas, clean, positions, 4)
-    assert tokens[is_known].tolist() == [14, 15, 16]  # before positions 5 to 7; a block's first is drafted by no mask
-    two_views = positions.repeat(2, 1)
-    twice = Canvas.clean(clean.repeat(2, 1))
-    assert torch.equal(previous_tokens(twice, clean, two_views, 4)[0], tokens.repeat(2))
+def test_every_mask_learns_with_and_without_the_token_before() -> None:
+    """The loss is that of the masks' own logits and that of the head's, and both give gradients to the adapters."""
+    denoiser, objective = with_random_head("llama").train(), draft(4).objective
+    generator = torch.Generator().manual_seed(0)
+    clean = denoiser.predictable(Canvas.clean(torch.randint(1, MASK, (2, 12), generator=generator)))
+    batch = noised(clean, PerBlock(4, min_t=1.0), Linear(), MASK, generator=generator)
+    batch = replace(batch, weight=batch.weight * draft(4).position_weight(batch.canvas))
+    positions, ar_positions = batch.targets, objective.ar_targets(batch)
+    common: dict[str, Any] = {"positions": positions, "ar_positions": ar_positions}
+    found = denoiser(batch.canvas, batch.clean, **common, loss=lambda a, b: objective(a, b, batch, Linear())).loss
+    prediction = denoiser(batch.canvas, batch.clean, **common)
+    truth = prediction.ar_logits.softmax(-1)
+    plain = -(truth * prediction.logits.log_softmax(-1).masked_fill(truth == 0, 0.0)).sum()
+    inputs = training_inputs(denoiser.diffusion_config.attention, batch.canvas, batch.clean, positions, shift=1)
+    hidden = denoiser.hidden_states(inputs, inputs.flat_index(inputs.output_index, positions))
+    after = batch.clean.roll(1, 1)[positions]
+    assert denoiser.draft_head is not None
+    changed = denoiser.project(denoiser.draft_head(hidden, denoiser.embed(after)))
+    tokens = prediction.logits.topk(min(CANDIDATES, MASK + 1)).indices
+    log_probs = changed.gather(1, tokens).masked_fill(tokens == MASK, -1e4).log_softmax(-1)
+    with_head = -(truth.gather(1, tokens) * log_probs).sum()
+    torch.testing.assert_close(found.total, plain + with_head, atol=1e-3, rtol=1e-4)
+    found.total.backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in denoiser.draft_head.parameters())
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))
@@ -85,10 +104,10 @@ def test_probabilities_are_those_of_the_whole_head(family: str) -> None:
     for _ in range(2):  # the first call finds out how
         found = drafts.prob_after(1, path)
         for i, previous in enumerate((5, 9)):
-            changed = denoiser.after_tokens(hidden[1:2], torch.tensor([previous]))
+            changed = denoiser.draft_head(hidden[1:2], denoiser.embed(torch.tensor([previous])))
             expected = denoiser.project(changed)[0].softmax(-1)[drafts.tokens[0, 1]]
             torch.testing.assert_close(found[0, i], expected, atol=1e-4, rtol=1e-3)
-    first = denoiser.after_tokens(hidden[:1], torch.tensor([7]))  # follows the latest token
+    first = denoiser.draft_head(hidden[:1], denoiser.embed(torch.tensor([7])))  # follows the latest token
     expected = denoiser.project(first)[0].softmax(-1)[drafts.tokens[0, 0]]
     torch.testing.assert_close(drafts.prob_after(0, path[:, :1])[0, 0], expected, atol=1e-4, rtol=1e-3)
     nothing = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0)

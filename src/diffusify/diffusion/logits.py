@@ -23,7 +23,12 @@ class LazyLogits:
 
     Logits are float32, or float64 if the head returns float64. At most `CHUNK_SIZE` positions' logits exist at once,
     except in the property `logits`. If k is at most `CHUNK_SIZE`, the logits are computed once and kept.
+
+    `after_previous(candidates)`, [k, c] -> [k, 1, c], gives the logits of some tokens at each position if the token
+    before it is known, for models with a draft head in training.
     """
+
+    after_previous: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self, hidden: Float[Tensor, "k d"], head: Callable[[Tensor, Tensor], Tensor], weights: tuple[Tensor, ...] = ()

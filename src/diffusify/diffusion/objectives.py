@@ -46,6 +46,7 @@ class Flat:
 
 Weight = Elbo | RdmWeight | Flat
 
+CANDIDATES = 64  # for each draft, of which a draft head chooses
 _CACHED_VALUES = 2**18  # float32 values of a CPU's cache
 _ROWS_ELSEWHERE = 128
 
@@ -150,6 +151,17 @@ def _entropy_of_right_ones(logits: Float[Tensor, "k v"], targets: Int[Tensor, " 
     return torch.where(logits.argmax(-1) == targets, entropy, 0.0)
 
 
+def _candidates(
+    logits: Float[Tensor, "k v"], truth: Float[Tensor, "k v"] | Int[Tensor, " k"]
+) -> tuple[Int[Tensor, "k c"], Float[Tensor, "k c"]]:
+    """The likeliest tokens at each position, and their true probabilities: a teacher's, or 1 for the text's token."""
+    tokens = logits.topk(min(CANDIDATES, logits.shape[-1]), -1).indices
+    if truth.ndim == 1:
+        return tokens, (tokens == truth[:, None]).float()
+    log_norm = torch.cat([chunk.float().logsumexp(-1) for (chunk,) in _row_chunks(truth)])
+    return tokens, (truth.gather(-1, tokens).float() - log_norm[:, None]).exp()
+
+
 @dataclass(frozen=True)
 class Loss:
     """The sum of a loss, and the count to divide it by once the whole global batch is summed.
@@ -238,7 +250,8 @@ class Objective:
     ) -> Loss:
         """The loss, from the logits at `noised.targets` and the clean text's next-token logits at `ar_targets`.
 
-        `teacher_logits` are those of the `base` teacher at the targets; the `own` teacher is in `ar_logits`.
+        `teacher_logits` are those of the `base` teacher at the targets; the `own` teacher is in `ar_logits`. Where the
+        logits know what follows each token before (a draft head), the loss of these predictions is added.
         """
         canvas, trained = noised.canvas, noised.targets
         share = torch.ones_like(noised.t)
@@ -247,6 +260,7 @@ class Objective:
         targets, weight = noised.clean[trained], (self.weight(noised.t, schedule) * share * noised.weight)[trained]
         ar_targets = self.ar_targets(noised)
         teacher_index = torch.where(trained[ar_targets])[0]  # the entries of ar_logits at the targets
+        candidates: list[tuple[Tensor, Tensor]] = []  # of the draft head, and their probabilities
 
         def diffusion_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             learns_text = self.distill < 1
@@ -259,9 +273,17 @@ class Objective:
             if self.entropy:
                 right = targets[index] if teacher is None else teacher.argmax(-1)
                 loss = loss + self.entropy * _entropy_of_right_ones(logits, right)
+            if logits_after is not None:
+                candidates.append(_candidates(logits.detach(), targets[index] if teacher is None else teacher))
             return (loss * weight[index]).sum(), nll
 
+        logits_after = logits.after_previous
         total, nll = logits.chunked_loss(diffusion_loss)
+        if logits_after is not None:
+            tokens, probs = (torch.cat(values) for values in zip(*candidates, strict=True))
+            scores = logits_after(tokens)[:, 0].float()
+            scores = scores.clamp_min(torch.finfo(scores.dtype).min)  # -inf times a probability of 0 is not a number
+            total = total - ((probs * scores.log_softmax(-1)).sum(-1) * weight).sum()
         ar_tokens = noised.clean[noised.ar_positions]
         # times `views`, since the clean text counts once for all of them
         ar_weight = share[noised.ar_positions] * noised.views * self.ar_weight / self.ar_share

@@ -25,7 +25,7 @@ from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.objectives import Loss
 from diffusify.models import grouped_attention
 from diffusify.models.attention_masks import position_offset, sliding_windows, without_mask
-from diffusify.models.draft_head import DraftHead, previous_tokens
+from diffusify.models.draft_head import DraftHead
 from diffusify.models.length_head import LengthHead, prompt_canvas
 from diffusify.models.mask_adapters import find_mask_rows
 from diffusify.models.output_head import logits_without_body
@@ -152,7 +152,8 @@ class Denoiser(nn.Module):
         share it. `attention` replaces the diffusion config's pattern (annealing). `return_lengths` also runs the length
         head, which reads the prompts alone; `return_layers` returns the layers' outputs. In training with blocks, what
         every `group` texts begin with is computed once. `loss` receives the logits and the AR logits before they are
-        projected to the vocabulary, and its result is returned in their place.
+        projected to the vocabulary, and its result is returned in their place. The logits of a model with a draft head
+        then also have those of any candidates `after_previous` tokens, which are those of the clean text.
         """
         pattern = self.diffusion_config.attention if attention is None else attention
         if positions is not None and clean is None and isinstance(pattern, BlockCausal):
@@ -163,16 +164,15 @@ class Denoiser(nn.Module):
         ar_index = index[:0] if ar_positions is None else inputs.flat_index(inputs.ar_output_index, ar_positions)
         index, sizes = torch.cat([index, ar_index]), [len(index), len(ar_index)]
         layers, hidden = self.layer_states(inputs, index) if return_layers else ((), self.hidden_states(inputs, index))
-        if self.draft_head is not None and self.training and clean is not None and positions is not None:
-            assert isinstance(pattern, BlockCausal), "draft heads are for block models"
-            previous, is_known = previous_tokens(canvas, clean, positions, pattern.size)
-            masks, text = hidden.split(sizes)
-            hidden = torch.cat([torch.where(is_known[:, None], self.after_tokens(masks, previous), masks), text])
         length_logits = self.length_logits(canvas) if return_lengths else None
         if loss is not None:
             empty = hidden.new_empty(0, self.vocab_size)
             weights = self.head_parameters(hidden)
-            value = loss(*(self.lazy_logits(chunk, weights) for chunk in hidden.split(sizes)))
+            logits, ar_logits = (self.lazy_logits(chunk, weights) for chunk in hidden.split(sizes))
+            if self.draft_head is not None and clean is not None and positions is not None:
+                previous = clean.repeat_interleave(len(positions) // len(clean), 0).roll(1, 1)[positions]
+                logits.after_previous = partial(self.draft_logits, hidden[: sizes[0]], previous[:, None])
+            value = loss(logits, ar_logits)
             return Prediction(empty, empty, length_logits, value, layers)
         logits, ar_logits = self.project(hidden).split(sizes)
         logits = logits.unflatten(0, canvas.tokens.shape) if positions is None else logits
@@ -217,10 +217,13 @@ class Denoiser(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1)[index.to(output.last_hidden_state.device)]
         return tuple(layer.to(self.device) for layer in output.hidden_states[1:]), hidden.to(self.device)
 
-    def after_tokens(self, hidden: Float[Tensor, "*k d"], previous: Int[Tensor, "*k"]) -> Float[Tensor, "*k d"]:
-        """The hidden states of masks, changed by the draft head: each predicts the token after its `previous` one."""
+    def draft_logits(
+        self, hidden: Float[Tensor, "b d"], previous: Int[Tensor, "b q"], candidates: Int[Tensor, "b c"]
+    ) -> Float[Tensor, "b q c"]:
+        """The logits of each mask's candidates after each of the tokens that may come before, by the draft head."""
         assert self.draft_head is not None, "the model has no draft head"
-        return self.draft_head(hidden, self.embed(previous))
+        hidden = self.draft_head(hidden[:, None].expand(-1, previous.shape[1], -1), self.embed(previous))
+        return self.draft_head.logits_of(hidden, candidates, self.embed, self.project)
 
     def embed(self, tokens: Int[Tensor, "*k"]) -> Float[Tensor, "*k d"]:
         """The embeddings of tokens, as they are stored."""

@@ -1,14 +1,14 @@
 """The draft head, which lets each draft of a block model depend on the token before it.
 
-Axes: b canvases, n canvas positions, k positions, d hidden size.
+Axes: b texts or positions, q tokens before, c candidates, d hidden size, v vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-
-from diffusify.canvas import Canvas
 
 
 class DraftHead(nn.Module):
@@ -32,14 +32,27 @@ class DraftHead(nn.Module):
         inner = self.inner(torch.cat([hidden.to(previous.dtype), previous], -1).to(self.inner.weight.dtype))
         return hidden + self.outer(functional.silu(inner)).to(hidden.dtype)
 
+    def logits_of(
+        self,
+        hidden: Float[Tensor, "b q d"],
+        candidates: Int[Tensor, "b c"],
+        embed: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "b q c"]:
+        """The logits of candidates alone, from changed hidden states.
 
-def previous_tokens(
-    canvas: Canvas, clean: Int[Tensor, "texts n"], positions: Bool[Tensor, "b n"], size: int
-) -> tuple[Int[Tensor, " k"], Bool[Tensor, " k"]]:
-    """The token of the clean text before each position, and whether it is given to the head in training.
-
-    It is not in every second block, so that masks also learn to predict without it.
-    """
-    tokens = clean.repeat_interleave(len(positions) // len(clean), 0).roll(1, 1)
-    is_known = (canvas.position_ids % size > 0) & (canvas.position_ids // size % 2 == 1)
-    return tokens[positions], is_known[positions]
+        `embed` gives the embeddings of tokens, and `project` the logits of all tokens. Where these are products with
+        the embeddings, which the first call finds out, other tokens than the candidates cost nothing.
+        """
+        products = hidden @ embed(candidates).to(hidden.dtype).mT
+        if self.logits_are_products:
+            return products
+        every = project(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        logits = every.gather(2, candidates[:, None].expand(-1, hidden.shape[1], -1))
+        if self.logits_are_products is None:
+            finite = logits.isfinite()
+            tolerance = max(1e-3, 4 * torch.finfo(products.dtype).eps)
+            self.logits_are_products = torch.allclose(
+                products[finite], logits[finite].to(products.dtype), tolerance, tolerance
+            )
+        return logits
