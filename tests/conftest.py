@@ -48,9 +48,13 @@ torch.set_num_threads(1)
 install_import_hook("diffusify", "beartype.beartype")
 
 import pytest
+from hypothesis import settings
 
 from tests.families import tiny_network
 from tests.text import makers
+
+settings.register_profile("tests", deadline=None)  # no test measures time
+settings.load_profile("tests")
 
 TEXT = [f"The cat number {i} sat on the mat, and the dog ran over the lazy fox. It is so! " * 4 for i in range(24)]
 

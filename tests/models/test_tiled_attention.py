@@ -51,7 +51,7 @@ def test_every_family_has_the_same_gradients(
         torch.testing.assert_close(tiled[name], plain[name], atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     tile_size=st.integers(1, 9),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),

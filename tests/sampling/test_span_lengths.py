@@ -89,7 +89,7 @@ class Oracle:
         self.parts = parts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     expand=st.floats(0, 0.95),

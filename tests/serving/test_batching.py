@@ -89,7 +89,7 @@ requests = st.lists(
 
 @pytest.mark.parametrize("kind", ["block", "bidirectional", "prefix", "masked"])
 @given(requests=requests)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 def test_neighbours_make_no_difference(kind: str, requests: list[tuple[int, tuple[int, int], int]]) -> None:
     """Each request gives what it gives alone, in as many forward passes for the same number of drafts."""
     denoiser, loops = tiny_model(kind), sampling_loops(kind)
@@ -122,7 +122,7 @@ def test_neighbours_make_no_difference(kind: str, requests: list[tuple[int, tupl
 
 
 @given(requests=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 12)), min_size=2, max_size=20))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_lossless_text_is_the_same_however_many_share_its_passes(requests: list[tuple[int, int]]) -> None:
     """The number of drafts depends on the load, and so do the forward passes, but neither tokens nor scores do."""
     denoiser = tiny_model("block")

@@ -15,7 +15,6 @@ def test_no_request_causes_a_server_error() -> None:
     """With a small budget of tokens, so that no request takes long."""
     examples = settings(
         max_examples=20,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
     )
     with serving(limits=Limits(tokens=100, seconds=20.0)) as address:

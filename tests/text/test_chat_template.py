@@ -56,7 +56,7 @@ def targets(example: Example) -> list[list[int]]:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(ORDINARY, min_size=1, max_size=5).filter(lambda c: len(c) % 2), system=ORDINARY | st.just(""))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_prompts_equal_those_of_transformers(kind: str, style: str, contents: list[str], system: str) -> None:
     template = template_of(kind, style)
     messages = chat(*contents, system=system if STYLES[style][1] else "")
@@ -68,7 +68,7 @@ def test_prompts_equal_those_of_transformers(kind: str, style: str, contents: li
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(ORDINARY, min_size=2, max_size=7), more=st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_examples(kind: str, style: str, contents: list[str], more: bool) -> None:
     template = template_of(kind, style)
     messages = chat(*contents)
@@ -98,7 +98,7 @@ def test_examples(kind: str, style: str, contents: list[str], more: bool) -> Non
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.lists(ADVERSARIAL.map("".join), min_size=3, max_size=3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_contents_never_become_special_tokens(kind: str, style: str, contents: list[str]) -> None:
     template = template_of(kind, style)
     fast = template.tokenizer.tokenizer

@@ -38,7 +38,7 @@ def examples_of(
 
 @pytest.mark.parametrize("tokenizer", ALL)
 @given(de=TEXT, en=TEXT.filter(str.strip))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_templated_pair(tokenizer: TextTokenizer, de: str, en: str) -> None:
     (row,) = examples_of(tokenizer, {"de": de, "en": en}, template=TRANSLATE)
     prompt = [tokenizer.start_token_id, *tokenizer.encode(f"German: {de}\nEnglish:")]

@@ -85,7 +85,7 @@ def test_a_text_file_is_a_record(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text("ab\u20ac\n", max_size=8), max_size=30), st.integers(1, 60), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_parts_together_are_the_file(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, raw: bool
 ) -> None:

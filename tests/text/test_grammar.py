@@ -60,7 +60,7 @@ BIDIRECTIONAL.compile_regex = BLOCK.compile_regex  # they share compiled automat
     st.sampled_from([0.0, 1.0]),
     st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_continuations_match(block: bool, regex: str, policy, steps: int, temperature: float, seed: int) -> None:
     lm = BLOCK if block else BIDIRECTIONAL
     result = lm.generate("The cat", 14, regex=regex, policy=policy, steps=steps, temperature=temperature, seed=seed)
@@ -68,7 +68,7 @@ def test_continuations_match(block: bool, regex: str, policy, steps: int, temper
 
 
 @given(st.sampled_from(POLICIES), st.sampled_from([3, 12]), st.integers(0, 9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_masked_spans_match_to_the_last_token(policy, steps: int, seed: int) -> None:
     regex = r"[0-9]{2}-[a-z]{3}"
     sampling = {"policy": policy, "steps": steps, "temperature": 1.0, "seed": seed}

@@ -26,7 +26,7 @@ TEXTS = st.lists(st.text("the lazy dog<|mask|>\n", max_size=30), min_size=1, max
 
 
 @given(TEXTS, st.integers(2, 40), st.booleans(), st.integers(1, 5), st.sampled_from([BYTES, PIECES]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_token_once_in_order(
     texts: list[str], length: int, keep_tail: bool, batch: int, tokenizer: TextTokenizer
 ) -> None:
@@ -91,7 +91,7 @@ def examples_of(sizes: list[int]) -> Dataset:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 50), st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whole_examples_once(sizes: list[int], length: int, open_rows: int) -> None:
     examples = examples_of(sizes)
     with pytest.MonkeyPatch.context() as patch:

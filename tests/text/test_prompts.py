@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
@@ -151,7 +151,6 @@ def test_a_prompt_may_contain_the_names_of_special_tokens() -> None:
     st.booleans(),
     st.sampled_from([BYTES, SENTENCE]),
 )
-@settings(deadline=None)
 def test_infilling_keeps_the_given_text(around: list[str], inside: list[str], end: bool, by: TextTokenizer) -> None:
     words = [by.encode(word, continues=True) for word in inside[: len(around) - 1]]
     escaped = [piece.replace("[[", r"\[[").replace("\\\\", "") + "." for piece in around]
@@ -183,7 +182,6 @@ def test_the_space_before_a_span_belongs_to_the_span(tokenizer: TextTokenizer) -
 
 
 @given(st.text("a \n\t", max_size=6))
-@settings(deadline=None)
 def test_text_before_a_span_is_tokenized_as_before_a_word(before: str) -> None:
     """Two line breaks are one token at the end of a text and two tokens before a word."""
     assert len(BREAKS.encode("\n\n")) == 1 and len(BREAKS.encode("\n\nSo")) == 3

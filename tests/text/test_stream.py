@@ -96,7 +96,7 @@ def test_every_text_once_an_epoch_by_one_reader(folder: Path, source: str, size:
 
 @pytest.mark.parametrize("source", SOURCES)
 @given(st.integers(0, 80), st.integers(0, 2), st.integers(0, 9), st.sampled_from([5, 8, 13]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_it_resumes_anywhere(folder: Path, source: str, stop: int, reader: int, seed: int, length: int) -> None:
     rows = RowStream(SOURCES[source](folder), BYTES, length, seed, frozenset([text_of("a", 7), text_of("c", 1)]))
     whole = list(islice(rows.read(reader, 3), stop + 12))

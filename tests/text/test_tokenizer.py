@@ -17,7 +17,7 @@ TEXTS = st.lists(st.sampled_from([*NAMES, " ", "\n", "the", "x", "<", ">"]) | st
 
 @pytest.mark.parametrize("tokenizer", ALL)
 @given(text=TEXTS, continues=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_text_becomes_a_special_token(tokenizer: TextTokenizer, text: str, continues: bool) -> None:
     fast = tokenizer.tokenizer
     special = {*fast.all_special_ids, *fast.added_tokens_decoder, tokenizer.mask_token_id}
@@ -32,14 +32,12 @@ def test_the_plain_tokenizers_do_encode_special_tokens() -> None:
 
 
 @given(TEXTS)
-@settings(deadline=None)
 def test_byte_level_loses_nothing(text: str) -> None:
     assert BYTES.decode(BYTES.encode(text)) == text
     assert BYTES.encode(text, continues=True) == BYTES.encode(text)
 
 
 @given(TEXTS.filter(lambda text: "\u2581" not in text))
-@settings(deadline=None)
 def test_sentencepiece_with_bytes_loses_nothing(text: str) -> None:
     assert SENTENCE.decode(SENTENCE.encode(text)) == text
     ids = SENTENCE.encode(text, continues=True)

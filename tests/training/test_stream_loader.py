@@ -75,7 +75,7 @@ def take(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[list[li
 
 
 @given(st.integers(0, 30), st.sampled_from([(0, 1), (0, 2), (1, 2)]), st.integers(1, 3))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_resuming_after_any_step(
     folder: str, tmp_path_factory: pytest.TempPathFactory, step: int, ranks: tuple[int, int], accumulated: int
 ) -> None:

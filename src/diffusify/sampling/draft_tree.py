@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusify.sampling.drafts import Drafts
 
 # The acceptance rate of a mask's draft, relative to that of the mask before it.
-_ACCEPTANCE_DECAY = 0.4
+_ACCEPTANCE_DECAY = 0.6
 
 
 @dataclass(frozen=True)

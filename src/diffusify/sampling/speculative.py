@@ -28,7 +28,7 @@ _MIN_PROB = 0.6
 _FEW_TEXTS = {"cpu": 7.0}
 _FEW_TEXTS_ELSEWHERE = 100.0
 _MIN_TOLERANT_PROB = 0.075
-_MASK_VALUE = 0.4  # the share of masks whose drafts are accepted
+_MASK_VALUE = 0.6  # the share of masks whose drafts are accepted
 
 PlacedMasks = tuple[Int[Tensor, "b s"], Int[Tensor, "b s"], Bool[Tensor, "b s"]]  # see `DraftTree.place_masks`
 
