@@ -63,6 +63,7 @@ bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.js
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
+	$(BENCH)/adapters.py smollm2-draft --english $(DATA)/text/english-train.jsonl.gz --minutes 85
 	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 48
 	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz --minutes 90
 	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20

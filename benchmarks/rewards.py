@@ -37,7 +37,7 @@ CHAT, INFILL = "smollm2-chat", "smollm2-infill"
 QUESTION = "Which is the largest number: {numbers}? Answer with the number only."
 PLAIN = Template("Numbers: {numbers}\nLargest:", " {answer}")
 RATES = {"grpo": 2e-4, "grpo_high_rate": 3e-4, "espo": 1e-4, "sft": 3e-4}  # of learning; all train LoRA adapters
-GSM8K = {"minutes": 8, "held_out": 100, "max_new_tokens": 96, "group": 8, "prompts": 4}
+GSM8K = {"minutes": 60, "held_out": 100, "max_new_tokens": 96, "group": 8, "prompts": 4}
 
 
 @dataclass(frozen=True)
