@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from arms import read_records
+from decoding import equal_texts, tokens_per_forward, ways
 from instructions import family, scores, split_tasks
 from machine import earlier, save
 from openings import write_continuations
+from prompts import PROMPTS
 from questions import questions, write_questions
 from safetensors.torch import load_file, save_file
 
@@ -72,11 +74,24 @@ def measure_decoding(name: str) -> dict:
     base = load_base(BASE, dtype=torch.bfloat16).network.eval()
     texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
     kinds = ("quality", "balanced", "fast") if lm.config.block_size else ("balanced",)
-    kinds = kinds[:2] if name == DRAFT else kinds
     variants = {kind: SamplingConfig.preset(kind, lm.config) for kind in kinds}
     ar_half = load_ar_half(name, dtype=torch.bfloat16) if lm.config.reads_as_ar_model else None
     rows = bench(lm, base, cut_prompts(lm, texts, 8), variants, ar_half=ar_half, max_new_tokens=128, progress=print)
     return {"ways": [asdict(row) for row in rows]}
+
+
+def measure_drafts() -> dict:
+    """Lossless decoding in float32 compared with `transformers.generate` of the unadapted base, as in `decoding.py`."""
+    prompts = [text for kind in PROMPTS.values() for text in kind[:4]]
+    texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
+    return {
+        "tokens_per_forward": {
+            "copying": tokens_per_forward(DRAFT, 12),
+            "not copying": tokens_per_forward(DRAFT, 0),
+        },
+        "equal_texts": {"of": 50, "float32": equal_texts(DRAFT, texts, 50, "float32")},
+        "ways": ways(DRAFT, prompts, "float32"),
+    }
 
 
 def measure_chat(instructions: str) -> dict:
@@ -146,7 +161,10 @@ def main() -> None:
         "ar_loss": [round(point["eval_ar_nll"], 3) for point in points if "eval_ar_nll" in point],
         "mib": round(sum(path.stat().st_size for path in (BUNDLED_FOLDER / name).iterdir()) / 2**20, 1),
     }
-    found |= {"chat": measure_chat(chosen.instructions)} if name == CHAT else measure_decoding(name)
+    if name == CHAT:
+        found["chat"] = measure_chat(chosen.instructions)
+    else:
+        found |= measure_drafts() if name == DRAFT else measure_decoding(name)
     print(json.dumps(found, indent=2))
     print("wrote", save("adapters", EVERY, 0, earlier("adapters") | {name: found | {"command": command}}))
 
