@@ -322,5 +322,7 @@ def test_a_long_context_keeps_its_end_if_it_has_no_start_token() -> None:
         assert values[0] == pytest.approx(values[1])
 
 
-def test_bundled_models_keep_the_own_frame() -> None:
-    assert {DiffusionConfig.load(folder).frame for folder in bundled_models().values()} == {OWN}
+def test_bundled_models_keep_the_frame_of_their_training() -> None:
+    frames = {name: DiffusionConfig.load(folder).frame for name, folder in bundled_models().items()}
+    assert frames.pop("smollm2-draft") == DocumentFrame(0, 0)  # as measured
+    assert set(frames.values()) == {OWN}  # made before it was
