@@ -260,6 +260,7 @@ class Objective:
         targets, weight = noised.clean[trained], (self.weight(noised.t, schedule) * share * noised.weight)[trained]
         ar_targets = self.ar_targets(noised)
         teacher_index = torch.where(trained[ar_targets])[0]  # the entries of ar_logits at the targets
+        logits_after = logits.after_previous
         candidates: list[tuple[Tensor, Tensor]] = []  # of the draft head, and their probabilities
 
         def diffusion_loss(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +278,6 @@ class Objective:
                 candidates.append(_candidates(logits.detach(), targets[index] if teacher is None else teacher))
             return (loss * weight[index]).sum(), nll
 
-        logits_after = logits.after_previous
         total, nll = logits.chunked_loss(diffusion_loss)
         if logits_after is not None:
             tokens, probs = (torch.cat(values) for values in zip(*candidates, strict=True))
