@@ -6,6 +6,7 @@ Axes: b rows, m positions, d inputs of a layer, e its outputs, r rank.
 """
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ class MaskRows:
     @is_mask.setter
     def is_mask(self, is_mask: Bool[Tensor, "b m"] | None) -> None:
         self._is_mask, self._columns = is_mask, {}
+        self.__dict__.pop("start", None)
+
+    @cached_property
+    def start(self) -> int | None:
+        """The first column of masks, if all columns from there on are masks in every row; None if masks are elsewhere.
+
+        It reads the device, so it is for CPUs.
+        """
+        assert self._is_mask is not None
+        start = int((~self._is_mask).sum(1).amin())
+        in_place = torch.arange(self._is_mask.shape[1], device=self._is_mask.device) >= start
+        return start if bool((self._is_mask == in_place).all()) else None
 
     def select(self, output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m 1"]:
         """1 for the rows of a layer's output that are masks, else 0. ValueError if the layer has other rows."""

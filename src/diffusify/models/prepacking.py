@@ -70,15 +70,18 @@ class PrepackedLinear(nn.Module):
 
 
 class PackedAdapter:
-    """The mask adapters of linear layers with one input, in two products."""
+    """The mask adapters of linear layers with one input, in two plain products.
 
-    def __init__(self, adapters: list[MaskAdapter | None], sizes: list[int], dtype: torch.dtype) -> None:
+    These are float32 whatever the layers' dtype: for so few rows and columns, oneDNN takes much longer to begin.
+    """
+
+    def __init__(self, adapters: list[MaskAdapter | None], sizes: list[int]) -> None:
         present = [each for each in adapters if each is not None]
         self.rows: MaskRows = present[0].rows
-        self._down = _pack(torch.cat([each.lora_A.weight.detach() for each in present]).to(dtype))
-        up = [torch.zeros(size, 0) if each is None else each.scale * each.lora_B.weight.detach()
+        self._down = torch.cat([each.lora_A.weight.detach() for each in present]).float().t().contiguous()
+        up = [torch.zeros(size, 0) if each is None else each.scale * each.lora_B.weight.detach().float()
               for each, size in zip(adapters, sizes, strict=True)]  # fmt: skip
-        self._up = _pack(torch.block_diag(*up).to(dtype))
+        self._up = torch.block_diag(*up).t().contiguous()
 
     @classmethod
     def join(cls, layers: list[Any], sizes: list[int]) -> "PackedAdapter | None":
@@ -86,14 +89,19 @@ class PackedAdapter:
         adapters = [getattr(layer, "mask_adapter", None) for layer in layers]
         if not any(adapters):
             return None
-        return cls(adapters, sizes, layers[0].weight.dtype)
+        return cls(adapters, sizes)
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
-        """The output of the layers for `x`, with the terms of the adapters."""
+        """The output of the layers for `x`, with the terms of the adapters; it may be changed in place."""
         if self.rows.is_mask is None:
             return output
-        low_rank = torch.ops.mkldnn._linear_pointwise(x, self._down, None, "none", [], "")
-        return _linear_plus(low_rank * self.rows.select(low_rank), self._up, None, output)
+        start = self.rows.start
+        if start is None or output.shape[:-1] != self.rows.is_mask.shape:
+            low_rank = x.float() @ self._down
+            return output + ((low_rank * self.rows.select(low_rank)) @ self._up).to(output.dtype)
+        if start < output.shape[1]:
+            output[:, start:] += (x[:, start:].float() @ self._down) @ self._up
+        return output
 
 
 def _pack(weight: Tensor) -> Tensor:
