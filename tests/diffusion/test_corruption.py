@@ -69,6 +69,29 @@ def test_every_packed_text_has_its_own_time() -> None:
     assert len(set(t.flatten().tolist())) == 6
 
 
+def test_spans_open_together_in_half_of_the_texts_and_as_often_as_single_tokens() -> None:
+    clean = Canvas.clean(torch.zeros(200, 500, dtype=torch.long))
+    batch = noised(clean, PerText(spans=8.0), Linear(), 1, generator=generator(0))
+    open = batch.canvas.open
+    assert abs(float(open.float().mean()) - 0.5) < 0.02
+    middle = (batch.t[:, 0] > 0.4) & (batch.t[:, 0] < 0.6)
+    switches = (open[:, 1:] != open[:, :-1]).float().mean(1)[middle]  # half of the pairs of neighbours if independent
+    in_spans = switches < 0.25
+    assert 0.25 < float(in_spans.float().mean()) < 0.75
+    assert abs(float(switches[in_spans].mean()) - 0.5 / 8) < 0.02 and float(switches[~in_spans].min()) > 0.4
+
+
+def test_later_times_open_a_superset_of_spans_and_spans_end_with_texts() -> None:
+    document = torch.arange(100).repeat_interleave(5).expand(4, -1) + 1
+    clean = Canvas.clean(torch.zeros(4, 500, dtype=torch.long), document)
+    batch = noised(clean, PerText(draws=2, spans=1000.0), Linear(), 1, generator=generator(1))
+    first, second = batch.canvas.open[::2], batch.canvas.open[1::2]
+    earlier = batch.t[::2] < batch.t[1::2]
+    assert torch.equal(first & second, torch.where(earlier, first, second))
+    by_text = first.unflatten(1, (100, 5)).float().mean(2)
+    assert ((by_text == 0) | (by_text == 1)).float().mean() > 0.5 and len(by_text.unique()) > 2
+
+
 def test_fixed_time_opens_a_fixed_share() -> None:
     batch = noised(Canvas.clean(torch.zeros(40, 500, dtype=torch.long)), Fixed(), Linear(), 1, generator=generator(0))
     assert set(batch.t.flatten().tolist()) == {torch.tensor(0.15).item()}

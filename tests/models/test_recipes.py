@@ -128,6 +128,8 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
             replace(base, infilling=share)
     with pytest.raises(ValueError, match=r"distill=0.5 needs an autoregressive teacher"):
         block(4, masked=True, distill=0.5, teacher="base")
+    with pytest.raises(ValueError, match="spans=0.5 is a mean length, at least 1 token"):
+        ar(spans=0.5)
     with pytest.raises(ValueError, match="tilt=0"):
         block(4, tilt=0.0)
     for base, decay in ((block(4), 0.0), (ar(), 2.0)):

@@ -37,19 +37,39 @@ class PerText:
 
     `min_t` bounds 1/t weights. `grid` samples from {1/grid, ..., 1} instead (discrete-time diffusion). `draws` is the
     number of times sampled for each text; they share its random numbers, so the canvas of a later time opens all that
-    an earlier one does. 2 is the coupled pair of reparameterized discrete diffusion (RDM).
+    an earlier one does. 2 is the coupled pair of reparameterized discrete diffusion (RDM). With `spans`, half of the
+    texts open whole spans of that many tokens on average, as masked spans are filled in use; each token is still open
+    as often. Raises ValueError if `spans` is below 1.
     """
 
     former_fields: ClassVar[dict[str, str]] = {"least": "min_t"}
     min_t: float = 1e-3
     grid: int | None = None
     draws: int = 1
+    spans: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.spans is not None and self.spans < 1:
+            raise ValueError(f"spans={self.spans} is a mean length, at least 1 token; 8 is usual, and None disables it")
 
     def __call__(self, clean: Canvas, generator: Generator | None = None) -> Float[Tensor, "d b n"]:
         text = _segment_ids(clean.position_ids == 0)
         u = stratified(self.draws * (int(text.max()) + 1), generator).view(self.draws, -1)
         t = self.min_t + (1 - self.min_t) * u if self.grid is None else ((u * self.grid).floor() + 1) / self.grid
         return t[:, text]
+
+    def join_uniform(
+        self, clean: Canvas, uniform: Float[Tensor, "b n"], generator: Generator | None = None
+    ) -> Float[Tensor, "b n"]:
+        """The uniform numbers of `corrupt`, equal within spans of geometric length in half of the texts."""
+        if self.spans is None:
+            return uniform
+        new_text = clean.position_ids == 0
+        text = _segment_ids(new_text)
+        in_spans = torch.rand(int(text.max()) + 1, generator=generator)[text] < 0.5
+        starts = new_text | ~in_spans | (torch.rand(uniform.shape, generator=generator) < 1 / self.spans)
+        first = torch.where(starts, torch.arange(uniform.shape[1]), 0).cummax(1).values
+        return uniform.gather(1, first)
 
 
 @dataclass(frozen=True)
@@ -204,6 +224,8 @@ def noised(
     ar_selected = torch.rand(step.tokens.shape, generator=generator) < ar_share
     if isinstance(time, PerBlock):
         uniform = time.tilt_uniform(step, times[0], uniform, generator)
+    elif isinstance(time, PerText):
+        uniform = time.join_uniform(step, uniform, generator)
     if shard is not None:
         times, uniform, ar_selected = times[:, shard.rows], uniform[shard.rows], ar_selected[shard.rows]
     complement = isinstance(time, PerBlock) and time.complement

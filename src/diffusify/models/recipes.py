@@ -170,16 +170,19 @@ def ar(
     schedule: NoiseSchedule = Linear(),
     objective: Objective = Objective(),
     variable_length: bool = False,
+    spans: float | None = None,
     alignment: float = 0.0,
 ) -> Recipe:
     """The recipe for a bidirectional model from an AR one: shift and attention-mask annealing (DiffuGPT, DiffuLLaMA).
 
     The paper anneals over 10,000 steps; the default suits short runs. `Objective(per="open")` is the paper's own
     normalisation. With `variable_length`, the model also learns to fill masked spans of unknown length, by two more
-    tokens (DreamOn, see `LengthNoise`). `alignment` is that of `Recipe`.
+    tokens (DreamOn, see `LengthNoise`). `spans` is the mean length of the spans in which half of the texts are masked,
+    see `PerText`; it suits models that are to infill. `alignment` is that of `Recipe`.
     """
     return Recipe(
-        "ar", shift, Bidirectional(), PerText(), objective, schedule=schedule, annealing_steps=annealing_steps,
+        "ar", shift, Bidirectional(), PerText(spans=spans), objective,
+        schedule=schedule, annealing_steps=annealing_steps,
         length_noise=LengthNoise() if variable_length else None, alignment=alignment,
     )  # fmt: skip
 
@@ -192,14 +195,15 @@ def mlm(
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
     variable_length: bool = False,
+    spans: float | None = None,
 ) -> Recipe:
     """The recipe for a masked LM: all mask ratios, discrete time, coupled pairs, RDM weights (Diffusion-LLM).
 
     With `prefix`, prompts do not attend to the text after them. `mask_ratio` trains at that one ratio instead, as
     masked LMs are pretrained (the paper's ablation). `label_smoothing=0.1` suits training from scratch, and
-    `variable_length` is that of `ar`.
+    `variable_length` and `spans` are those of `ar`; a fixed `mask_ratio` masks single tokens.
     """
-    time = PerText(grid=steps, draws=2) if mask_ratio is None else Fixed(mask_ratio)
+    time = PerText(grid=steps, draws=2, spans=spans) if mask_ratio is None else Fixed(mask_ratio)
     rdm_objective = Objective(RdmWeight(steps), per="text", label_smoothing=label_smoothing)
     mlm_objective = Objective(Flat(), per="open", label_smoothing=label_smoothing)
     objective = objective or (rdm_objective if mask_ratio is None else mlm_objective)
