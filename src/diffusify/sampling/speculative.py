@@ -25,7 +25,7 @@ from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
 # The least probability of being accepted that makes a row worth its time where passes run many texts.
 _MIN_PROB = 0.6
 # The number of texts per pass at which half of that suffices, because reading the weights takes most of the time.
-_FEW_TEXTS = {"cpu": 7.0}
+_FEW_TEXTS = {"cpu": 14.0}
 _FEW_TEXTS_ELSEWHERE = 100.0
 _MIN_TOLERANT_PROB = 0.075
 _MASK_VALUE = 0.6  # the share of masks whose drafts are accepted
@@ -60,7 +60,7 @@ class Speculative:
         tolerance: float = 0.0,
         *,
         candidates: int = 14,
-        masks: int = 6,
+        masks: int = 24,
         copies: int = 12,
     ) -> None:
         pattern = denoiser.diffusion_config.attention
@@ -131,7 +131,7 @@ class Speculative:
             settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
             start = settled - 1  # of what is not in the cache
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
-            ahead = self._drafts_behind(node, drafts, hidden, masks, todo, latest)
+            ahead = self._drafts_behind(tree, node, drafts, hidden, masks, todo, latest)
             copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
@@ -176,6 +176,7 @@ class Speculative:
 
     def _drafts_behind(
         self,
+        tree: DraftTree,
         node: Int[Tensor, " b"],
         logits: Float[Tensor, "b s v"],
         hidden: Float[Tensor, "b s d"],
@@ -183,18 +184,22 @@ class Speculative:
         todo: Bool[Tensor, " b"],
         latest: Int[Tensor, " b"],
     ) -> Drafts:
-        """The drafts of the masks that follow a node of each tree, in order, for the texts that are to be continued.
+        """The drafts behind a node of each tree, in order, for the texts that are to be continued.
 
-        `latest` is the token after that node, the last one of the text.
+        They are those of the masks that follow the node, or the nearest node before it on its path that has a mask for
+        the position. `latest` is the token after the node, the last one of the text.
         """
         if not logits.shape[1]:  # no mask was likely enough to be useful
             return Drafts.from_logits(logits, self.candidates)
         mask_node, mask_offset, is_used = masks
         offsets = torch.arange(self.size - 1, device=node.device)[:, None]
-        matches = (is_used & (mask_node == node[:, None]))[:, None] & (mask_offset[:, None] == offsets)
-        mask_index = matches.long().argmax(-1)
         row = torch.arange(len(node), device=node.device)[:, None]
-        has_draft = matches.any(-1) & todo[:, None]
+        mask_depth = tree.depth.gather(1, mask_node)
+        on_path = is_used & tree.ancestors[row, node[:, None]][:, 0].gather(1, mask_node)
+        offset_behind_node = mask_depth + mask_offset - tree.depth.gather(1, node[:, None])
+        matches = on_path[:, None] & (offset_behind_node[:, None] == offsets)
+        nearness, mask_index = torch.where(matches, mask_depth[:, None] + 1, 0).max(-1)
+        has_draft = (nearness > 0) & todo[:, None]
         logits = logits[row, mask_index].masked_fill_(~has_draft[..., None], -torch.inf)
         if self.denoiser.draft_head is None:
             return Drafts.from_logits(logits, self.candidates)
