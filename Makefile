@@ -26,7 +26,7 @@ docs: .venv/stamp
 	$(BIN)/python -m mkdocs build --strict
 
 # Reproduces the measurements; see benchmarks/README.md. DATA=FOLDER adds those that need data sets.
-DEMOS := $(foreach minutes,5 10 30 180,runs/$(minutes)/diffusion_config.json)
+DEMOS := $(foreach minutes,5 10 30,runs/$(minutes)/diffusion_config.json)
 BENCH := $(BIN)/python benchmarks
 
 $(DEMOS): runs/%/diffusion_config.json: | .venv/stamp
@@ -47,7 +47,7 @@ bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.js
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
 	$(BENCH)/decoding.py smollm2-block
-	$(BENCH)/training_length.py runs/5 runs/10 runs/30 runs/180
+	$(BENCH)/training_length.py runs/5 runs/10 runs/30 smollm2-draft:1424384
 	$(BENCH)/caches.py smollm2-infill
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py

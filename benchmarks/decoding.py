@@ -53,17 +53,19 @@ def ways(model: str, prompts: list[str], dtype: str) -> list[dict]:
     ]
 
 
-def tokens_per_forward(model: str, copies: int) -> dict[str, float]:
-    """The tokens per forward pass of lossless decoding by kind of prompt; 128 tokens each, past any end token."""
-    lm, passes = diffusify.load(model, dtype="bfloat16", device="cpu"), dict.fromkeys(PROMPTS, 0)
-    for kind, prompts in PROMPTS.items():
-        for prompt in prompts:
+def tokens_per_forward(
+    model: str | Path, copies: int, *, prompts: int = 8, tokens: int = 128, dtype: str = "bfloat16"
+) -> dict[str, float]:
+    """The tokens per forward pass of lossless decoding by kind of prompt, past any end token."""
+    lm, passes = diffusify.load(model, dtype=dtype, device="cpu"), dict.fromkeys(PROMPTS, 0)
+    for kind, texts in PROMPTS.items():
+        for prompt in texts[:prompts]:
             ids = lm.tokenizer.add_start(lm.tokenizer.encode(prompt))
-            canvas = Canvas.from_tokens([[*ids, *[None] * 128]], noise=lm.config.mask_token_id, pad=0)
+            canvas = Canvas.from_tokens([[*ids, *[None] * tokens]], noise=lm.config.mask_token_id, pad=0)
             decoder = Speculative(lm.denoiser, copies=copies)
             passes[kind] += sum(1 for _ in decoder(canvas, noise=lm.config.mask_token_id))
-    found = {kind: 128 * len(PROMPTS[kind]) / count for kind, count in passes.items()}
-    found["all"] = 128 * sum(map(len, PROMPTS.values())) / sum(passes.values())
+    found = {kind: tokens * prompts / count for kind, count in passes.items()}
+    found["all"] = tokens * prompts * len(PROMPTS) / sum(passes.values())
     return {kind: round(value, 2) for kind, value in found.items()}
 
 

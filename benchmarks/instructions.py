@@ -2,7 +2,7 @@
 
     python benchmarks/instructions.py MODEL INSTRUCTIONS.jsonl
 
-MODEL is a block diffusion model, such as `runs/demo` of `make demo`; the file has `task`, `instruction` and `output`.
+MODEL is a block diffusion model, such as `smollm2-block`; the file has `task`, `instruction` and `output`.
 All prompts of a few task families are held out of training and tested. Exact match and ROUGE-L.
 """
 

@@ -13,11 +13,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def save(name: str, command: str, seed: int, result: dict[str, Any]) -> Path:
     """Write `results/NAME.json`: the command, the machine, the versions, the seed, and the numbers."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     record = {
         "command": command,
         "machine": {
-            "cpu": cpu or platform.processor(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
@@ -35,6 +34,12 @@ def earlier(name: str) -> dict[str, Any]:
     """The numbers that `results/NAME.json` has so far."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else {}
+
+
+def cpu_name() -> str:
+    """The name of the processor."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return cpu or platform.processor()
 
 
 def _lines(path: str) -> list[str]:

