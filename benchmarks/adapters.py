@@ -81,7 +81,7 @@ def measure_decoding(name: str) -> dict:
 
 
 def measure_drafts() -> dict:
-    """Lossless decoding in float32 compared with `transformers.generate` of the unadapted base, as in `decoding.py`."""
+    """Lossless decoding compared with `transformers.generate` of the unadapted base in float32, as in `decoding.py`."""
     prompts = [text for kind in PROMPTS.values() for text in kind[:2]]
     texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
     return {

@@ -17,6 +17,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, adapter_base, add_lora, merge_lora
+from diffusify.models.mask_adapters import find_mask_rows
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser, merge_adapters, open_base, save_denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -116,6 +117,23 @@ def test_fast_layers_keep_the_adapters(family: str, dtype: torch.dtype) -> None:
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for ours, expected in zip(predict(fast, given), predict(plain, given), strict=True):
         assert (ours - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("first", [0, 25, 40, None])
+@torch.no_grad()
+def test_fast_adapters_act_on_masks_wherever_they_are(first: int | None) -> None:
+    """On all rows, on the last ones, on none, or on some in between."""
+    plain = adapted().network
+    fast = deepcopy(plain)
+    optimize_for_inference(fast)
+    is_mask = (TEXT % 3 == 0) if first is None else (torch.arange(40) >= first).expand(3, -1)
+    logits = []
+    for network in (plain, fast):
+        rows = find_mask_rows(network)
+        assert rows is not None
+        rows.is_mask = is_mask
+        logits.append(network(input_ids=TEXT).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_mask_token_in_a_text_is_the_base_s() -> None:

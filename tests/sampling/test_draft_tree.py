@@ -94,6 +94,28 @@ def test_masks_follow_the_nodes_likely_to_be_accepted_last(count: int) -> None:
             assert mask_offset == 0 or (mask_node, mask_offset - 1) in slots  # no mask without those before it
 
 
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 12))
+def test_a_position_gets_the_mask_of_the_nearest_node_on_the_path(seed: int, b: int, count: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    tree = tree_of(draft_logits(seed, b, 3, 4), 8)
+    mask_node, mask_offset, used = tree.place_masks(count, 3)
+    used = used & (torch.rand(used.shape, generator=rng) < 0.8)
+    node = torch.randint(0, tree.path.shape[1], (b,), generator=rng)
+    index, found = tree.find_masks(node, mask_node, mask_offset, used, 3)
+    for row in range(b):
+        path = [token for token in tree.path[row, node[row]].tolist() if token >= 0]
+        for offset in range(3):
+            candidates = {}
+            for mask in range(mask_node.shape[1]):
+                before = [token for token in tree.path[row, mask_node[row, mask]].tolist() if token >= 0]
+                position = len(before) + int(mask_offset[row, mask])
+                if used[row, mask] and path[: len(before)] == before and position == len(path) + offset:
+                    candidates[len(before)] = mask
+            assert bool(found[row, offset]) == bool(candidates)
+            if candidates:
+                assert int(index[row, offset]) == candidates[max(candidates)]
+
+
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.integers(1, 12))
 def test_a_copied_path_joins_the_tree_once(seed: int, b: int, length: int, count: int) -> None:
     logits, rng = draft_logits(seed, b, 2, 3), torch.Generator().manual_seed(seed)

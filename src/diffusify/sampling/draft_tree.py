@@ -112,6 +112,26 @@ class DraftTree:
         best, used = best[:, :width], used[:, :width]
         return best // max(ahead, 1), best % max(ahead, 1), used
 
+    def find_masks(
+        self,
+        node: Int[Tensor, " b"],
+        mask_node: Int[Tensor, "b s"],
+        mask_offset: Int[Tensor, "b s"],
+        is_used: Bool[Tensor, "b s"],
+        ahead: int,
+    ) -> tuple[Int[Tensor, "b a"], Bool[Tensor, "b a"]]:
+        """The mask at each of the offsets below `ahead` behind a node, of those of `place_masks`; and if there is one.
+
+        It follows the node itself, or else the nearest node before it on its path that has a mask at that position.
+        """
+        row = torch.arange(len(node), device=node.device)[:, None]
+        depth = self.depth.gather(1, mask_node)
+        on_path = is_used & self.ancestors[row, node[:, None], mask_node]
+        offset = depth + mask_offset - self.depth.gather(1, node[:, None])
+        matches = on_path[:, None] & (offset[:, None] == torch.arange(ahead, device=node.device)[:, None])
+        nearness, index = torch.where(matches, depth[:, None] + 1, 0).max(-1)
+        return index, nearness > 0
+
     def last_accepted(self, accepted: Bool[Tensor, "b p"], log_prob: Float[Tensor, "b p"]) -> Int[Tensor, " b"]:
         """The deepest node whose path is accepted throughout; among equally deep ones, that of the most likely path."""
         path_accepted = ~(self.ancestors & ~accepted[:, None]).any(-1) & (self.prob > 0)

@@ -186,20 +186,13 @@ class Speculative:
     ) -> Drafts:
         """The drafts behind a node of each tree, in order, for the texts that are to be continued.
 
-        They are those of the masks that follow the node, or the nearest node before it on its path that has a mask for
-        the position. `latest` is the token after the node, the last one of the text.
+        `latest` is the token after the node, the last one of the text.
         """
         if not logits.shape[1]:  # no mask was likely enough to be useful
             return Drafts.from_logits(logits, self.candidates)
-        mask_node, mask_offset, is_used = masks
-        offsets = torch.arange(self.size - 1, device=node.device)[:, None]
         row = torch.arange(len(node), device=node.device)[:, None]
-        mask_depth = tree.depth.gather(1, mask_node)
-        on_path = is_used & tree.ancestors[row, node[:, None]][:, 0].gather(1, mask_node)
-        offset_behind_node = mask_depth + mask_offset - tree.depth.gather(1, node[:, None])
-        matches = on_path[:, None] & (offset_behind_node[:, None] == offsets)
-        nearness, mask_index = torch.where(matches, mask_depth[:, None] + 1, 0).max(-1)
-        has_draft = (nearness > 0) & todo[:, None]
+        mask_index, found = tree.find_masks(node, *masks, self.size - 1)
+        has_draft = found & todo[:, None]
         logits = logits[row, mask_index].masked_fill_(~has_draft[..., None], -torch.inf)
         if self.denoiser.draft_head is None:
             return Drafts.from_logits(logits, self.candidates)
