@@ -14,7 +14,7 @@ from diffusify.diffusion.corruption import PerText
 from diffusify.diffusion.objectives import Objective, cross_entropy
 from diffusify.diffusion.policies import Unmask
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import collate, pack_examples

@@ -29,7 +29,8 @@ from diffusify.diffusion.corruption import Noised, noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_base, load_config, network_class
-from diffusify.models.recipes import Recipe, ar, block
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block
 from diffusify.planning.devices import matmul_rate
 from diffusify.planning.footprint import TrainingSetup, count_parameters, flop_counter, footprint
 from diffusify.planning.plan import memory

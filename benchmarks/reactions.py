@@ -28,7 +28,8 @@ from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMas
 import diffusify
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
-from diffusify.models.recipes import Recipe, mlm
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import mlm
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.training.adapt import make_denoiser
 

@@ -26,7 +26,8 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_base
 from diffusify.models.mask_token import ensure_mask_token
-from diffusify.models.recipes import Recipe, ar, block
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block
 
 ROWS, LENGTH, SEED = 4, 512, 0
 RECIPES = {"ar": ar(annealing_steps=0), "block(4)": block(4)}

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from diffusify.formats.exporting import export
     from diffusify.formats.importers import import_denoiser
     from diffusify.models.lora import Lora
-    from diffusify.models.recipes import Recipe, ar, block, draft, mlm
+    from diffusify.models.recipe import Recipe
+    from diffusify.models.recipes import ar, block, draft, mlm
     from diffusify.models.uploading import push_to_hub
     from diffusify.planning.plan import plan
     from diffusify.reinforcement.reinforce import reinforce
@@ -50,7 +51,8 @@ __all__ = [
 ]
 
 _EXPORTS = {
-    "diffusify.models.recipes": {"Recipe", "ar", "block", "draft", "mlm"},
+    "diffusify.models.recipe": {"Recipe"},
+    "diffusify.models.recipes": {"ar", "block", "draft", "mlm"},
     "diffusify.formats.exporting": {"export"},
     "diffusify.formats.importers": {"import_denoiser"},
     "diffusify.models.lora": {"Lora"},

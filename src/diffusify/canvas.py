@@ -71,11 +71,27 @@ class Canvas:
 
     @property
     def position_ids(self) -> Int[Tensor, "b n"]:
-        """Each token's position in its own document, from 0."""
-        index = torch.arange(self.document.shape[1], device=self.document.device)
-        starts = torch.ones_like(self.document, dtype=torch.bool)
-        starts[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
-        return index - torch.where(starts, index, 0).cummax(1).values
+        """Each token's position in its own document, from 0. Padding inside a document counts."""
+        b, n = self.document.shape
+        index = torch.arange(n, device=self.document.device).expand(b, n)
+        first = index.new_full((b, n + 1), n).scatter_reduce(1, self.document, index, "amin")
+        return index - first.gather(1, self.document)
+
+    def block_starts(self, size: int, *, of_spans: bool = False) -> Bool[Tensor, "b n"]:
+        """Where blocks of `size` tokens start, counted from the start of their document.
+
+        Blocks `of_spans` are counted from the start of each run of editable positions instead; given text between them
+        is a block of any size.
+        """
+        if not of_spans:
+            return self.position_ids % size == 0
+        starts = torch.ones_like(self.editable)
+        starts[:, 1:] = (self.editable[:, 1:] != self.editable[:, :-1]) | (
+            self.document[:, 1:] != self.document[:, :-1]
+        )
+        index = torch.arange(starts.shape[1], device=starts.device)
+        offset = index - torch.where(starts, index, 0).cummax(1).values
+        return starts | (self.editable & (offset % size == 0))
 
     @property
     def sizes(self) -> Int[Tensor, "b documents"]:

@@ -83,7 +83,9 @@ def cache_folder() -> Path:
 
 def sees_right_context(attention: AttentionPattern) -> bool:
     """Whether open positions attend to the text after them, as infilling requires."""
-    return isinstance(attention, Bidirectional | Prefix)
+    return isinstance(attention, Bidirectional | Prefix) or (
+        isinstance(attention, BlockCausal) and attention.sides == "both"
+    )
 
 
 def keeps_ar_model(attention: AttentionPattern, shift: int) -> bool:

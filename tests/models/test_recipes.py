@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, Bidirectional, BlockCausal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
+from diffusify.diffusion.masked_spans import MaskedSpans
 from diffusify.diffusion.objectives import Elbo, Flat, Objective, RdmWeight
 from diffusify.diffusion.schedules import Cosine
-from diffusify.models.recipes import Recipe, ar, as_is, block, draft, mlm, saved_recipe
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, as_is, block, draft, mlm, saved_recipe
 from tests.families import tiny_denoiser
 
 
@@ -82,6 +85,8 @@ def test_options_of_mlm() -> None:
         block(8),
         block(2, masked=True),
         block(4, infilling=0.25),
+        block(4, infilling=0.25, any_order=True),
+        block(2, masked=True, infilling=0.25),
         block(4, adapters="masks"),
     ],
 )
@@ -100,8 +105,26 @@ def test_a_curriculum_ends_with_the_block_size() -> None:
     assert block(8).at(0, 0.0) == block(8) and recipe.at(9, 1.0) == recipe
 
 
-def test_infilling_steps_are_spread_evenly_and_equal_those_of_ar() -> None:
+def test_infilling_steps_fill_spans_in_blocks() -> None:
     recipe = block(4, infilling=0.3, curriculum=(1,))
+    steps = [recipe.at(step, 0.0) for step in range(20)]
+    spans = BlockCausal(4, sides="both")
+    assert [step.attention == spans for step in steps].count(True) == 6
+    filling = next(step for step in steps if step.attention == spans)
+    assert (filling.time, filling.spans) == (PerBlock(4, of_spans=True), MaskedSpans())
+    assert filling.objective == replace(recipe.objective, ar_share=1.0)
+    assert all(step.spans is None for step in steps if step.attention != spans)
+    config = recipe.diffusion_config("LlamaForCausalLM", 7, "some/base")
+    assert config.infilling == spans and config.sees_right_context and config.infiller.reads_as_ar_model
+    for make in (partial(block, alignment=10.0), partial(block, variable_length=True)):
+        with pytest.raises(ValueError, match="any_order=True"):
+            make(4, infilling=0.25)
+    with pytest.raises(ValueError, match="are filled in blocks"):
+        replace(ar(), spans=MaskedSpans())
+
+
+def test_infilling_steps_are_spread_evenly_and_equal_those_of_ar() -> None:
+    recipe = block(4, infilling=0.3, curriculum=(1,), any_order=True)
     steps = [recipe.at(step, 0.0) for step in range(100)]
     infilling = [step.attention == Bidirectional() for step in steps]
     assert [sum(infilling[start : start + 10]) for start in range(0, 100, 10)] == [3] * 10

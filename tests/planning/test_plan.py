@@ -16,7 +16,8 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora, add_lora
-from diffusify.models.recipes import Recipe, ar, block, draft, mlm
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block, draft, mlm
 from diffusify.planning.footprint import (
     Footprint,
     TrainingSetup,

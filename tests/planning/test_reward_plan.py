@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from diffusify.diffusion.attention_inputs import AttentionInputs
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe, ar, block
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block
 from diffusify.planning.footprint import Footprint, flop_counter
 from diffusify.planning.plan import Plan, plan
 from diffusify.planning.reward_plan import GROUP, RewardPlan, parse_answers

@@ -21,7 +21,8 @@ from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.bench import greedy_ar
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, adapter_base
-from diffusify.models.recipes import Recipe, ar, block, draft, mlm
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block, draft, mlm
 from diffusify.text.sources import stream_texts
 from diffusify.training.adapt import adapt
 from diffusify.training.budget import Budget

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
@@ -84,8 +85,12 @@ def test_block_sizes_follow_the_curriculum(causal_base: str, corpus: str, tmp_pa
     assert trainer.denoiser.diffusion_config.block_size == 8
 
 
-def test_one_network_learns_blocks_and_infilling(causal_base: str, corpus: str, tmp_path: Path) -> None:
-    trainer = trainer_for(causal_base, corpus, tmp_path, block(4, infilling=0.5), max_steps=25, learning_rate=1e-2)
+@pytest.mark.parametrize("any_order", [False, True])
+def test_one_network_learns_blocks_and_infilling(
+    causal_base: str, corpus: str, tmp_path: Path, any_order: bool
+) -> None:
+    recipe = block(4, infilling=0.5, any_order=any_order)
+    trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=25, learning_rate=1e-2)
     rows = trainer.eval_dataset
     assert isinstance(rows, Dataset)
     models = (trainer.denoiser, trainer.denoiser.infiller)

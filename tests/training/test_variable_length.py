@@ -21,7 +21,8 @@ from diffusify.evaluation.tasks import Infill
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
 from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
-from diffusify.models.recipes import Recipe, ar, block, mlm
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block, mlm
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.reranking import ar_log_likelihood
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -100,7 +101,7 @@ def test_masked_models_and_block_models_fill_spans_of_unknown_length(
 ) -> None:
     recipes: list[tuple[str, Recipe]] = [
         (masked_base, mlm(variable_length=True)),
-        (causal_base, block(4, infilling=0.5, variable_length=True, alignment=10.0)),
+        (causal_base, block(4, infilling=0.5, any_order=True, variable_length=True, alignment=10.0)),
     ]
     for i, (base, recipe) in enumerate(recipes):
         lm = diffusify.load(adapt(base, corpus, tmp_path / str(i), recipe=recipe, steps=4, **TINY))

@@ -4,6 +4,7 @@ Axes: b texts, c canvases (b, or v times b where each text is noised v times), n
 or (v + 1) n where a clean copy follows v canvases), w key positions (m, unless the inputs are a selection of columns).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,42 +103,65 @@ class BlockCausal:
     With `noisy="causal"`, positions of a noisy block attend to the earlier ones of their block only. What a mask
     predicts then does not depend on the number of masks after it, which suits drafts for lossless decoding.
 
+    With `sides="both"`, masked spans are filled: the editable positions attend to all given text, on both sides, and
+    given text attends to given text only. Spans are decoded from left to right, in blocks that are counted from the
+    start of each. With a shift, the last given token before a span predicts the span's first token, so it attends to
+    all given text, too, and to no span. Without text after the editable positions, both `sides` are the same but for
+    where blocks start.
+
     Raises ValueError if `size` is below 1.
     """
 
     size: int
     clean: Literal["token", "block"] = "token"
     noisy: Literal["full", "causal"] = "full"
+    sides: Literal["left", "both"] = "left"
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"block size {self.size} must be at least 1; 4 is a good start")
 
+    def block_starts(self, canvas: Canvas) -> Bool[Tensor, "b n"]:
+        """Where blocks start."""
+        return canvas.block_starts(self.size, of_spans=self.sides == "both")
+
+    def sight(self, canvas: Canvas, shift: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """(b, q, k, usual) -> whether position q attends to k, if with text on the left alone it `usual`ly does."""
+        if self.sides == "left":
+            return lambda b, q, k, usual: usual
+        editable, sees_all = canvas.editable, canvas.editable.clone()  # whether a position sees all given text
+        if shift:
+            sees_all[:, :-1] |= editable[:, 1:] & (canvas.document[:, 1:] == canvas.document[:, :-1])
+        return lambda b, q, k, usual: torch.where(editable[b, k], usual & editable[b, q], usual | sees_all[b, q])
+
     def __call__(
         self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0
     ) -> AttentionInputs:
-        block_start = canvas.position_ids % self.size == 0
+        block_start = self.block_starts(canvas)
         block = block_start.cumsum(1) - 1
         full_clean_blocks, full_noisy_blocks = self.clean == "block", self.noisy == "full"
         if clean is None:
+            sight = self.sight(canvas, shift)
             noisy = torch.zeros_like(block).scatter_add(1, block, canvas.open.long()).gather(1, block) > 0
 
             def sampling_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 full = (noisy[b, q] & full_noisy_blocks) | (~noisy[b, q] & full_clean_blocks)
-                return (k <= q) | (full & (block[b, k] == block[b, q]))
+                return sight(b, q, k, (k <= q) | (full & (block[b, k] == block[b, q])))
 
             return _single_stream(canvas, shift, sampling_mask, per_row=True)
 
         b, n = clean.shape
         views = len(block_start) // b
         noisy_length, document, block = views * n, canvas.document[::views], block[::views]
+        sight = self.sight(canvas[::views], shift)
 
         def training_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < noisy_length, k < noisy_length
             same, earlier = block[b, at_q] == block[b, at_k], block[b, at_k] < block[b, at_q]
             history = earlier | (~noisy_q & same & ((at_k <= at_q) | full_clean_blocks))
             own_block = noisy_q & noisy_k & same & (q // n == k // n) & ((at_k <= at_q) | full_noisy_blocks)
-            return (own_block | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
+            history = ~noisy_k & sight(b, at_q, at_k, history)
+            return (own_block | history) & (document[b, at_q] == document[b, at_k])
 
         index = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(len(block_start), n)
         view = torch.arange(len(block_start), device=clean.device)[:, None] % views
@@ -155,6 +179,8 @@ class BlockCausal:
 
     def crop(self, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> tuple[Canvas, Bool[Tensor, "b m"]]:
         """The canvas and `positions` up to the end of the last block of these, which attends to nothing later."""
+        if self.sides == "both":
+            return canvas, positions
         at = torch.arange(positions.shape[1], device=positions.device)
         ends = torch.where(positions, at - canvas.position_ids % self.size + self.size, 0)
         end = min(int(ends.max()), positions.shape[1])
@@ -169,7 +195,7 @@ class BlockCausal:
         text predicts the first position of a block, so a block in which only that one is predicted is not needed. Of
         causal noisy blocks, positions after the last one that predicts are not needed.
         """
-        block_start = canvas.position_ids % self.size == 0
+        block_start = self.block_starts(canvas)
         block = block_start.cumsum(1) - 1
         predicted = positions & ~block_start if shift else positions
         at = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)

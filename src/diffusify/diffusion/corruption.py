@@ -79,7 +79,8 @@ class PerBlock:
     `complement` adds a second canvas that opens exactly what the first one does not, at the time 1 - t, so that every
     token is predicted once (Fast-dLLM v2); it requires the linear schedule. `tilt` opens tokens at the end of a block
     more often than those at its start, the more so the less noise there is: the odds double every `tilt` of a block
-    (Efficient-DLM: 0.1). The loss is then no longer a bound. Raises ValueError if `tilt` is not above 0.
+    (Efficient-DLM: 0.1). The loss is then no longer a bound. Blocks `of_spans` are those of `Canvas.block_starts`.
+    Raises ValueError if `tilt` is not above 0.
     """
 
     size: int
@@ -87,6 +88,7 @@ class PerBlock:
     min_t: float = 1e-3
     complement: bool = False
     tilt: float | None = None
+    of_spans: bool = False
 
     def __post_init__(self) -> None:
         if self.tilt is not None and self.tilt <= 0:
@@ -229,6 +231,10 @@ def noised(
     if shard is not None:
         times, uniform, ar_selected = times[:, shard.rows], uniform[shard.rows], ar_selected[shard.rows]
     complement = isinstance(time, PerBlock) and time.complement
+    if isinstance(time, PerBlock) and time.of_spans:  # which only the rows themselves know, not the step
+        starts = clean.block_starts(time.size, of_spans=True)
+        first = torch.where(starts, torch.arange(starts.shape[1]), 0).cummax(1).values
+        times = times.gather(2, first.expand_as(times))
     uniforms = [uniform, 1 - uniform] if complement else [uniform] * len(times)
     canvases = [corrupt(clean, t, u, schedule, noise) for t, u in zip(times, uniforms, strict=True)]
     views = len(canvases)

@@ -130,3 +130,43 @@ class SpanLengths:
         )
         lengths = SpanLengths(self.tokens, columns.take(self.span), self.spare - added, self.surplus + added - removed)
         return moved, lengths, columns
+
+
+@dataclass(frozen=True)
+class SpanEnds:
+    """The spans that a model which fills them from left to right may end before their last position.
+
+    It writes the end token there; then this and the positions after it go. `surplus` is the number of positions that
+    the span of each position may lose.
+    """
+
+    end_token_id: int
+    surplus: Int[Tensor, "b n"]
+
+    def to(self, device: torch.device | str) -> "SpanEnds":
+        """The same on a device."""
+        return SpanEnds(self.end_token_id, self.surplus.to(device))
+
+    def restrict(self, logits: Float[Tensor, "b p v"], position: Int[Tensor, "b p"], end: Int[Tensor, " b"]) -> None:
+        """Ban the end token from the logits at positions where a span may not end, in place.
+
+        `end` is the position after the span.
+        """
+        surplus = self.surplus.gather(1, position.clamp_max(self.surplus.shape[1] - 1))
+        logits[..., self.end_token_id].masked_fill_(end[:, None] - position > surplus, -torch.inf)
+
+    def close(
+        self, canvas: Canvas, write: Bool[Tensor, "b n"], end: Int[Tensor, " b"]
+    ) -> tuple[Canvas, "SpanEnds", Columns | None]:
+        """The canvas without the end tokens among what was written and what follows them up to `end`.
+
+        Where its positions come from, too, as in `SpanLengths.resize`; its width stays the same.
+        """
+        n = write.shape[1]
+        at = torch.arange(n, device=write.device)
+        first = torch.where(write & (canvas.tokens == self.end_token_id), at, n).amin(1)
+        gone = (at >= first[:, None]) & (at < end[:, None])
+        if not gone.any():
+            return canvas, self, None
+        columns = Columns.repeated((canvas.real & ~gone).long(), n)
+        return columns.take_canvas(canvas), SpanEnds(self.end_token_id, columns.take(self.surplus)), columns

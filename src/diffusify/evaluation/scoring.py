@@ -156,7 +156,7 @@ def _score_infills(
     lengths = [min(len(encode(item.middle, continues=True)), available) for item in items]
     settings = [_seeded(sampling, item.before) for item in items]
     if bidirectional:
-        if lm.config.infilling is not None:  # drafting is for generation from left to right
+        if not lm.config.infiller.reads_as_ar_model:  # drafting is for generation from left to right
             settings = [replace(one, tolerance=None) for one in settings]
         unknown = UNKNOWN_LENGTH[: max(1, available // 2)]
         spans = [range(length, length + 1) if span_length == "told" else unknown for length in lengths]

@@ -29,7 +29,8 @@ from diffusify.models.attention_check import check_attention
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.mask_token import assign_mask_token, find_length_tokens
 from diffusify.models.model_card import write_model_card
-from diffusify.models.recipes import Recipe, ar, block
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import ar, block
 from diffusify.models.saving import load_denoiser, require_empty_folder, staging_folder
 from diffusify.models.stock_attention import write_is_causal
 

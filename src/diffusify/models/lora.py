@@ -26,7 +26,7 @@ from diffusify.models.mask_adapters import (
     save_mask_adapters,
     write_adapter_weights,
 )
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import Lora, add_lora, default_lora
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 from diffusify.training.adapt import disable_dropout
 
 aten = torch.ops.aten

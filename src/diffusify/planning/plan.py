@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora, check_lora, own_adapters
-from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.planning.devices import DEVICES, DeviceGroup
 from diffusify.planning.footprint import DTYPES, Footprint, ParameterCounts, TrainingSetup, count_parameters, footprint
 from diffusify.training.adapt import check_fit

@@ -15,7 +15,8 @@ from diffusify.diffusion.policy_objectives import Espo, Grpo, PolicyObjective, T
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config, resolve_model
 from diffusify.models.lora import Lora, adapter_base, check_lora
-from diffusify.models.recipes import Recipe, saved_recipe
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import saved_recipe
 from diffusify.models.saving import open_base
 from diffusify.reinforcement.reward_progress import RewardProgress, draw_rewards
 from diffusify.reinforcement.reward_prompts import columns_of, make_prompts, split_off_held_out

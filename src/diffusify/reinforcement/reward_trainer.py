@@ -31,7 +31,7 @@ from diffusify.models.accelerator import choose_dtype
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.lora import merge_lora
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 from diffusify.reinforcement.reward_prompts import RewardPrompt, columns_of
 from diffusify.reinforcement.rewards import Reward, RewardError
 from diffusify.reinforcement.rollouts import Rollout, generate_rollouts, longest_groups_first, stack_rollouts

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -27,6 +27,7 @@ from diffusify.text.prompts import (
     count_length_candidates,
     decode_canvas,
     infill_canvas,
+    open_ended_canvas,
     resizable_canvas,
 )
 from diffusify.text.tokenizer import TextTokenizer
@@ -93,8 +94,9 @@ class DiffusionLM:
         """Fill the masked spans of a text or a batch of texts.
 
         `[[8]]` is a span of eight tokens, `[[3-12]]` one of three to twelve, and `[[...]]` one of unknown length. A
-        model trained with `variable_length` lengthens and shortens such spans while it fills them; others fill several
-        lengths and keep the most confident text. Raises ValueError if the model cannot attend to the text after a span.
+        block model writes such spans until they are complete, and a model trained with `variable_length` lengthens and
+        shortens them while it fills them; others fill several lengths and keep the most confident text. Raises
+        ValueError if the model cannot attend to the text after a span.
         """
         texts = [text] if isinstance(text, str) else text
         results = self.prepare_infilling(texts, SamplingConfig(**sampling)).results()
@@ -109,9 +111,10 @@ class DiffusionLM:
         for frame in self.prepare_generation([prompt], max_new_tokens, SamplingConfig(**sampling)):
             yield frame.canvas
 
-    def with_defaults(self, settings: SamplingConfig) -> SamplingConfig:
-        """The settings with this model's defaults for continuations (`SamplingConfig.for_model`)."""
-        return settings.for_model(self.config) if self.denoiser.supports_kv_cache else settings
+    def with_defaults(self, settings: SamplingConfig, *, infilling: bool = False) -> SamplingConfig:
+        """The settings with this model's defaults for continuations, or infilling (`SamplingConfig.for_model`)."""
+        config = self.config.infiller if infilling else self.config
+        return settings.for_model(config) if self.denoiser.supports_kv_cache else settings
 
     def read(self, canvas: Canvas) -> str:
         """The text of the first row of a canvas, with `_` for each open position."""
@@ -146,9 +149,8 @@ class DiffusionLM:
                 "attend to the text after a masked span; adapt the base model with `--recipe ar`, with "
                 "`-o infilling=0.25`, or, for a masked language model, with `--recipe mlm`"
             )
-        banned = tuple(sorted({self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}))
         denoiser = self.denoiser.infiller
-        per_text = _one_per_text(settings, len(texts))
+        per_text = [self.with_defaults(each, infilling=True) for each in _one_per_text(settings, len(texts))]
         if stops := next((each.stop for each in per_text if each.stop), ()):
             raise ValueError(f"stop={stops[0]!r} ends a continuation, but a masked span has a length; leave out stop")
         _check_batch(per_text, denoiser.diffusion_config)
@@ -160,7 +162,11 @@ class DiffusionLM:
         if rerank and is_greedy and count_length_candidates(texts) == 1:
             raise ValueError(f"rerank={rerank} greedy texts of one length are all the same; set temperature=0.7")
         (candidates, tokens), context, lengths = self.count_infillings(texts, per_text), denoiser.context_length, None
-        if tokens is not None:
+        banned = {self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}
+        if tokens == "end":
+            canvas, lengths = open_ended_canvas(self.tokenizer, texts, context=context, candidates=candidates)
+            banned -= {lengths.end_token_id}
+        elif tokens is not None:
             canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=candidates)
         else:
             canvas = infill_canvas(self.tokenizer, texts, context=context, candidates=candidates)
@@ -169,7 +175,7 @@ class DiffusionLM:
             canvas,
             per_text,
             Infilling(self.tokenizer),
-            banned=banned,
+            banned=tuple(sorted(banned)),
             num_candidates=candidates,
             lengths=lengths,
             automata=self._automata(per_text),
@@ -177,12 +183,17 @@ class DiffusionLM:
 
     def count_infillings(
         self, texts: Sequence[InfillText], settings: Sequence[SamplingConfig]
-    ) -> tuple[int, LengthTokens | None]:
-        """How many rows fill each text, and the length tokens if the model finds the lengths of the spans itself."""
+    ) -> tuple[int, LengthTokens | Literal["end"] | None]:
+        """How many rows fill each text, and how the model finds the lengths of its spans itself, if it does.
+
+        It has length tokens, or writes an "end" token where a span is complete.
+        """
         rerank, num_lengths = settings[0].rerank if settings else None, count_length_candidates(texts)
         # A constraint and an observer are about fixed positions.
         is_fixed = num_lengths == 1 or any(each.regex is not None or each.observer is not None for each in settings)
-        tokens = None if is_fixed else self.config.length_tokens
+        ends = bool(settings) and self.with_defaults(settings[0], infilling=True).tolerance is not None
+        is_fixed |= bool(ends and rerank and settings[0].temperature == 0)  # which would be equal but for their lengths
+        tokens = None if is_fixed else "end" if ends else self.config.length_tokens
         return rerank or (num_lengths if tokens is None else 1), tokens
 
     def _automata(self, settings: list[SamplingConfig]) -> dict[str, Automaton]:

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.constraints import Automaton, Constraint
-from diffusify.diffusion.length_tokens import SpanLengths
+from diffusify.diffusion.length_tokens import SpanEnds, SpanLengths
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.guidance import GuidedDenoiser
@@ -80,7 +81,7 @@ class GenerationRun:
         end_token_id: int | tuple[int, ...] | None = None,
         banned: tuple[int, ...] = (),
         num_candidates: int = 1,
-        lengths: SpanLengths | None = None,
+        lengths: SpanLengths | SpanEnds | None = None,
         automata: Mapping[str, Automaton] | None = None,
     ) -> None:
         """`settings` has one entry per text; `text` turns a row of the canvas into a text. `lengths` says which masked
@@ -94,7 +95,7 @@ class GenerationRun:
         self.settings = [each for each in settings for _ in range(num_candidates)]
         self.end_token_id, self._banned, self._text = end_token_id, banned, text
         self._lengths = None if lengths is None else lengths.to(denoiser.device)
-        spare = 0 if lengths is None else int(lengths.spare.sum(1).max())
+        spare = int(lengths.spare.sum(1).max()) if isinstance(lengths, SpanLengths) else 0
         self.width = canvas.tokens.shape[1] + spare  # the largest number of positions that a row may get
         self._stopped: dict[int, dict[str, Any]] = {}  # the text fields of rows that a stop string has ended
         self.num_candidates = num_candidates
@@ -155,31 +156,38 @@ class GenerationRun:
             denoiser.diffusion_config,
             self.settings[0],
         )  # only fields that are equal in all rows are used
-        noise, block_size = config.mask_token_id, config.block_size
+        noise, pattern = config.mask_token_id, config.attention
+        in_order = isinstance(pattern, BlockCausal) and pattern.sides == "left"
         rng = RowGenerators.from_seeds([self._seed(row) for row in range(len(self.settings))])
-        denoiser = denoiser if self._lengths is None else denoiser.resizing
+        lengths = self._lengths if isinstance(self._lengths, SpanLengths) else None
+        denoiser = denoiser if lengths is None else denoiser.resizing
         samplers = [
             each.sampler(config.policy, banned=self._banned, end_token_id=self.end_token_id, constraint=constraint)
             for each, constraint in zip(self.settings, self._constraints, strict=True)
         ]
         if settings.tolerance is not None:
-            return Speculative(denoiser, settings.tolerance)(self.canvas, samplers, noise=noise, rng=rng)
+            ends = self._lengths if isinstance(self._lengths, SpanEnds) else None
+            decoding = Speculative(denoiser, settings.tolerance)
+            return decoding(self.canvas, samplers, noise=noise, rng=rng, span_ends=ends)
 
         def denoise_fn() -> DenoiseFn:
             if getattr(samplers[0].policy, "needs_shadow", False):
                 return ShadowDenoiser(denoiser)
             if settings.cache in ("prefix", "dual"):
                 return WindowCache(denoiser, settings.cache)
-            exact = settings.cache == "exact" and block_size is not None and denoiser.supports_kv_cache
-            return BlockCache(denoiser) if exact else denoiser.predict
+            cached = settings.cache == "exact" and in_order and denoiser.supports_kv_cache
+            return BlockCache(denoiser) if cached else denoiser.predict
 
         model = denoise_fn()
         if settings.guidance:  # each of the two has a KV cache of its own
             model = GuidedDenoiser(model, denoise_fn(), settings.guidance, noise)
         n = self.canvas.tokens.shape[1]
-        widths = torch.tensor([[block_size or each.window or n] for each in self.settings], device=denoiser.device)
-        windows = self.canvas.position_ids // widths
-        return denoise(model, self.canvas, samplers, windows, noise=noise, rng=rng, lengths=self._lengths)
+        if isinstance(pattern, BlockCausal):
+            windows = pattern.block_starts(self.canvas).cumsum(1) - 1
+        else:
+            widths = torch.tensor([[each.window or n] for each in self.settings], device=denoiser.device)
+            windows = self.canvas.position_ids // widths
+        return denoise(model, self.canvas, samplers, windows, noise=noise, rng=rng, lengths=lengths)
 
     def _seed(self, row: int) -> int:
         """The seed of a row: that of its text, and another for each further candidate that is reranked."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.attention_inputs import AttentionInputs
+from diffusify.diffusion.length_tokens import SpanEnds
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.draft_sampling import SamplerRows
@@ -49,7 +50,7 @@ class Speculative:
     less likely text.
 
     Penalties, processors and constraints of a sampler change the AR half's logits after every node as its text
-    requires.
+    requires. Where the attention has text on both `sides` in sight, masked spans are filled one after the other.
 
     Raises ValueError if the model keeps no AR half, the network has no KV cache, or `tolerance` is negative.
     """
@@ -77,7 +78,9 @@ class Speculative:
         if tolerance < 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0 nats; 0 is lossless")
         self.denoiser, self.size = denoiser, denoiser.diffusion_config.block_size or 1
-        self.causal_masks = isinstance(pattern, BlockCausal) and pattern.noisy == "causal"
+        self.pattern = pattern if isinstance(pattern, BlockCausal) else BlockCausal(1)
+        self.fills_spans = self.pattern.sides == "both"
+        self.causal_masks = self.pattern.noisy == "causal"
         self.candidates, self.masks, self.tolerance = candidates, masks, tolerance
         self.copies = copies if self.size > 1 else 0  # an AR base decodes as it is
         self.longest = max(self.size, self.copies + 1)  # tokens that a pass may generate
@@ -90,53 +93,70 @@ class Speculative:
         *,
         noise: int,
         rng: RowGenerators | None = None,
+        span_ends: SpanEnds | None = None,
     ) -> Generator[Frame, Canvas | None, None]:
         """Yield the canvas after every pass, with one sampler for each row or for all.
 
-        A canvas that is sent replaces it. The policies and steps of the samplers have no effect. Raises ValueError
-        unless open positions follow a prompt in each row.
+        A canvas that is sent replaces it. The policies and steps of the samplers have no effect. `span_ends` says which
+        masked spans may end early. Raises ValueError unless open positions follow a prompt in each row, and only one
+        run of them if the model fills no spans.
         """
         rng = rng or RowGenerators.from_seeds(list(range(len(canvas.tokens))))
         b, n = canvas.tokens.shape
         samplers = list(samplers) * b if len(samplers) == 1 else samplers
         at = torch.arange(n, device=canvas.tokens.device)
-        settled = torch.where(canvas.open, at, n).amin(1)  # number of settled tokens
-        end = torch.where(canvas.open, at + 1, 0).amax(1)
-        if (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() or (settled < 1).any():
+        settled, end = _first_run(canvas.open)
+        has_spans = (canvas.open != ((at >= settled[:, None]) & (at < end[:, None]))).any() and not self.fills_spans
+        if has_spans or (settled < 1).any():
             raise ValueError("speculative decoding continues prompts and cannot infill; leave out tolerance")
         ends = end_tokens([sampler.end_token_id for sampler in samplers], at.device)
+        cached = torch.zeros_like(canvas.open)
         groups = SamplerRows.groups(samplers, rng, canvas)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
         score = torch.zeros(b, n, device=canvas.tokens.device)
-        start, tree, forwards = torch.zeros_like(settled), DraftTree.root(b, self.longest, at.device), 0
+        tree, forwards = DraftTree.root(b, self.longest, at.device), 0
         moves, independent = None, self.tolerance > 0  # then the text depends on the drafts
         while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
             min_prob = self._min_prob(b)
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
-            logits, drafts, hidden = self._forward(canvas.tokens, start, settled, tree, masks, noise, past, moves)
+            text = canvas.real & ~canvas.open if self.fills_spans else at < settled[:, None]
+            uncached = (text & ~cached) | (at == settled[:, None] - 1)
+            logits, drafts, hidden = self._forward(canvas, uncached, settled, tree, masks, noise, past, moves)
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
+            if span_ends is not None:
+                span_ends.restrict(logits, settled[:, None] + tree.depth, end)
             tokens, log_prob, node, parent = self._verify(logits, settled, tree, groups)
             accepted = tree.depth.gather(1, node[:, None])[:, 0]
             offset = at - settled[:, None]
-            write = todo[:, None] & (offset >= 0) & (offset <= accepted[:, None]) & canvas.open
+            write = todo[:, None] & (offset >= 0) & (offset <= accepted[:, None]) & (at < end[:, None]) & canvas.open
             offset = offset.clamp(0, self.longest - 1)
             guess = Guess(tokens.gather(1, offset), log_prob.gather(1, offset))
             for group in groups:
                 group.observe(logits, write, settled, parent)
             canvas = canvas.apply(Move(write, erase=torch.zeros_like(write)), guess, noise)
             score = torch.where(write, guess.score, score)
+            written = write.sum(1)
+            accepted = torch.minimum(accepted, written)
             moves = self._moves(settled, accepted, parent, past.n)
-            settled = torch.where(todo, torch.minimum(settled + accepted + 1, end), settled)
-            start = settled - 1  # of what is not in the cache
+            cached = uncached | cached | (write & (at < (settled + accepted)[:, None]))
+            columns, behind = None, settled + written
+            if span_ends is not None:
+                canvas, span_ends, columns = span_ends.close(canvas, write, end)
+            if columns is not None:
+                score, moved = columns.take(score), (canvas.real & (columns.index != at)).any(1)
+                cached &= ~moved[:, None]  # text behind the span has other positions now
+                behind = behind.masked_fill(moved, -1)
+            first_open, end = _first_run(canvas.open)
+            settled = torch.where(first_open < n, first_open, canvas.real.sum(1))
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
-            ahead = self._drafts_behind(tree, node, drafts, hidden, masks, todo, latest)
+            ahead = self._drafts_behind(tree, node, drafts, hidden, masks, todo & (settled == behind), latest)
             copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
-            canvas = (yield Frame(canvas, score, forwards, settled=settled)) or canvas
+            canvas = (yield Frame(canvas, score, forwards, settled, columns)) or canvas
 
     def _min_prob(self, b: int) -> float:
         """The least probability with which a draft of one of `b` texts must be accepted to be run.
@@ -211,8 +231,8 @@ class Speculative:
 
     def _forward(
         self,
-        tokens: Int[Tensor, "b n"],
-        start: Int[Tensor, " b"],
+        canvas: Canvas,
+        uncached: Bool[Tensor, "b n"],
         settled: Int[Tensor, " b"],
         tree: DraftTree,
         placed_masks: PlacedMasks,
@@ -222,13 +242,15 @@ class Speculative:
     ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"], Float[Tensor, "b s d"]]:
         """The AR logits after every node of the tree, and the draft logits and hidden states of the mask tokens.
 
+        `uncached` are the positions of the text to be run, the last settled one among them.
         The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
         the settled text follow, in the order of its positions.
         """
-        (b, n), device, (mask_node, mask_offset, is_used) = tokens.shape, tokens.device, placed_masks
+        tokens, (mask_node, mask_offset, is_used) = canvas.tokens, placed_masks
+        (b, n), device = tokens.shape, tokens.device
         drafted, draft_width = tree.path.shape[1] - 1, self.candidates + self.masks
         row = torch.arange(b, device=device)[:, None]
-        text = start[:, None] + torch.arange(int((settled - start).amax()), device=device)
+        text = (~uncached).int().argsort(dim=1, stable=True)[:, : int(uncached.sum(1).amax())]
         nodes = (settled[:, None] - 1 + tree.depth)[:, 1:]
         masks = settled[:, None] + tree.depth.gather(1, mask_node) + mask_offset
         tree_mask = torch.zeros(b, draft_width, draft_width, dtype=torch.bool, device=device)
@@ -242,20 +264,23 @@ class Speculative:
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
             """Text is causal; draft tokens and masks attend to all settled text, and to each other by `tree_mask`."""
-            is_draft = q < draft_width
+            is_draft, at_key = q < draft_width, (key - draft_width).clamp_min(0)
             last_key = torch.where(is_draft, settled[b] - 1, q - draft_width)
+            at_q = torch.where(is_draft, settled[b], q - draft_width).clamp(0, n - 1)
             in_tree = tree_mask[b, q.clamp_max(draft_width - 1), key.clamp_max(draft_width - 1)]
-            return torch.where(key < draft_width, is_draft & in_tree, key - draft_width <= last_key)
+            in_text = sight(b, at_q, at_key, at_key <= last_key) & canvas.real[b, at_key]
+            return torch.where(key < draft_width, is_draft & in_tree, in_text)
 
+        sight = self.pattern.sight(canvas, shift=1)
         draft_positions = torch.cat([nodes, masks], 1)
-        width = draft_width + int(settled.amax())
+        width = draft_width + (n if self.fills_spans else int(settled.amax()))
         columns = torch.arange(draft_positions.shape[1], device=device).expand(b, -1)
-        columns = torch.cat([torch.where(text < settled[:, None], text + draft_width, draft_width + n), columns], 1)
+        columns = torch.cat([torch.where(uncached.gather(1, text), text + draft_width, draft_width + n), columns], 1)
         spare = draft_positions.new_zeros(b, draft_width - draft_positions.shape[1])
         drafts = torch.cat([tree.token[:, 1:], torch.full_like(masks, noise)], 1)
         is_mask = (torch.arange(columns.shape[1], device=device) >= text.shape[1] + drafted).expand(b, -1)
         inputs = AttentionInputs(
-            tokens=torch.cat([tokens.gather(1, text.clamp_max(n - 1)), drafts], 1),
+            tokens=torch.cat([tokens.gather(1, text), drafts], 1),
             position_ids=torch.cat([text, draft_positions], 1).clamp_max(n - 1),
             output_index=tokens,
             ar_output_index=tokens,
@@ -269,8 +294,17 @@ class Speculative:
         )
         past.set_columns(columns, width, moves)
         m = columns.shape[1]
-        root = row * m + (settled - 1 - start)[:, None]
+        before_root = uncached & (torch.arange(n, device=device) < settled[:, None] - 1)
+        root = row * m + before_root.sum(1, keepdim=True)
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
         hidden = self.denoiser.hidden_states(inputs, torch.cat([root, rest], 1).flatten(), past=past)
         logits, hidden = self.denoiser.project(hidden).unflatten(0, (b, -1)), hidden.unflatten(0, (b, -1))
         return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :], hidden[:, drafted + 1 :]
+
+
+def _first_run(open: Bool[Tensor, "b n"]) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """The first open position of each row and the position after its run of them; n where there is none."""
+    n = open.shape[1]
+    at = torch.arange(n, device=open.device)
+    first = torch.where(open, at, n).amin(1)
+    return first, torch.where(~open & (at > first[:, None]), at, n).amin(1)

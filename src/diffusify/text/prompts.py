@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.length_tokens import LengthTokens, SpanLengths
+from diffusify.diffusion.length_tokens import LengthTokens, SpanEnds, SpanLengths
 from diffusify.text.examples import Template
 from diffusify.text.tokenizer import TextTokenizer
 
@@ -158,6 +158,33 @@ def resizable_canvas(
         spare.append([0, *added])
         surplus.append([0, *(length - span[0] for span, length in zip(spans, lengths, strict=True))])
     return _masked_canvas(tokenizer, rows), SpanLengths(tokens, *map(_padded, (number, spare, surplus)))
+
+
+def open_ended_canvas(
+    tokenizer: TextTokenizer, texts: Sequence[InfillText], *, context: int | None, candidates: int = 1
+) -> tuple[Canvas, SpanEnds]:
+    """A canvas as `infill_canvas` makes it, with spans of the greatest length that is allowed and fits.
+
+    The model may end each of them as soon as it has the shortest allowed length. The `candidates` of a text are equal.
+    """
+    rows: list[list[int | None]] = []
+    surplus = []
+    for text in texts:
+        segments = _framed_segments(tokenizer, text)
+        shortest = [segment[0] for segment in segments if isinstance(segment, range)]
+        spare = sys.maxsize if context is None else context - len(_infill_row(text, segments, shortest, context))
+        lengths, may_lose = [], []
+        for segment in segments:
+            if not isinstance(segment, range):
+                may_lose += [0] * len(segment)
+                continue
+            added = min(segment[-1] - segment[0], spare)
+            spare -= added
+            lengths.append(segment[0] + added)
+            may_lose += [added] * lengths[-1]
+        rows += [_infill_row(text, segments, lengths, context)] * candidates
+        surplus += [may_lose] * candidates
+    return _masked_canvas(tokenizer, rows), SpanEnds(tokenizer.end_token_id, _padded(surplus))
 
 
 def _framed_segments(

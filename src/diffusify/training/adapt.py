@@ -16,7 +16,8 @@ from diffusify.models.loading import Base, is_masked_lm
 from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
 from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.quantization import check_load_in_4bit
-from diffusify.models.recipes import Recipe, default_recipe, saved_recipe
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.models.saving import checksum, load_heads, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from diffusify.config import DocumentFrame, from_plain, nearest, to_current, to_plain
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 from diffusify.models.saving import fsync_path
 from diffusify.text.stream import RowStream
 from diffusify.training.budget import Budget

@@ -16,9 +16,10 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.corruption import RowShard, noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
-from diffusify.models.recipes import Recipe
+from diffusify.models.recipe import Recipe
 from diffusify.text.packing import collate
 from diffusify.text.stream import RowStream
+from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training.alignment import Alignment
 from diffusify.training.budget import Budget
 from diffusify.training.resilience.distributed import ShuffledRows, all_gather_rows, row_order
@@ -130,8 +131,13 @@ class DiffusionTrainer(ResilientTrainer):
         order = row_order(sizes, self.args.world_size)
         shard = RowShard(all_gather_rows(text.document)[order.flatten().argsort()], order[self.args.process_index])
         config, generator = self.denoiser.diffusion_config, torch.Generator().manual_seed(seed % 2**63)
+        text = self.denoiser.predictable(text)
+        if recipe.spans is not None:
+            tokenizer: Any = self.processing_class
+            end_token_id = TextTokenizer(tokenizer, config.mask_token_id, config.frame).end_token_id
+            text = recipe.spans(text, end_token_id, generator=generator, shard=shard)
         step = noised(
-            self.denoiser.predictable(text),
+            text,
             recipe.time,
             schedule,
             config.mask_token_id,

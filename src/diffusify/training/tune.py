@@ -12,7 +12,8 @@ from diffusify.config import sees_right_context, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.lora import Lora, check_lora
 from diffusify.models.quantization import check_load_in_4bit
-from diffusify.models.recipes import Recipe, saved_recipe
+from diffusify.models.recipe import Recipe
+from diffusify.models.recipes import saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.bounds import Bound, estimate_bound
 from diffusify.diffusion.objectives import cross_entropy
 from diffusify.models.denoiser import Denoiser
@@ -46,7 +47,9 @@ def validate(
         estimate, batch_ar_nll = _estimate(denoiser, clean, samples, generator, autocast)
         nll.append(torch.stack([estimate.nll.sum(1), clean.editable.sum(1)], 1).cpu())
         by_level.append(estimate.masked.cpu())
-        position = (clean.position_ids % (size or 1))[clean.editable]
+        starts = _unit_starts(denoiser, clean)
+        index = torch.arange(starts.shape[1], device=starts.device)
+        position = (index - torch.where(starts, index, 0).cummax(1).values)[clean.editable] % (size or 1)
         by_position.append(torch.stack([estimate.nll[clean.editable], position], 1).cpu())
         ar_nll += [losses.cpu() for losses in batch_ar_nll]
     denoiser.train(training)
@@ -63,7 +66,7 @@ def _estimate(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Bound, list[Tensor]]:
     """The bound of a batch, and from the same forward passes the next-token losses of its AR half, if it has one."""
-    size, has_ar = denoiser.diffusion_config.block_size, denoiser.diffusion_config.keeps_ar_model
+    has_ar = denoiser.diffusion_config.keeps_ar_model
     ar_nll: list[Tensor] = []
 
     def logits(canvas: Canvas, text: Tensor) -> Tensor:
@@ -74,9 +77,15 @@ def _estimate(
             ar_nll.append(cross_entropy(prediction.ar_logits, text[ar_positions]))
         return prediction.logits
 
-    unit = clean.document * clean.tokens.shape[1] + (clean.position_ids // size if size else 0)
+    unit = _unit_starts(denoiser, clean).cumsum(1)
     noise = denoiser.diffusion_config.mask_token_id
     return estimate_bound(logits, clean, unit, noise=noise, samples=samples, generator=generator), ar_nll
+
+
+def _unit_starts(denoiser: Denoiser, clean: Canvas) -> Tensor:
+    """Where the units of noise start: blocks, or whole documents."""
+    pattern = denoiser.diffusion_config.attention
+    return pattern.block_starts(clean) if isinstance(pattern, BlockCausal) else clean.position_ids == 0
 
 
 def _report(
