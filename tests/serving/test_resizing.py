@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.length_tokens import LengthTokens
+from diffusify.diffusion.policies import Unmask
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.serving.api.app import create_app
@@ -36,10 +37,26 @@ def resizing_lm() -> DiffusionLM:
     return lm
 
 
+def span_lm() -> DiffusionLM:
+    """A random block model that fills spans from left to right, and likes to end them."""
+    lm = tiny_lm(infills=True)
+    with torch.no_grad():
+        network: Any = lm.denoiser.network
+        head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
+        head.weight.copy_(network.lm_head.weight)
+        head.bias.zero_()
+        head.bias[lm.tokenizer.end_token_id] = 12.0
+    network.lm_head = head.eval().requires_grad_(False)
+    lm.denoiser.diffusion_config = replace(
+        lm.config, attention=BlockCausal(4), infilling=BlockCausal(4, sides="both"), policy=Unmask()
+    )
+    return lm
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with (
-        running(create_app({"infiller": resizing_lm()})) as address,
+        running(create_app({"infiller": resizing_lm(), "spans": span_lm()})) as address,
         httpx.Client(base_url=f"{address}/v1", timeout=60) as client,
     ):
         yield client
@@ -74,6 +91,35 @@ def test_events_lead_to_the_answer(client: httpx.Client, more: dict[str, Any]) -
         if "policy" not in more:
             assert choice["spans"] == list(lm.prepare_infilling([TEXT], config).results()[0].spans or ())
     assert resized > 4
+
+
+def test_spans_that_end_lead_to_the_answer(client: httpx.Client) -> None:
+    lm, shortened = span_lm(), 0
+    for seed in range(4):
+        body = {"model": "spans", "text": TEXT, "temperature": 1.5, "seed": seed}
+        found = events(client, "infill", **body)
+        tokens = [token["id"] for token in next(data for name, data in found if name == "canvas")["tokens"]]
+        for name, step in found:
+            if name == "denoise":
+                shortened += len(step.get("delete", []))
+                tokens = [token for i, token in enumerate(tokens) if i not in step.get("delete", [])]
+                for one in step["write"]:
+                    tokens[one["position"]] = one["id"]
+        choice = next(data for name, data in found if not name)["choices"][0]
+        assert tokens == [token["id"] for token in choice["tokens"]]
+        (alone,) = lm.prepare_infilling([TEXT], SamplingConfig(temperature=1.5, seed=seed)).results()
+        assert choice["spans"] == list(alone.spans or ())
+        plain: dict[str, Any] = {"model": "spans", "prompt": "The cat", "suffix": " mat", "max_tokens": 24}
+        plain |= {"temperature": 1.5, "seed": seed}
+        whole = post(client, "completions", **plain)
+        parts = [
+            choice["text"]
+            for name, data in events(client, "completions", **plain)
+            if not name and data != "[DONE]"
+            for choice in data["choices"]
+        ]
+        assert "".join(parts) == whole["choices"][0]["text"] and whole["usage"]["completion_tokens"] <= 24
+    assert shortened > 20
 
 
 def test_streamed_suffix_completions_add_up(client: httpx.Client) -> None:

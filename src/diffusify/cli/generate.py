@@ -82,9 +82,13 @@ def generate(
         chosen = sampling_config(model, options)
         single = {"PROMPT": prompt, "--unconditional": unconditional, "-n": n > 1, "--watch": watch, "--json": as_json}
         if is_bulk(source, output, **single):
+            from diffusify.config import DiffusionConfig
+            from diffusify.models.bundled import resolve_model
             from diffusify.serving.bulk.bulk_records import BulkSettings
 
-            infilling = replace(sampling_config(model, options, infilling=True), stop=(), tolerance=None)
+            infilling = replace(sampling_config(model, options, infilling=True), stop=())
+            if not DiffusionConfig.load(resolve_model(model)).infiller.reads_as_ar_model:
+                infilling = replace(infilling, tolerance=None)
             bulk = BulkSettings(chosen, infilling, max_new_tokens)
             generate_bulk(model, source, output, bulk, batch_tokens=batch_tokens, device=device, dtype=dtype)
             return

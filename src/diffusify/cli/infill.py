@@ -9,6 +9,7 @@ from diffusify.cli.options import AsJson, Device, Dtype, Model
 from diffusify.cli.sampling_options import (
     Cache,
     Guidance,
+    Lossless,
     Policy,
     Preset,
     Regex,
@@ -19,6 +20,7 @@ from diffusify.cli.sampling_options import (
     Steps,
     Temperature,
     Threshold,
+    Tolerance,
     TopK,
     TopP,
     Watch,
@@ -55,6 +57,8 @@ def infill(
     seed: Seed = None,
     steps: Steps = None,
     threshold: Threshold = None,
+    lossless: Lossless = False,
+    tolerance: Tolerance = None,
     policy: Policy = None,
     window: Window = None,
     cache: Cache = None,
@@ -66,7 +70,7 @@ def infill(
 
     With --input and --output, the texts of a whole file are filled.
 
-    The model must be bidirectional: adapted with --recipe ar or mlm, or with --recipe block and -o infilling=0.25.
+    The model must attend to both sides: adapted with --recipe ar or mlm, or with --recipe block and -o infilling=0.5.
     """
     with report_errors():
         from diffusify.text.prompts import parse_masked_spans

@@ -147,7 +147,7 @@ class DiffusionLM:
             raise ValueError(
                 f"this model ({self.config.recipe} recipe, {self.config.attention}) cannot infill, because it does not "
                 "attend to the text after a masked span; adapt the base model with `--recipe ar`, with "
-                "`-o infilling=0.25`, or, for a masked language model, with `--recipe mlm`"
+                "`-o infilling=0.5`, or, for a masked language model, with `--recipe mlm`"
             )
         denoiser = self.denoiser.infiller
         per_text = [self.with_defaults(each, infilling=True) for each in _one_per_text(settings, len(texts))]
