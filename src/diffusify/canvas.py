@@ -71,27 +71,54 @@ class Canvas:
 
     @property
     def position_ids(self) -> Int[Tensor, "b n"]:
-        """Each token's position in its own document, from 0. Padding inside a document counts."""
-        b, n = self.document.shape
-        index = torch.arange(n, device=self.document.device).expand(b, n)
-        first = index.new_full((b, n + 1), n).scatter_reduce(1, self.document, index, "amin")
-        return index - first.gather(1, self.document)
+        """Each token's position in its own document, from 0."""
+        index = torch.arange(self.document.shape[1], device=self.document.device)
+        starts = torch.ones_like(self.document, dtype=torch.bool)
+        starts[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
+        return index - torch.where(starts, index, 0).cummax(1).values
+
+    @property
+    def run_starts(self) -> Bool[Tensor, "b n"]:
+        """Where masked spans and the given text around them start: runs of equal `editable` in a document."""
+        starts = torch.ones_like(self.editable)
+        changes = (self.editable[:, 1:] != self.editable[:, :-1]) | (self.document[:, 1:] != self.document[:, :-1])
+        starts[:, 1:] = changes
+        return starts
 
     def block_starts(self, size: int, *, of_spans: bool = False) -> Bool[Tensor, "b n"]:
         """Where blocks of `size` tokens start, counted from the start of their document.
 
-        Blocks `of_spans` are counted from the start of each run of editable positions instead; given text between them
-        is a block of any size.
+        Blocks `of_spans` are counted from the start of each masked span instead; given text between them is a block of
+        any size.
         """
         if not of_spans:
             return self.position_ids % size == 0
-        starts = torch.ones_like(self.editable)
-        starts[:, 1:] = (self.editable[:, 1:] != self.editable[:, :-1]) | (
-            self.document[:, 1:] != self.document[:, :-1]
-        )
+        starts = self.run_starts
         index = torch.arange(starts.shape[1], device=starts.device)
         offset = index - torch.where(starts, index, 0).cummax(1).values
         return starts | (self.editable & (offset % size == 0))
+
+    def reading_order(self) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """Each token's place in its document if the text behind a span is read first, and where this text is.
+
+        The span is the first one of the document with open positions, or its first one if none is open.
+        """
+        b, n = self.document.shape
+        index = torch.arange(n, device=self.document.device).expand(b, n)
+
+        def first(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+            """The first of these positions in each position's document; n if there is none."""
+            values = torch.where(mask, index, n)
+            return (
+                values.new_full((b, n + 1), n).scatter_reduce(1, self.document, values, "amin").gather(1, self.document)
+            )
+
+        open, editable, run = first(self.open), first(self.editable), self.run_starts.cumsum(1)
+        span = torch.where(open < n, open, editable)
+        is_behind = self.real & (span < n) & (run > run.gather(1, span.clamp_max(n - 1)))
+        behind = torch.zeros(b, n + 1, dtype=torch.long, device=index.device)
+        behind = behind.scatter_add(1, self.document, is_behind.long()).gather(1, self.document)
+        return torch.where(is_behind, index - first(is_behind), self.position_ids + behind), is_behind
 
     @property
     def sizes(self) -> Int[Tensor, "b documents"]:

@@ -10,7 +10,8 @@ from diffusify.diffusion.attention import BlockCausal, Causal
 from diffusify.diffusion.masked_spans import MaskedSpans
 from tests.families import MASK, tiny_denoiser
 
-SPANS = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
+# One span in each document, of which the last has none.
+SPANS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
 DOCUMENT = torch.tensor([[1] * 12, [1] * 5 + [2] * 6 + [0]])
 END = 1
 
@@ -44,19 +45,19 @@ def test_one_training_pass_equals_filling_spans_block_by_block(
 
 
 @torch.no_grad()
-def test_spans_see_all_given_text_and_earlier_spans_only() -> None:
-    denoiser = tiny_denoiser("llama", BlockCausal(1, sides="both"))
-    clean = texts(1, 12)
-    canvas = Canvas(clean, torch.zeros_like(SPANS[:1]), SPANS[:1], DOCUMENT[:1])
-    before = denoiser(canvas).logits
-    for position in range(12):
-        changed = clean.clone()
-        changed[0, position] = clean[0, position] % (MASK - 1) + 1
-        other = denoiser(Canvas(changed, canvas.open, canvas.editable, canvas.document)).logits
-        differs = (other != before).any(-1) & SPANS[:1]
-        later = (torch.arange(12) > position) & ~canvas.block_starts(12, of_spans=True)
-        # A given token predicts the first token of a span, and attends to no other span.
-        assert torch.equal(differs, SPANS[:1] & (later | ~SPANS[:1, position, None])), position
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_span_is_the_ar_model_behind_the_text_after_it_and_the_text_before_it(family: str) -> None:
+    denoiser = tiny_denoiser(family, BlockCausal(1, sides="both"))
+    clean = texts(2, 12)
+    canvas = Canvas(clean, torch.zeros_like(SPANS), SPANS, DOCUMENT)
+    logits, places = denoiser(canvas).logits, canvas.reading_order()[0]
+    for row, document in ((0, 1), (1, 1), (1, 2)):
+        at = (DOCUMENT[row] == document).nonzero()[:, 0]
+        order = at[places[row, at].argsort()]
+        assert places[row, order].tolist() == list(range(len(order)))
+        ar = denoiser(Canvas.clean(clean[row, order][None]), attention=Causal()).logits[0]
+        span = SPANS[row, order]
+        torch.testing.assert_close(logits[row, order][span], ar[span], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -73,36 +74,41 @@ def test_without_text_behind_the_span_it_is_the_ar_model(size: int) -> None:
 
 
 @torch.no_grad()
-def test_a_gap_behind_a_span_equals_positions_that_are_still_open() -> None:
-    """In training nothing stands where a span of unknown length is longer than its text."""
-    denoiser = tiny_denoiser("llama", BlockCausal(4, sides="both"))
-    clean = texts(1, 12)
-    span = (torch.arange(12) >= 3) & (torch.arange(12) < 9)
-    gap = (torch.arange(12) >= 6) & (torch.arange(12) < 9)
-    document = torch.ones(1, 12, dtype=torch.long)
-    trained = Canvas(clean, torch.zeros_like(span[None]), (span & ~gap)[None], torch.where(gap, 0, document))
-    sampled = Canvas(torch.where(gap, MASK, clean), gap[None], span[None], document)
-    assert torch.equal(trained.position_ids[:, ~gap], sampled.position_ids[:, ~gap])
-    known = (span & ~gap)[None]
-    one_by_one = BlockCausal(1, sides="both")
-    together = denoiser(trained, clean, positions=torch.zeros_like(known), ar_positions=known, attention=one_by_one)
-    torch.testing.assert_close(
-        together.ar_logits, denoiser(sampled, attention=one_by_one).logits[known], atol=1e-5, rtol=1e-5
-    )
+def test_later_spans_are_not_seen() -> None:
+    """The first span with open positions is filled; the text around later ones is seen, and they are not."""
+    denoiser = tiny_denoiser("llama", BlockCausal(1, sides="both"))
+    rows = [[5, 9, None, None, 4, 6, None, None, 7], [5, 9, 3, 8, 4, 6, None, None, 7]]
+    changed = [[5, 9, None, None, 4, 6, None, None, 2], [5, 9, 3, 2, 4, 6, None, None, 7]]
+    for row, other, first in zip(rows, changed, (2, 6), strict=True):
+        canvas = Canvas.from_tokens([row], noise=MASK, pad=0)
+        logits = denoiser(canvas).logits[0, first]
+        noise = Canvas(torch.where(canvas.open, 1, canvas.tokens), canvas.open, canvas.editable, canvas.document)
+        noise.tokens[0, first] = MASK
+        assert torch.equal(denoiser(noise).logits[0, first], logits)
+        assert not torch.equal(denoiser(Canvas.from_tokens([other], noise=MASK, pad=0)).logits[0, first], logits)
 
 
-def test_masked_spans_end_where_the_text_after_them_has_moved() -> None:
+def test_masked_spans_are_random_and_end() -> None:
     tokens = texts(64, 96)
-    clean = Canvas.clean(tokens, torch.cat([torch.full((64, 48), 1), torch.full((64, 48), 2)], 1))
-    spans = MaskedSpans(share=0.5, longest=16)(clean, END, generator=torch.Generator().manual_seed(0))
-    ends = spans.editable & (spans.tokens == END)
-    assert ends.any() and (spans.real & ~ends).any(1).all()
-    assert 0.4 < spans.editable.sum() / spans.real.sum() < 0.6
+    clean = Canvas.clean(
+        tokens, torch.cat([torch.full((64, 40), 1), torch.full((64, 40), 2), torch.zeros(64, 16)], 1).long()
+    )
+    made = MaskedSpans()(clean, END, generator=torch.Generator().manual_seed(0))
+    spans = made.run_starts & made.editable
+    assert (spans.sum(1) == 2).all()
+    sizes = made.editable.sum(1)
+    assert sizes.min() <= 8 and sizes.max() > 40
     for row in range(64):
-        text = spans.tokens[row][spans.real[row] & ~ends[row]]
-        assert torch.equal(text, tokens[row, : len(text)])  # nothing is lost or moved but by gaps
-    again = MaskedSpans(share=0.5, longest=16)(clean, END, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.tokens, spans.tokens)
-    for share, longest in ((0.0, 8), (1.0, 8), (0.5, 0)):
-        with pytest.raises(ValueError, match="must be"):
-            MaskedSpans(share, longest)
+        ends = made.editable[row] & (made.tokens[row] == END)
+        assert int(ends.sum()) == 2 and not (made.editable & ~made.run_starts)[row, 1:][ends[:-1]].any()
+        for document in (1, 2):
+            mine = (made.document[row] == document) & ~ends
+            assert torch.equal(made.tokens[row, mine], tokens[row, clean.document[row] == document])
+    again = MaskedSpans()(clean, END, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.tokens, made.tokens)
+    answers = Canvas(tokens, clean.open, (torch.arange(96) % 40 > 30) & clean.real, clean.document)
+    within = MaskedSpans(0.5)(answers, END, generator=torch.Generator().manual_seed(0))
+    assert (within.editable & (within.tokens != END)).sum(1).max() <= 18
+    for longest in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"must be a share of a document in \(0, 1\]"):
+            MaskedSpans(longest)

@@ -4,8 +4,7 @@ Axes: b texts, c canvases (b, or v times b where each text is noised v times), n
 or (v + 1) n where a clean copy follows v canvases), w key positions (m, unless the inputs are a selection of columns).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -103,11 +102,11 @@ class BlockCausal:
     With `noisy="causal"`, positions of a noisy block attend to the earlier ones of their block only. What a mask
     predicts then does not depend on the number of masks after it, which suits drafts for lossless decoding.
 
-    With `sides="both"`, masked spans are filled: the editable positions attend to all given text, on both sides, and
-    given text attends to given text only. Spans are decoded from left to right, in blocks that are counted from the
-    start of each. With a shift, the last given token before a span predicts the span's first token, so it attends to
-    all given text, too, and to no span. Without text after the editable positions, both `sides` are the same but for
-    where blocks start.
+    With `sides="both"`, a masked span is filled with the text on both sides in sight. The text is then read in another
+    order: first what stands after the span, then what stands before it, and the span last (as fill-in-the-middle models
+    are trained, but no token is moved). Attention and position ids follow this order, and blocks are counted from the
+    start of the span. Spans are filled one after the other; open positions of later ones are not seen. Without text
+    after the span, both `sides` are the same but for where blocks start.
 
     Raises ValueError if `size` is below 1.
     """
@@ -125,54 +124,52 @@ class BlockCausal:
         """Where blocks start."""
         return canvas.block_starts(self.size, of_spans=self.sides == "both")
 
-    def sight(self, canvas: Canvas, shift: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """(b, q, k, usual) -> whether position q attends to k, if with text on the left alone it `usual`ly does."""
+    def _blocks(self, canvas: Canvas) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+        """The block of each position and its position id, both in the order in which the text is read."""
+        block = self.block_starts(canvas).cumsum(1) - 1
         if self.sides == "left":
-            return lambda b, q, k, usual: usual
-        editable, sees_all = canvas.editable, canvas.editable.clone()  # whether a position sees all given text
-        if shift:
-            sees_all[:, :-1] |= editable[:, 1:] & (canvas.document[:, 1:] == canvas.document[:, :-1])
-        return lambda b, q, k, usual: torch.where(editable[b, k], usual & editable[b, q], usual | sees_all[b, q])
+            return block, canvas.position_ids
+        position_ids, is_behind = canvas.reading_order()
+        return block.masked_fill(is_behind, -1), position_ids
 
     def __call__(
         self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0
     ) -> AttentionInputs:
-        block_start = self.block_starts(canvas)
-        block = block_start.cumsum(1) - 1
+        block_start, (block, position_ids) = self.block_starts(canvas), self._blocks(canvas)
         full_clean_blocks, full_noisy_blocks = self.clean == "block", self.noisy == "full"
         if clean is None:
-            sight = self.sight(canvas, shift)
-            noisy = torch.zeros_like(block).scatter_add(1, block, canvas.open.long()).gather(1, block) > 0
+            index, open = block.clamp_min(0), canvas.open & (block >= 0)
+            noisy = torch.zeros_like(block).scatter_add(1, index, open.long()).gather(1, index) > 0
 
             def sampling_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 full = (noisy[b, q] & full_noisy_blocks) | (~noisy[b, q] & full_clean_blocks)
-                return sight(b, q, k, (k <= q) | (full & (block[b, k] == block[b, q])))
+                same, earlier = block[b, k] == block[b, q], block[b, k] < block[b, q]
+                is_later_span = canvas.open[b, k] & (block[b, k] < 0)
+                return (earlier | (same & ((k <= q) | full))) & ~is_later_span
 
-            return _single_stream(canvas, shift, sampling_mask, per_row=True)
+            return replace(_single_stream(canvas, shift, sampling_mask, per_row=True), position_ids=position_ids)
 
         b, n = clean.shape
         views = len(block_start) // b
         noisy_length, document, block = views * n, canvas.document[::views], block[::views]
-        sight = self.sight(canvas[::views], shift)
 
         def training_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             at_q, at_k, noisy_q, noisy_k = q % n, k % n, q < noisy_length, k < noisy_length
             same, earlier = block[b, at_q] == block[b, at_k], block[b, at_k] < block[b, at_q]
             history = earlier | (~noisy_q & same & ((at_k <= at_q) | full_clean_blocks))
             own_block = noisy_q & noisy_k & same & (q // n == k // n) & ((at_k <= at_q) | full_noisy_blocks)
-            history = ~noisy_k & sight(b, at_q, at_k, history)
-            return (own_block | history) & (document[b, at_q] == document[b, at_k])
+            return (own_block | (~noisy_k & history)) & (document[b, at_q] == document[b, at_k])
 
         index = (torch.arange(n, device=clean.device) - shift).clamp_min(0).expand(len(block_start), n)
         view = torch.arange(len(block_start), device=clean.device)[:, None] % views
         noisy_index, clean_index = index + view * n, index + noisy_length
         return AttentionInputs(
             tokens=torch.cat([canvas.tokens.view(b, noisy_length), clean], 1),
-            position_ids=torch.cat([canvas.position_ids.view(b, noisy_length), canvas.position_ids[::views]], 1),
+            position_ids=torch.cat([position_ids.view(b, noisy_length), position_ids[::views]], 1),
             output_index=torch.where(block_start, clean_index, noisy_index) if shift else noisy_index,
             ar_output_index=clean_index,
             mask_mod=training_mask,
-            per_row=not bool((document == document[:1]).all()),
+            per_row=self.sides == "both" or not bool((document == document[:1]).all()),
             is_mask=torch.cat([canvas.open.view(b, noisy_length), torch.zeros_like(clean, dtype=torch.bool)], 1),
             clean_start=noisy_length,
         )

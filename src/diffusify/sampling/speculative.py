@@ -121,7 +121,7 @@ class Speculative:
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
             text = canvas.real & ~canvas.open if self.fills_spans else at < settled[:, None]
             uncached = (text & ~cached) | (at == settled[:, None] - 1)
-            logits, drafts, hidden = self._forward(canvas, uncached, settled, tree, masks, noise, past, moves)
+            logits, drafts, hidden = self._forward(canvas, uncached, settled, end, tree, masks, noise, past, moves)
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
@@ -141,17 +141,17 @@ class Speculative:
             accepted = torch.minimum(accepted, written)
             moves = self._moves(settled, accepted, parent, past.n)
             cached = uncached | cached | (write & (at < (settled + accepted)[:, None]))
-            columns, behind = None, settled + written
+            columns, goes_on = None, todo & (settled + written < end)
             if span_ends is not None:
                 canvas, span_ends, columns = span_ends.close(canvas, write, end)
             if columns is not None:
-                score, moved = columns.take(score), (canvas.real & (columns.index != at)).any(1)
-                cached &= ~moved[:, None]  # text behind the span has other positions now
-                behind = behind.masked_fill(moved, -1)
+                score, goes_on = columns.take(score), goes_on & ~(canvas.real & (columns.index != at)).any(1)
             first_open, end = _first_run(canvas.open)
             settled = torch.where(first_open < n, first_open, canvas.real.sum(1))
+            if self.fills_spans:
+                cached &= goes_on[:, None]  # the next span is filled with the text in another order
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
-            ahead = self._drafts_behind(tree, node, drafts, hidden, masks, todo & (settled == behind), latest)
+            ahead = self._drafts_behind(tree, node, drafts, hidden, masks, goes_on, latest)
             copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
@@ -234,6 +234,7 @@ class Speculative:
         canvas: Canvas,
         uncached: Bool[Tensor, "b n"],
         settled: Int[Tensor, " b"],
+        end: Int[Tensor, " b"],
         tree: DraftTree,
         placed_masks: PlacedMasks,
         noise: int,
@@ -242,7 +243,8 @@ class Speculative:
     ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"], Float[Tensor, "b s d"]]:
         """The AR logits after every node of the tree, and the draft logits and hidden states of the mask tokens.
 
-        `uncached` are the positions of the text to be run, the last settled one among them.
+        `uncached` are the positions of the text to be run, the last settled one among them. Text from `end` on stands
+        behind the span that is filled, and is read first.
         The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
         the settled text follow, in the order of its positions.
         """
@@ -264,14 +266,21 @@ class Speculative:
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
             """Text is causal; draft tokens and masks attend to all settled text, and to each other by `tree_mask`."""
-            is_draft, at_key = q < draft_width, (key - draft_width).clamp_min(0)
+            is_draft, at_key = q < draft_width, key - draft_width
             last_key = torch.where(is_draft, settled[b] - 1, q - draft_width)
-            at_q = torch.where(is_draft, settled[b], q - draft_width).clamp(0, n - 1)
             in_tree = tree_mask[b, q.clamp_max(draft_width - 1), key.clamp_max(draft_width - 1)]
-            in_text = sight(b, at_q, at_key, at_key <= last_key) & canvas.real[b, at_key]
+            key_is_behind, query_is_behind, earlier = at_key >= end[b], last_key >= end[b], at_key <= last_key
+            in_text = torch.where(
+                key_is_behind,
+                is_read[b, at_key.clamp_min(0)] & (earlier | ~query_is_behind),
+                earlier & ~query_is_behind,
+            )
             return torch.where(key < draft_width, is_draft & in_tree, in_text)
 
-        sight = self.pattern.sight(canvas, shift=1)
+        at = torch.arange(n, device=device)
+        is_behind = canvas.real & (at >= end[:, None]) & self.fills_spans
+        is_read, behind = is_behind & ~canvas.open, is_behind.sum(1, keepdim=True)
+        position_ids = torch.where(is_behind, at - end[:, None], at + behind).clamp_max(n - 1)
         draft_positions = torch.cat([nodes, masks], 1)
         width = draft_width + (n if self.fills_spans else int(settled.amax()))
         columns = torch.arange(draft_positions.shape[1], device=device).expand(b, -1)
@@ -281,20 +290,18 @@ class Speculative:
         is_mask = (torch.arange(columns.shape[1], device=device) >= text.shape[1] + drafted).expand(b, -1)
         inputs = AttentionInputs(
             tokens=torch.cat([tokens.gather(1, text), drafts], 1),
-            position_ids=torch.cat([text, draft_positions], 1).clamp_max(n - 1),
+            position_ids=torch.cat([position_ids.gather(1, text), (draft_positions + behind).clamp_max(n - 1)], 1),
             output_index=tokens,
             ar_output_index=tokens,
             mask_mod=mask_mod,
             per_row=True,
             is_mask=is_mask,
             columns=columns,
-            key_position_ids=torch.cat(
-                [draft_positions, spare, torch.arange(width - draft_width, device=device).expand(b, -1)], 1
-            ),
+            key_position_ids=torch.cat([draft_positions + behind, spare, position_ids[:, : width - draft_width]], 1),
         )
         past.set_columns(columns, width, moves)
         m = columns.shape[1]
-        before_root = uncached & (torch.arange(n, device=device) < settled[:, None] - 1)
+        before_root = uncached & (at < settled[:, None] - 1)
         root = row * m + before_root.sum(1, keepdim=True)
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
         hidden = self.denoiser.hidden_states(inputs, torch.cat([root, rest], 1).flatten(), past=past)
