@@ -1,9 +1,9 @@
-"""Masked spans of unknown length: resized while they are filled, of a told length, and the best of eight lengths.
+"""Masked spans of unknown length: ended or resized by the model, of a told length, and the best of eight lengths.
 
     python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--out runs/spans]
 
-MODEL is an infiller with variable length (`-o variable_length=true`); EVAL is a folder of benchmark files, as for
-`diffusify eval --data`, of which those with spans are used. All ways fill the same items with the same settings, in
+MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
+benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items in
 batches of 16 texts. `forwards` are forward passes of a batch and `rows` the texts in each of them, so their product is
 the work. A model that keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes.
 """
@@ -45,20 +45,23 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("runs/spans"))
     chosen = options.parse_args()
     lm = open_lm(chosen.model, dtype=torch.bfloat16)
-    if lm.config.length_tokens is None:
-        options.error(f"{chosen.model} has no length tokens; adapt it with -o variable_length=true")
-    plain = SamplingConfig()
-    tokens = tuple(lm.config.length_tokens.ids)
     eight = count_length_candidates([[UNKNOWN_LENGTH]])
-    ways: dict[str, tuple[DiffusionLM, SamplingConfig, SpanLength, int]] = {
-        "told": (lm, plain, "told", 1),
-        "resized": (lm, plain, "unknown", 1),
-        f"best of {eight} lengths": (
-            without_resizing(lm), SamplingConfig(suppress_tokens=tokens), "unknown", eight
-        ),
-    }  # fmt: skip
+    plain, lengths = SamplingConfig(), f"best of {eight} lengths"
+    ways: dict[str, tuple[DiffusionLM, SamplingConfig, SpanLength, int]] = {"told": (lm, plain, "told", 1)}
+    if lm.config.infiller.reads_as_ar_model:
+        ways["ended by the model"] = (lm, plain, "unknown", 1)
+        ways["ended by the model, tolerance 0.7"] = (lm, SamplingConfig(tolerance=0.7), "unknown", 1)
+        ways[lengths] = (lm, SamplingConfig(rerank=eight), "unknown", eight)
+    elif lm.config.length_tokens is not None:
+        suppressed = SamplingConfig(suppress_tokens=tuple(lm.config.length_tokens.ids))
+        ways["resized"] = (lm, plain, "unknown", 1)
+        ways[lengths] = (without_resizing(lm), suppressed, "unknown", eight)
+    else:
+        options.error(
+            f"{chosen.model} does not find the length of spans; adapt it with --recipe block -o infilling=0.5"
+        )
     if lm.config.keeps_ar_model:
-        ways["resized, reranked"] = (lm, SamplingConfig(rerank=chosen.rerank), "unknown", chosen.rerank)
+        ways["reranked"] = (lm, SamplingConfig(rerank=chosen.rerank, temperature=0.7), "unknown", chosen.rerank)
     result: dict = {
         "model": chosen.model,
         "limit": chosen.limit,

@@ -28,11 +28,11 @@ class Recipe:
     attention (0: at once). `curriculum` lists the block sizes that training passes through first. A share `infilling`
     of the steps trains a block model to infill as well: `spans` of a text, in blocks from left to right with the text
     on both sides in sight, or if they are None in any order, with bidirectional attention. With `adapters="masks"`,
-    only adapters are trained, which act where the input is a mask: the AR half stays the base. With a
-    `position_decay`, the k-th draft of a block weighs exp(-k / position_decay), since it only counts if the earlier
-    ones were right (DSpark). With `length_noise`, the model learns to change the length of a masked span while it fills it. `alignment` is the
-    weight of the distance to the hidden states of the causal base on the clean text (REPR-ALIGN: 10). `draft_head` is
-    the inner size of a draft head (see `DraftHead`). ValueError for settings that exclude each other.
+    only adapters are trained, which act where the input is a mask: the AR half stays the base. With a `position_decay`,
+    the k-th draft of a block weighs exp(-k / position_decay), since it only counts if the earlier ones were right
+    (DSpark). With `length_noise`, the model learns to change the length of a masked span while it fills it. `alignment`
+    is the weight of the distance to the hidden states of the causal base on the clean text (REPR-ALIGN: 10).
+    `draft_head` is the inner size of a draft head (see `DraftHead`). ValueError for settings that exclude each other.
     """
 
     name: str
