@@ -9,6 +9,7 @@ from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal, Causal
 from diffusify.diffusion.masked_spans import MaskedSpans
 from tests.families import MASK, tiny_denoiser
+from tests.text import makers
 
 # One span in each document, of which the last has none.
 SPANS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
@@ -90,10 +91,9 @@ def test_later_spans_are_not_seen() -> None:
 
 def test_masked_spans_are_random_and_end() -> None:
     tokens = texts(64, 96)
-    clean = Canvas.clean(
-        tokens, torch.cat([torch.full((64, 40), 1), torch.full((64, 40), 2), torch.zeros(64, 16)], 1).long()
-    )
-    made = MaskedSpans()(clean, END, generator=torch.Generator().manual_seed(0))
+    document = torch.cat([torch.full((64, 40), 1), torch.full((64, 40), 2), torch.zeros(64, 16)], 1).long()
+    clean, nowhere = Canvas.clean(tokens, document), torch.zeros(64, 96, dtype=torch.bool)
+    made = MaskedSpans()(clean, END, nowhere, generator=torch.Generator().manual_seed(0))
     spans = made.run_starts & made.editable
     assert (spans.sum(1) == 2).all()
     sizes = made.editable.sum(1)
@@ -101,14 +101,39 @@ def test_masked_spans_are_random_and_end() -> None:
     for row in range(64):
         ends = made.editable[row] & (made.tokens[row] == END)
         assert int(ends.sum()) == 2 and not (made.editable & ~made.run_starts)[row, 1:][ends[:-1]].any()
-        for document in (1, 2):
-            mine = (made.document[row] == document) & ~ends
-            assert torch.equal(made.tokens[row, mine], tokens[row, clean.document[row] == document])
-    again = MaskedSpans()(clean, END, generator=torch.Generator().manual_seed(0))
+        for number in (1, 2):
+            mine = (made.document[row] == number) & ~ends
+            assert torch.equal(made.tokens[row, mine], tokens[row, document[row] == number])
+    again = MaskedSpans()(clean, END, nowhere, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.tokens, made.tokens)
-    answers = Canvas(tokens, clean.open, (torch.arange(96) % 40 > 30) & clean.real, clean.document)
-    within = MaskedSpans(0.5)(answers, END, generator=torch.Generator().manual_seed(0))
+    answers = Canvas(tokens, clean.open, (torch.arange(96) % 40 > 30) & clean.real, document)
+    within = MaskedSpans()(answers, END, nowhere, generator=torch.Generator().manual_seed(0))
     assert (within.editable & (within.tokens != END)).sum(1).max() <= 18
-    for longest in (0.0, 1.5):
-        with pytest.raises(ValueError, match=r"must be a share of a document in \(0, 1\]"):
-            MaskedSpans(longest)
+    with pytest.raises(ValueError, match=r"passages=1.5 is a share of the documents, in \[0, 1\]"):
+        MaskedSpans(1.5)
+
+
+def test_masked_spans_are_whole_passages() -> None:
+    tokens, starts = texts(64, 60), (torch.arange(60) % 7 == 3).expand(64, 60)
+    clean = Canvas.clean(tokens, (torch.arange(60) // 30 + 1).expand(64, 60))
+    made = MaskedSpans(passages=1.0)(clean, END, starts, generator=torch.Generator().manual_seed(1))
+    places = set()
+    for row in range(64):
+        ends = made.editable[row] & (made.tokens[row] == END)
+        text = made.tokens[row][~ends][: len(tokens[row])]
+        span = made.editable[row][~ends]
+        edges = span & made.run_starts[row][~ends]
+        edges[1:] |= ~span[1:] & span[:-1]
+        assert torch.equal(text, tokens[row][: len(text)])
+        places |= set(edges.nonzero()[:, 0].tolist())
+    assert len(places) > 6 and all(place % 7 == 3 or place % 30 == 0 for place in places)
+
+
+def test_passages_are_lines_and_sentences() -> None:
+    tokenizer = makers.byte_level()
+    text = 'He said: "No." It cost 3.5, why?\n\nx = a.b\n  y'
+    ids = tokenizer.encode(text)
+    parts = [tokenizer.decode([i], continues=True) for i in ids]
+    starts = "".join("|" * is_start + part for is_start, part in zip(tokenizer.passage_starts(ids), parts, strict=True))
+    assert starts.replace("|\n", "\n") == 'He said: "No."| It cost 3.5, why?\n\nx = a.b\n  y'
+    assert starts.count("|") == (text.count(" It") + sum("\n" in part for part in parts))

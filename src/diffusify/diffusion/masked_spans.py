@@ -6,7 +6,7 @@ Axes: b texts, n positions.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Generator, Tensor
 
 from diffusify.canvas import Canvas
@@ -18,20 +18,22 @@ from diffusify.diffusion.length_tokens import Columns
 class MaskedSpans:
     """One random span of each document is to be filled, and all other text is given.
 
-    Its length is log-uniform up to that of the document, times `longest`. An end token follows it, so a model learns
-    where a span ends. Raises ValueError if `longest` is not in (0, 1].
+    Its length is log-uniform up to that of the document. In a share `passages` of the documents it is widened to whole
+    passages: lines or sentences, as spans often are in use. An end token follows it, so a model learns where a span
+    ends. Raises ValueError if `passages` is not in [0, 1].
     """
 
-    longest: float = 1.0
+    passages: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.longest <= 1:
-            raise ValueError(f"longest={self.longest} must be a share of a document in (0, 1]; 1.0 is usual")
+        if not 0 <= self.passages <= 1:
+            raise ValueError(f"passages={self.passages} is a share of the documents, in [0, 1]; 0.5 is usual")
 
     def __call__(
         self,
         clean: Canvas,
         end_token_id: int,
+        passage_starts: Bool[Tensor, "b n"],
         *,
         generator: Generator | None = None,
         shard: RowShard | None = None,
@@ -41,28 +43,30 @@ class MaskedSpans:
         Random numbers are those of the whole step (see `noised`).
         """
         step = clean.document if shard is None else shard.document
-        uniform = torch.rand(2, *step.shape, generator=generator)
+        uniform = torch.rand(3, *step.shape, generator=generator)
         uniform = uniform if shard is None else uniform[:, shard.rows]
         b, n = clean.document.shape
-        index = torch.arange(n).expand(b, n)
+        index, editable = torch.arange(n).expand(b, n), clean.editable
 
-        def highest(values: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-            """The highest value in each position's document, of those of its editable positions."""
-            values = values.masked_fill(~clean.editable, -1.0)
-            return (
-                values.new_full((b, n + 1), -1.0)
-                .scatter_reduce(1, clean.document, values, "amax")
-                .gather(1, clean.document)
-            )
+        def highest(values: Tensor) -> Tensor:
+            """The highest value in each position's document, of those of its editable positions; -1 without any."""
+            values = values.masked_fill(~editable, -1)
+            best = values.new_full((b, n + 1), -1).scatter_reduce(1, clean.document, values, "amax")
+            return best.gather(1, clean.document)
 
-        is_start = clean.editable & (uniform[0] == highest(uniform[0]))
-        size = (highest(clean.position_ids.float()) * self.longest).clamp_min(1) ** uniform[1]
-        start = torch.where(is_start, index, -1).cummax(1).values  # of the last span
-        length = size.gather(1, start.clamp_min(0)).ceil()
+        start = highest(torch.where(uniform[0] == highest(uniform[0]), index, -1))
+        has_span, start = start >= 0, start.clamp_min(0)
+        size = highest(clean.position_ids).clamp_min(1) ** uniform[1].gather(1, start)
+        end = start + size.ceil().long()
         run = clean.run_starts.cumsum(1)
-        spans = (start >= 0) & (index < start + length) & (run == run.gather(1, start.clamp_min(0)))
+        before = torch.where(passage_starts | clean.run_starts, index, 0).cummax(1).values
+        behind = torch.where(passage_starts, index, n).flip(1).cummin(1).values.flip(1)
+        is_widened = uniform[2].gather(1, start) < self.passages
+        end = torch.where(is_widened & (end < n), behind.gather(1, end.clamp_max(n - 1)), end)
+        run_of_span, start = run.gather(1, start), torch.where(is_widened, before.gather(1, start), start)
+        spans = has_span & (index >= start) & (index < end) & (run == run_of_span)
         is_last = spans.clone()
-        is_last[:, :-1] &= ~spans[:, 1:] | is_start[:, 1:]
+        is_last[:, :-1] &= ~spans[:, 1:] | (clean.document[:, 1:] != clean.document[:, :-1])
         columns = Columns.repeated(1 + is_last.long(), n)
         canvas = columns.take_canvas(Canvas(clean.tokens, clean.open, spans, clean.document))
         is_end = (columns.copy == 1) & canvas.real

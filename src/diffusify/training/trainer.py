@@ -82,6 +82,7 @@ class DiffusionTrainer(ResilientTrainer):
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
+        self.text_tokenizer: TextTokenizer | None = None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
@@ -134,8 +135,10 @@ class DiffusionTrainer(ResilientTrainer):
         text = self.denoiser.predictable(text)
         if recipe.spans is not None:
             tokenizer: Any = self.processing_class
-            end_token_id = TextTokenizer(tokenizer, config.mask_token_id, config.frame).end_token_id
-            text = recipe.spans(text, end_token_id, generator=generator, shard=shard)
+            if self.text_tokenizer is None:
+                self.text_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame)
+            starts = torch.tensor([self.text_tokenizer.passage_starts(row) for row in text.tokens.tolist()])
+            text = recipe.spans(text, self.text_tokenizer.end_token_id, starts, generator=generator, shard=shard)
         step = noised(
             text,
             recipe.time,
