@@ -152,11 +152,23 @@ class Speculative:
                 cached &= goes_on[:, None]  # the next span is filled with the text in another order
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
             ahead = self._drafts_behind(tree, node, drafts, hidden, masks, goes_on, latest)
-            copied, copied_prob = copied_drafts(canvas.tokens, settled, self.copies)
+            read, count = self._read_tokens(canvas, settled, end)
+            copied, copied_prob = copied_drafts(read, count, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
             canvas = (yield Frame(canvas, score, forwards, settled, columns)) or canvas
+
+    def _read_tokens(
+        self, canvas: Canvas, settled: Int[Tensor, " b"], end: Int[Tensor, " b"]
+    ) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
+        """The tokens in the order in which they are read, and how many precede the next one."""
+        if not self.fills_spans:
+            return canvas.tokens, settled
+        at = torch.arange(canvas.tokens.shape[1], device=settled.device)
+        behind = (canvas.real & (at >= end[:, None])).sum(1, keepdim=True)
+        index = torch.where(at < behind, at + end[:, None], at - behind).clamp(0, len(at) - 1)
+        return canvas.tokens.gather(1, index), settled + behind[:, 0]
 
     def _min_prob(self, b: int) -> float:
         """The least probability with which a draft of one of `b` texts must be accepted to be run.
