@@ -113,6 +113,17 @@ def work(arm: str, minutes: float, seed: int, out: Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
+def by_seed(arms: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
+    """The tokens of training and the tokens per forward pass of each drafting arm, one for each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, values in arms.items():
+        if "draft" in name:
+            arm = found.setdefault(name.split(", seed")[0], {"training_tokens": [], "tokens_per_forward": []})
+            arm["training_tokens"].append(values["training_tokens"])
+            arm["tokens_per_forward"].append(values["tokens_per_kind"]["all"])
+    return found
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=4.0)
@@ -124,7 +135,7 @@ def main() -> None:
     if chosen.work:
         work(chosen.work[0], chosen.minutes, int(chosen.work[1]), chosen.out)
         return
-    result: dict = {"minutes": chosen.minutes, "arms": {}}
+    result: dict = {"minutes": chosen.minutes, "drafting": {}, "arms": {}}
     if (before := earlier("recipes")).get("minutes") == chosen.minutes:
         result["arms"] = before["arms"]
     for seed, arm in product(range(chosen.seeds), chosen.arms):
@@ -135,6 +146,7 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *run], check=True)
         result["arms"][name] = json.loads(file.read_text(encoding="utf-8"))
         print(name, result["arms"][name], flush=True)
+    result["drafting"] = by_seed(result["arms"])
     print("wrote", save("recipes", f"python benchmarks/recipes.py --minutes {chosen.minutes:g}", 0, result))
 
 
