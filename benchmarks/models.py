@@ -115,7 +115,7 @@ def main() -> None:
             lm = DiffusionLM(untrained, lm.tokenizer)
         if name == "smollm2-block":  # scored by its AR half above
             found["by_the_bound"] = scores(lm, choices, chosen.out / f"{name}-bound", MonteCarlo())
-        if name == "smollm2-infill":  # exactly, in one of the orders that the NELBO averages over
+        if name == "smollm2-masked":  # exactly, in one of the orders that the NELBO averages over
             found["one_by_one"] = scores(lm, choices, chosen.out / f"{name}-exact", TokenByToken())
         found["texts"] = noise_levels(lm, texts)
         result["models"][name] = found

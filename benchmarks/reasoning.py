@@ -1,6 +1,6 @@
 """Finetuning on reasoning, diffusion compared with AR: grade-school math (GSM8K) as chains of equations.
 
-    python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-block smollm2-infill]
+    python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-block smollm2-masked]
 
 The file has GSM8K's `question` and `answer`; a chain is its `<<...>>` equations and `#### ` with the answer. 200
 problems are held out. All arms have the same rows and steps: the base as an AR model, as a block diffusion model from
@@ -39,10 +39,10 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"learning_rate": 1e-3},
         {"smollm2-block": {}, "smollm2-block, losslessly": {"tolerance": 0.0}},
     ),
-    "smollm2-infill": (
-        "smollm2-infill",
+    "smollm2-masked": (
+        "smollm2-masked",
         {"learning_rate": 1e-3, "length_head": True},
-        {"smollm2-infill": {"steps": 16, "length_beam": 1}},
+        {"smollm2-masked": {"steps": 16, "length_beam": 1}},
     ),
 }
 

@@ -3,7 +3,7 @@
     python benchmarks/rewards.py GSM8K.jsonl [--arms grpo grpo_high_rate espo sft gsm8k]
 
 Prompts ask for the largest of three numbers; the reward is 1 for it, else 0. `grpo` trains `smollm2-chat`, a block
-model with its AR half, and `grpo_high_rate` does at a higher learning rate; `espo` trains `smollm2-infill`, which is
+model with its AR half, and `grpo_high_rate` does at a higher learning rate; `espo` trains `smollm2-masked`, which is
 bidirectional, after `--warmup` steps of finetuning on right answers, with half as many prompts in a step; `sft`
 finetunes `smollm2-chat` on the right answers to as many prompts as `grpo` has. Accuracy of greedy answers to prompts
 that are held out, and tokens per forward pass, before and after, with standard errors: of a share before, over the
@@ -33,7 +33,7 @@ from diffusify.reinforcement.rollouts import generate_rollouts
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.examples import Template
 
-CHAT, INFILL = "smollm2-chat", "smollm2-infill"
+CHAT, INFILL = "smollm2-chat", "smollm2-masked"
 QUESTION = "Which is the largest number: {numbers}? Answer with the number only."
 PLAIN = Template("Numbers: {numbers}\nLargest:", " {answer}")
 RATES = {"grpo": 2e-4, "grpo_high_rate": 3e-4, "espo": 1e-4, "sft": 3e-4}  # of learning; all train LoRA adapters
