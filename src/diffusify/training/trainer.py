@@ -82,7 +82,7 @@ class DiffusionTrainer(ResilientTrainer):
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
-        self.text_tokenizer: TextTokenizer | None = None
+        self._span_tokenizer: TextTokenizer | None = None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
@@ -135,10 +135,10 @@ class DiffusionTrainer(ResilientTrainer):
         text = self.denoiser.predictable(text)
         if recipe.spans is not None:
             tokenizer: Any = self.processing_class
-            if self.text_tokenizer is None:
-                self.text_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame)
-            starts = torch.tensor([self.text_tokenizer.passage_starts(row) for row in text.tokens.tolist()])
-            text = recipe.spans(text, self.text_tokenizer.end_token_id, starts, generator=generator, shard=shard)
+            if self._span_tokenizer is None:
+                self._span_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame)
+            starts = torch.tensor([self._span_tokenizer.passage_starts(row) for row in text.tokens.tolist()])
+            text = recipe.spans(text, self._span_tokenizer.end_token_id, starts, generator=generator, shard=shard)
         step = noised(
             text,
             recipe.time,
