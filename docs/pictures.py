@@ -29,7 +29,7 @@ from diffusify.sampling.sampling_config import SamplingConfig
 IMAGES = Path(__file__).parent / "images"
 PROMPT = "The with statement is used to"
 STORY = "A good breakfast is important because"
-SPAN = "The book was so good that she[[5]] in one day."
+SPAN = "In summer it is hot, and in winter[[3]]."
 SCHEDULES: dict[str, NoiseSchedule] = {
     "Linear()": Linear(),
     "Cosine()": Cosine(),

@@ -10,6 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def last_starts(starts: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """The position of the last start up to each position; 0 before the first one."""
+    return torch.where(starts, torch.arange(starts.shape[1], device=starts.device), 0).cummax(1).values
+
+
+def offsets(starts: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Each position's distance from the last start."""
+    return torch.arange(starts.shape[1], device=starts.device) - last_starts(starts)
+
+
 @dataclass(frozen=True)
 class Guess:
     """The token proposed for every position, and its log-probability (`score`)."""
@@ -72,10 +82,9 @@ class Canvas:
     @property
     def position_ids(self) -> Int[Tensor, "b n"]:
         """Each token's position in its own document, from 0."""
-        index = torch.arange(self.document.shape[1], device=self.document.device)
         starts = torch.ones_like(self.document, dtype=torch.bool)
         starts[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
-        return index - torch.where(starts, index, 0).cummax(1).values
+        return offsets(starts)
 
     @property
     def run_starts(self) -> Bool[Tensor, "b n"]:
@@ -94,9 +103,7 @@ class Canvas:
         if not of_spans:
             return self.position_ids % size == 0
         starts = self.run_starts
-        index = torch.arange(starts.shape[1], device=starts.device)
-        offset = index - torch.where(starts, index, 0).cummax(1).values
-        return starts | (self.editable & (offset % size == 0))
+        return starts | (self.editable & (offsets(starts) % size == 0))
 
     def reading_order(self) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """Each token's place in its document if the text behind a span is read first, and where this text is.

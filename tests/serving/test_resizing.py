@@ -22,10 +22,8 @@ TEXT = "The [[...]] sat on [[2]] mat."
 SEEDS = range(2)
 
 
-def resizing_lm() -> DiffusionLM:
-    """A random model that likes to write the length tokens, which are two letters here."""
-    lm = tiny_lm(infills=True)
-    ids = [lm.tokenizer.encode(letter)[-1] for letter in "qz"]
+def favour(lm: DiffusionLM, ids: list[int]) -> None:
+    """Make a model more likely to write some tokens."""
     network: Any = lm.denoiser.network
     head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
     with torch.no_grad():
@@ -33,6 +31,13 @@ def resizing_lm() -> DiffusionLM:
         head.bias.zero_()
         head.bias[ids] = 12.0
     network.lm_head = head.eval().requires_grad_(False)
+
+
+def resizing_lm() -> DiffusionLM:
+    """A random model that likes to write the length tokens, which are two letters here."""
+    lm = tiny_lm(infills=True)
+    ids = [lm.tokenizer.encode(letter)[-1] for letter in "qz"]
+    favour(lm, ids)
     lm.denoiser.diffusion_config = replace(lm.config, length_tokens=LengthTokens(*ids))
     return lm
 
@@ -40,13 +45,7 @@ def resizing_lm() -> DiffusionLM:
 def span_lm() -> DiffusionLM:
     """A random block model that fills spans from left to right, and likes to end them."""
     lm = tiny_lm(infills=True)
-    with torch.no_grad():
-        network: Any = lm.denoiser.network
-        head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
-        head.weight.copy_(network.lm_head.weight)
-        head.bias.zero_()
-        head.bias[lm.tokenizer.end_token_id] = 12.0
-    network.lm_head = head.eval().requires_grad_(False)
+    favour(lm, [lm.tokenizer.end_token_id])
     lm.denoiser.diffusion_config = replace(
         lm.config, attention=BlockCausal(4), infilling=BlockCausal(4, sides="both"), policy=Unmask()
     )

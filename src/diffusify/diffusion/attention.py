@@ -124,9 +124,11 @@ class BlockCausal:
         """Where blocks start."""
         return canvas.block_starts(self.size, of_spans=self.sides == "both")
 
-    def _blocks(self, canvas: Canvas) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    def _blocks(
+        self, canvas: Canvas, block_start: Bool[Tensor, "b n"]
+    ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
         """The block of each position and its position id, both in the order in which the text is read."""
-        block = self.block_starts(canvas).cumsum(1) - 1
+        block = block_start.cumsum(1) - 1
         if self.sides == "left":
             return block, canvas.position_ids
         position_ids, is_behind = canvas.reading_order()
@@ -135,7 +137,8 @@ class BlockCausal:
     def __call__(
         self, canvas: Canvas, clean: Int[Tensor, "texts n"] | None = None, *, shift: int = 0
     ) -> AttentionInputs:
-        block_start, (block, position_ids) = self.block_starts(canvas), self._blocks(canvas)
+        block_start = self.block_starts(canvas)
+        block, position_ids = self._blocks(canvas, block_start)
         full_clean_blocks, full_noisy_blocks = self.clean == "block", self.noisy == "full"
         if clean is None:
             index, open = block.clamp_min(0), canvas.open & (block >= 0)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, last_starts
 from diffusify.diffusion.length_tokens import Columns
 from diffusify.diffusion.schedules import NoiseSchedule
 
@@ -68,8 +68,7 @@ class PerText:
         text = _segment_ids(new_text)
         in_spans = torch.rand(int(text.max()) + 1, generator=generator)[text] < 0.5
         starts = new_text | ~in_spans | (torch.rand(uniform.shape, generator=generator) < 1 / self.spans)
-        first = torch.where(starts, torch.arange(uniform.shape[1]), 0).cummax(1).values
-        return uniform.gather(1, first)
+        return uniform.gather(1, last_starts(starts))
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ def noised(
     complement = isinstance(time, PerBlock) and time.complement
     if isinstance(time, PerBlock) and time.of_spans:  # which only the rows themselves know, not the step
         starts = clean.block_starts(time.size, of_spans=True)
-        first = torch.where(starts, torch.arange(starts.shape[1]), 0).cummax(1).values
-        times = times.gather(2, first.expand_as(times))
+        times = times.gather(2, last_starts(starts).expand_as(times))
     uniforms = [uniform, 1 - uniform] if complement else [uniform] * len(times)
     canvases = [corrupt(clean, t, u, schedule, noise) for t, u in zip(times, uniforms, strict=True)]
     views = len(canvases)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Generator, Tensor
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, last_starts
 from diffusify.diffusion.corruption import RowShard
 from diffusify.diffusion.length_tokens import Columns
 
@@ -59,7 +59,7 @@ class MaskedSpans:
         size = highest(clean.position_ids).clamp_min(1) ** uniform[1].gather(1, start)
         end = start + size.ceil().long()
         run = clean.run_starts.cumsum(1)
-        before = torch.where(passage_starts | clean.run_starts, index, 0).cummax(1).values
+        before = last_starts(passage_starts | clean.run_starts)
         behind = torch.where(passage_starts, index, n).flip(1).cummin(1).values.flip(1)
         is_widened = uniform[2].gather(1, start) < self.passages
         end = torch.where(is_widened & (end < n), behind.gather(1, end.clamp_max(n - 1)), end)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, offsets
 from diffusify.config import DiffusionConfig, keeps_ar_model
 from diffusify.diffusion.attention import Annealed, AttentionPattern, Bidirectional, BlockCausal
 from diffusify.diffusion.corruption import PerBlock, PerText, TimeSampler
@@ -161,9 +160,7 @@ class Recipe:
         weight = canvas.open.float()
         if not isinstance(self.attention, BlockCausal):
             return weight
-        index = torch.arange(canvas.open.shape[1], device=canvas.open.device)
-        start = torch.where(self.attention.block_starts(canvas), index, 0).cummax(1).values
-        drafted = index - start - self.shift  # draft 0 is the first that a mask predicts
+        drafted = offsets(self.attention.block_starts(canvas)) - self.shift  # draft 0 is the first that a mask predicts
         if self.position_decay is not None:
             weight = weight * (-drafted.clamp_min(0) / self.position_decay).exp()
         return weight * (drafted >= 0) if self.adapters == "masks" else weight

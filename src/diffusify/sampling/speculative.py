@@ -121,7 +121,7 @@ class Speculative:
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
             text = canvas.real & ~canvas.open if self.fills_spans else at < settled[:, None]
             uncached = (text & ~cached) | (at == settled[:, None] - 1)
-            logits, drafts, hidden = self._forward(canvas, uncached, settled, end, tree, masks, noise, past, moves)
+            logits, drafts, hidden = self._forward(canvas, uncached, settled, tree, masks, noise, past, moves)
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
@@ -152,23 +152,20 @@ class Speculative:
                 cached &= goes_on[:, None]  # the next span is filled with the text in another order
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
             ahead = self._drafts_behind(tree, node, drafts, hidden, masks, goes_on, latest)
-            read, count = self._read_tokens(canvas, settled, end)
-            copied, copied_prob = copied_drafts(read, count, self.copies)
+            copied, copied_prob = copied_drafts(*self._read_tokens(canvas, settled), self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
             canvas = (yield Frame(canvas, score, forwards, settled, columns)) or canvas
 
-    def _read_tokens(
-        self, canvas: Canvas, settled: Int[Tensor, " b"], end: Int[Tensor, " b"]
-    ) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
+    def _read_tokens(self, canvas: Canvas, settled: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
         """The tokens in the order in which they are read, and how many precede the next one."""
         if not self.fills_spans:
             return canvas.tokens, settled
-        at = torch.arange(canvas.tokens.shape[1], device=settled.device)
-        behind = (canvas.real & (at >= end[:, None])).sum(1, keepdim=True)
-        index = torch.where(at < behind, at + end[:, None], at - behind).clamp(0, len(at) - 1)
-        return canvas.tokens.gather(1, index), settled + behind[:, 0]
+        place, is_behind = canvas.reading_order()
+        order = torch.where(canvas.real, place, place.shape[1]).argsort(dim=1, stable=True)
+        count = torch.where(canvas.open.any(1), settled + is_behind.sum(1), settled)  # a finished row has no next one
+        return canvas.tokens.gather(1, order), count
 
     def _min_prob(self, b: int) -> float:
         """The least probability with which a draft of one of `b` texts must be accepted to be run.
@@ -246,7 +243,6 @@ class Speculative:
         canvas: Canvas,
         uncached: Bool[Tensor, "b n"],
         settled: Int[Tensor, " b"],
-        end: Int[Tensor, " b"],
         tree: DraftTree,
         placed_masks: PlacedMasks,
         noise: int,
@@ -255,10 +251,9 @@ class Speculative:
     ) -> tuple[Float[Tensor, "b p v"], Float[Tensor, "b s v"], Float[Tensor, "b s d"]]:
         """The AR logits after every node of the tree, and the draft logits and hidden states of the mask tokens.
 
-        `uncached` are the positions of the text to be run, the last settled one among them. Text from `end` on stands
-        behind the span that is filled, and is read first.
-        The first columns of the cache are those of the tree and the masks, overwritten by every pass. The columns of
-        the settled text follow, in the order of its positions.
+        `uncached` are the positions of the text to be run, the last settled one among them. Text behind the span that
+        is filled is read first (see `Canvas.reading_order`). The first columns of the cache are those of the tree and
+        the masks, overwritten by every pass. The columns of the settled text follow, in the order of its positions.
         """
         tokens, (mask_node, mask_offset, is_used) = canvas.tokens, placed_masks
         (b, n), device = tokens.shape, tokens.device
@@ -278,21 +273,17 @@ class Speculative:
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
             """Text is causal; draft tokens and masks attend to all settled text, and to each other by `tree_mask`."""
-            is_draft, at_key = q < draft_width, key - draft_width
+            is_draft, at_key = q < draft_width, (key - draft_width).clamp_min(0)
             last_key = torch.where(is_draft, settled[b] - 1, q - draft_width)
             in_tree = tree_mask[b, q.clamp_max(draft_width - 1), key.clamp_max(draft_width - 1)]
-            key_is_behind, query_is_behind, earlier = at_key >= end[b], last_key >= end[b], at_key <= last_key
-            in_text = torch.where(
-                key_is_behind,
-                is_read[b, at_key.clamp_min(0)] & (earlier | ~query_is_behind),
-                earlier & ~query_is_behind,
-            )
-            return torch.where(key < draft_width, is_draft & in_tree, in_text)
+            key_is_behind, query_is_behind = is_behind[b, at_key], is_behind[b, last_key.clamp_max(n - 1)]
+            in_text = torch.where(key_is_behind == query_is_behind, at_key <= last_key, key_is_behind)
+            return torch.where(key < draft_width, is_draft & in_tree, in_text & ~is_later_span[b, at_key])
 
-        at = torch.arange(n, device=device)
-        is_behind = canvas.real & (at >= end[:, None]) & self.fills_spans
-        is_read, behind = is_behind & ~canvas.open, is_behind.sum(1, keepdim=True)
-        position_ids = torch.where(is_behind, at - end[:, None], at + behind).clamp_max(n - 1)
+        position_ids, is_behind = canvas.position_ids, torch.zeros_like(canvas.open)
+        if self.fills_spans:
+            position_ids, is_behind = canvas.reading_order()
+        behind, is_later_span = is_behind.sum(1, keepdim=True), is_behind & canvas.open
         draft_positions = torch.cat([nodes, masks], 1)
         width = draft_width + (n if self.fills_spans else int(settled.amax()))
         columns = torch.arange(draft_positions.shape[1], device=device).expand(b, -1)
@@ -313,7 +304,7 @@ class Speculative:
         )
         past.set_columns(columns, width, moves)
         m = columns.shape[1]
-        before_root = uncached & (at < settled[:, None] - 1)
+        before_root = uncached & (torch.arange(n, device=device) < settled[:, None] - 1)
         root = row * m + before_root.sum(1, keepdim=True)
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
         hidden = self.denoiser.hidden_states(inputs, torch.cat([root, rest], 1).flatten(), past=past)

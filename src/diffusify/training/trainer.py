@@ -82,7 +82,9 @@ class DiffusionTrainer(ResilientTrainer):
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
-        self._span_tokenizer: TextTokenizer | None = None
+        config = denoiser.diffusion_config
+        is_given = recipe.spans is not None and tokenizer is not None
+        self._span_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame) if is_given else None
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
@@ -134,9 +136,7 @@ class DiffusionTrainer(ResilientTrainer):
         config, generator = self.denoiser.diffusion_config, torch.Generator().manual_seed(seed % 2**63)
         text = self.denoiser.predictable(text)
         if recipe.spans is not None:
-            tokenizer: Any = self.processing_class
-            if self._span_tokenizer is None:
-                self._span_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame)
+            assert self._span_tokenizer is not None, "spans end with the tokenizer's end token"
             starts = torch.tensor([self._span_tokenizer.passage_starts(row) for row in text.tokens.tolist()])
             text = recipe.spans(text, self._span_tokenizer.end_token_id, starts, generator=generator, shard=shard)
         step = noised(

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, offsets
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.bounds import Bound, estimate_bound
 from diffusify.diffusion.objectives import cross_entropy
@@ -47,9 +47,7 @@ def validate(
         estimate, batch_ar_nll = _estimate(denoiser, clean, samples, generator, autocast)
         nll.append(torch.stack([estimate.nll.sum(1), clean.editable.sum(1)], 1).cpu())
         by_level.append(estimate.masked.cpu())
-        starts = _unit_starts(denoiser, clean)
-        index = torch.arange(starts.shape[1], device=starts.device)
-        position = (index - torch.where(starts, index, 0).cummax(1).values)[clean.editable] % (size or 1)
+        position = offsets(_unit_starts(denoiser, clean))[clean.editable] % (size or 1)
         by_position.append(torch.stack([estimate.nll[clean.editable], position], 1).cpu())
         ar_nll += [losses.cpu() for losses in batch_ar_nll]
     denoiser.train(training)
