@@ -83,8 +83,9 @@ class DiffusionTrainer(ResilientTrainer):
         optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
         config = denoiser.diffusion_config
-        is_given = recipe.spans is not None and tokenizer is not None
-        self._span_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame) if is_given else None
+        self._span_tokenizer: TextTokenizer | None = None
+        if recipe.spans is not None and tokenizer is not None:
+            self._span_tokenizer = TextTokenizer(tokenizer, config.mask_token_id, config.frame)
         self._nll: list[Tensor] = []
         self._ar_nll: list[Tensor] = []
 
