@@ -62,6 +62,19 @@ for the chat model T0's instructions, for the infiller TinyStories (CDLA-Sharing
 that the base wrote; none of that is contained in it."""
 
 
+METADATA = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+language: [en]
+library_name: diffusify
+license: apache-2.0
+pipeline_tag: text-generation
+tags: [diffusify, diffusion-language-model, {kind}, lora]
+---
+
+"""
+KINDS = {DRAFT: "speculative-decoding", "smollm2-masked": "masked-diffusion"}
+
+
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
     """Write a small folder with the bfloat16 adapters and everything needed to open them."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +86,8 @@ def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
         save_file(weights, folder / file.name)
     start = "smollm2-block" if folder.name == CHAT else BASE
     readme = f"# {folder.name}\n\n`{start}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    metadata = METADATA.format(kind=KINDS.get(folder.name, "block-diffusion"))
+    (folder / "README.md").write_text(metadata + readme, encoding="utf-8")
     shutil.copy(run / "diffusion_config.json", folder / "diffusion_config.json")
 
 
