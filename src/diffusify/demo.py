@@ -38,7 +38,7 @@ PYDOC_PROMPTS = [
     "When an exception is raised",
 ]
 MASKED_TEXTS = [
-    "The book was so good that she[[5]] in one day.",
+    "The capital of France is[[1]], and of Italy Rome.",
     "In summer it is hot, and in winter[[3]].",
     "import[[1]]\n\nprint(math.sqrt(16))",
 ]
