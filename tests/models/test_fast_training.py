@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Annealed, AttentionPattern, BlockCausal, Causal
 from diffusify.diffusion.corruption import PerBlock, noised
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.diffusion.objectives import Objective
 from diffusify.diffusion.schedules import Linear
 from diffusify.models.denoiser import Denoiser
@@ -89,6 +90,23 @@ def test_frozen_weights_of_half_the_width_change_nothing_under_autocast(
     assert before.keys() == after.keys()
     for name in before:
         torch.testing.assert_close(after[name], before[name], atol=1e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_trained_rows_beside_a_frozen_matrix_give_the_same_loss_and_gradients(family: str) -> None:
+    denoiser = denoiser_of(family)
+    torch.manual_seed(0)
+    add_lora(denoiser.network, Lora(2), MASK, "base", length_tokens=LengthTokens(3, 4))
+    with torch.no_grad():
+        for name, weight in denoiser.named_parameters():
+            if "trainable_tokens_delta" in name:
+                weight.normal_()
+    before = loss_and_gradients(denoiser, autocast=False)
+    optimize_for_training(denoiser.network)
+    after = loss_and_gradients(denoiser, autocast=False)
+    assert before.keys() == after.keys() and any("trainable_tokens_delta" in name for name in before)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
