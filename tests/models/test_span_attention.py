@@ -1,20 +1,24 @@
 """Masked spans that are filled in blocks from left to right: one training pass equals many sampling passes."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from diffusify.canvas import Canvas
+from diffusify.canvas import Canvas, offsets
 from diffusify.diffusion.attention import BlockCausal, Causal
-from diffusify.diffusion.masked_spans import MaskedSpans
+from diffusify.diffusion.masked_spans import MaskedSpans, passage
 from tests.families import MASK, tiny_denoiser
 from tests.text import makers
 
 # One span in each document, of which the last has none.
 SPANS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
 DOCUMENT = torch.tensor([[1] * 12, [1] * 5 + [2] * 6 + [0]])
-END = 1
+TOKENIZER = makers.byte_level()
 
 
 def texts(b: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -89,51 +93,79 @@ def test_later_spans_are_not_seen() -> None:
         assert not torch.equal(denoiser(Canvas.from_tokens([other], noise=MASK, pad=0)).logits[0, first], logits)
 
 
-def test_masked_spans_are_random_and_end() -> None:
-    tokens = texts(64, 96)
-    document = torch.cat([torch.full((64, 40), 1), torch.full((64, 40), 2), torch.zeros(64, 16)], 1).long()
-    clean, nowhere = Canvas.clean(tokens, document), torch.zeros(64, 96, dtype=torch.bool)
-    made = MaskedSpans()(clean, END, nowhere, generator=torch.Generator().manual_seed(0))
-    spans = made.run_starts & made.editable
-    assert (spans.sum(1) == 2).all()
-    sizes = made.editable.sum(1)
-    assert sizes.min() <= 8 and sizes.max() > 40
-    for row in range(64):
-        ends = made.editable[row] & (made.tokens[row] == END)
-        assert int(ends.sum()) == 2 and not (made.editable & ~made.run_starts)[row, 1:][ends[:-1]].any()
+def documents(*texts: str) -> Canvas:
+    """A packed row for each text, twice in it, between start and end tokens."""
+    ids = [TOKENIZER.document(text) for text in texts]
+    n = 2 * max(map(len, ids)) + 20
+    pad = [n - 2 * len(row) for row in ids]
+    tokens = torch.tensor([2 * row + [TOKENIZER.pad_token_id] * rest for row, rest in zip(ids, pad, strict=True)])
+    numbers = [[1] * len(row) + [2] * len(row) + [0] * rest for row, rest in zip(ids, pad, strict=True)]
+    return Canvas.clean(tokens, torch.tensor(numbers))
+
+
+def spans_of(made: Canvas, row: int, number: int) -> tuple[str, str, str]:
+    """The text before a document's span, in it, and after it."""
+    ids = made.tokens[row, made.document[row] == number].tolist()
+    span = made.editable[row, made.document[row] == number].tolist()
+    start, end = span.index(True), len(span) - span[::-1].index(True)
+    assert span[start:end] == [True] * (end - start) and ids[end - 1] == TOKENIZER.end_token_id
+    before, within, after = (
+        TOKENIZER.decode(part, continues=True) for part in (ids[:start], ids[start : end - 1], ids[end:])
+    )
+    assert ids[1:start] == TOKENIZER.encode(before) and ids[start : end - 1] == TOKENIZER.encode(within)
+    return before, within, after
+
+
+@given(
+    st.text(st.sampled_from("ab .\n\u00e9"), min_size=1, max_size=40), st.integers(0, 99), st.sampled_from([0.0, 1.0])
+)
+def test_masked_spans_keep_the_text_and_are_encoded_in_parts(text: str, seed: int, passages: float) -> None:
+    clean = documents(text, text + " x")
+    make = partial(MaskedSpans(passages), clean, TOKENIZER)
+    made = make(generator=torch.Generator().manual_seed(seed))
+    for row, whole in enumerate([text, text + " x"]):
         for number in (1, 2):
-            mine = (made.document[row] == number) & ~ends
-            assert torch.equal(made.tokens[row, mine], tokens[row, document[row] == number])
-    again = MaskedSpans()(clean, END, nowhere, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.tokens, made.tokens)
-    answers = Canvas(tokens, clean.open, (torch.arange(96) % 40 > 30) & clean.real, document)
-    within = MaskedSpans()(answers, END, nowhere, generator=torch.Generator().manual_seed(0))
-    assert (within.editable & (within.tokens != END)).sum(1).max() <= 18
+            assert "".join(spans_of(made, row, number)) == whole
+    again = make(generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(again.tokens, made.tokens) and torch.equal(again.editable, made.editable)
+
+
+def test_masked_spans_are_random() -> None:
+    text = " ".join("abcdefghijklmnopqrstuvwxyz" * 2)
+    clean = documents(*[text] * 64)
+    made = MaskedSpans(0.0)(clean, TOKENIZER, generator=torch.Generator().manual_seed(0))
+    found = [spans_of(made, row, number) for row in range(64) for number in (1, 2)]
+    sizes = sorted(len(span) for _, span, _ in found)
+    assert sizes[0] <= 3 and sizes[-1] > 60 and sizes[64] < 30
+    assert len({before for before, _, _ in found}) > 30
+    answers = replace(clean, editable=clean.real & (offsets(clean.run_starts) > 30) & (clean.document == 1))
+    within = MaskedSpans()(answers, TOKENIZER, generator=torch.Generator().manual_seed(0))
+    assert not (within.editable & (within.document == 2)).any()
+    assert all(len(spans_of(within, row, 1)[0]) >= 29 for row in range(64))
     with pytest.raises(ValueError, match=r"passages=1.5 is a share of the documents, in \[0, 1\]"):
         MaskedSpans(1.5)
 
 
-def test_masked_spans_are_whole_passages() -> None:
-    tokens, starts = texts(64, 60), (torch.arange(60) % 7 == 3).expand(64, 60)
-    clean = Canvas.clean(tokens, (torch.arange(60) // 30 + 1).expand(64, 60))
-    made = MaskedSpans(passages=1.0)(clean, END, starts, generator=torch.Generator().manual_seed(1))
-    places = set()
-    for row in range(64):
-        ends = made.editable[row] & (made.tokens[row] == END)
-        text = made.tokens[row][~ends][: len(tokens[row])]
-        span = made.editable[row][~ends]
-        edges = span & made.run_starts[row][~ends]
-        edges[1:] |= ~span[1:] & span[:-1]
-        assert torch.equal(text, tokens[row][: len(text)])
-        places |= set(edges.nonzero()[:, 0].tolist())
-    assert len(places) > 6 and all(place % 7 == 3 or place % 30 == 0 for place in places)
+def test_a_document_that_starts_inside_a_character_keeps_its_tokens() -> None:
+    ids = TOKENIZER.encode("\u3042 b c")[1:]
+    clean = Canvas.clean(torch.tensor([[*ids, 0]]), torch.tensor([[1] * len(ids) + [0]]))
+    for seed in range(9):
+        made = MaskedSpans()(clean, TOKENIZER, generator=torch.Generator().manual_seed(seed))
+        assert [i for i in made.tokens[0].tolist() if i != TOKENIZER.end_token_id] == ids
+        assert made.editable[0].any()
 
 
-def test_passages_are_lines_and_sentences() -> None:
-    tokenizer = makers.byte_level()
-    text = 'He said: "No." It cost 3.5, why?\n\nx = a.b\n  y'
-    ids = tokenizer.encode(text)
-    parts = [tokenizer.decode([i], continues=True) for i in ids]
-    starts = "".join("|" * is_start + part for is_start, part in zip(tokenizer.passage_starts(ids), parts, strict=True))
-    assert starts.replace("|\n", "\n") == 'He said: "No."| It cost 3.5, why?\n\nx = a.b\n  y'
-    assert starts.count("|") == (text.count(" It") + sum("\n" in part for part in parts))
+@pytest.mark.parametrize(
+    ("inside", "spans"),
+    [
+        ("cost", {" It cost 3.5, why?", "It cost 3.5, why?", " It cost 3.5, why?\n", "It cost 3.5, why?\n\n"}),
+        ("a.b", {"x = a.b", "\n\nx = a.b\n", "\nx = a.b\n    ", "x = a.b\n    "}),
+        ("y", {"\n    y", "    y", "y"}),
+    ],
+)
+def test_passages_are_lines_and_sentences(inside: str, spans: set[str]) -> None:
+    text = 'He said: "No." It cost 3.5, why?\n\nx = a.b\n    y'
+    start = text.rindex(inside)
+    thirds = [0.0, 0.34, 0.67, 0.99]
+    found = {text[slice(*passage(text, start, start + 1, [u, v]))] for u in thirds for v in thirds}
+    assert spans <= found and {span.strip() for span in found} == {next(iter(spans)).strip()}

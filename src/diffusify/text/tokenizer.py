@@ -97,29 +97,6 @@ class TextTokenizer:
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
 
-    def passage_starts(self, ids: list[int]) -> list[bool]:
-        """Whether a line or a sentence starts at each token: at a line break, or at a space after a full stop."""
-        starts, stop = [], ""
-        for token_id in ids:
-            begins, ends = self._passage_kind(token_id)
-            starts.append(begins == "\n" or stop == "\u3002" or (stop == "." and begins == " "))
-            stop = stop if ends is None else ends
-        return starts
-
-    def _passage_kind(self, token_id: int) -> tuple[str, str | None]:
-        """How a token begins (a break or a space) and the stop at its end; None for quotes and brackets after one."""
-        if token_id not in self._passage_kinds:
-            text = self.decode([token_id], continues=True)
-            body = text.rstrip("\"')]\u2019\u201d")
-            begins = "\n" if text.lstrip(" \t").startswith("\n") else " " if text.startswith(" ") else ""
-            ends = "\u3002" if body.endswith(("\u3002", "\uff01", "\uff1f")) else "." * body.endswith((".", "!", "?"))
-            self._passage_kinds[token_id] = begins, ends if body else None
-        return self._passage_kinds[token_id]
-
-    @cached_property
-    def _passage_kinds(self) -> dict[int, tuple[str, str | None]]:
-        return {}
-
     @cached_property
     def has_plain_bytes(self) -> bool:
         """Whether tokens stand for bytes, so that texts are joined tokens: byte-level and SentencePiece tokenizers."""

@@ -138,8 +138,7 @@ class DiffusionTrainer(ResilientTrainer):
         text = self.denoiser.predictable(text)
         if recipe.spans is not None:
             assert self._span_tokenizer is not None, "spans end with the tokenizer's end token"
-            starts = torch.tensor([self._span_tokenizer.passage_starts(row) for row in text.tokens.tolist()])
-            text = recipe.spans(text, self._span_tokenizer.end_token_id, starts, generator=generator, shard=shard)
+            text = recipe.spans(text, self._span_tokenizer, generator=generator, shard=shard)
         step = noised(
             text,
             recipe.time,
