@@ -152,7 +152,7 @@ def train(chosen: argparse.Namespace, run: Path) -> None:
     elif name == INFILL:
         own = write_continuations(BASE, run.parent / "own.jsonl")
         functions = write_functions(run.parent / "functions.jsonl")
-        data = f"0.03*{english},0.178*{chosen.stories},0.526*{functions},0.266*{own}"
+        data = f"0.045*{english},0.21*{chosen.stories},0.627*{functions},0.118*{own}"  # shares of documents
         lora = Lora(16) if start == BASE else None
         adapt(start, data, run, recipe=RECIPES[name], lora=lora, learning_rate=1e-3, **options)
     else:

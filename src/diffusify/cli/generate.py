@@ -87,8 +87,7 @@ def generate(
             from diffusify.serving.bulk.bulk_records import BulkSettings
 
             infilling = replace(sampling_config(model, options, infilling=True), stop=())
-            if not DiffusionConfig.load(resolve_model(model)).infiller.reads_as_ar_model:
-                infilling = replace(infilling, tolerance=None)
+            infilling = infilling.for_infilling(DiffusionConfig.load(resolve_model(model)))
             bulk = BulkSettings(chosen, infilling, max_new_tokens)
             generate_bulk(model, source, output, bulk, batch_tokens=batch_tokens, device=device, dtype=dtype)
             return

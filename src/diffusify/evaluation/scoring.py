@@ -156,8 +156,7 @@ def _score_infills(
     lengths = [min(len(encode(item.middle, continues=True)), available) for item in items]
     settings = [_seeded(sampling, item.before) for item in items]
     if bidirectional:
-        if not lm.config.infiller.reads_as_ar_model:  # drafting is for generation from left to right
-            settings = [replace(one, tolerance=None) for one in settings]
+        settings = [one.for_infilling(lm.config) for one in settings]
         unknown = UNKNOWN_LENGTH[: max(1, available // 2)]
         spans = [range(length, length + 1) if span_length == "told" else unknown for length in lengths]
         sides = [_truncate_sides(lm, item, available - span[-1]) for item, span in zip(items, spans, strict=True)]

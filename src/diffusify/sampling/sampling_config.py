@@ -134,6 +134,10 @@ class SamplingConfig:
             settings = replace(self, steps=None, threshold=None, window=None, policy=policy)
         return settings if settings.stepwise_fields() else replace(settings, tolerance=0.0)
 
+    def for_infilling(self, config: DiffusionConfig) -> "SamplingConfig":
+        """The settings of a model's continuations for its masked spans: without tolerance if they are in any order."""
+        return self if config.infiller.reads_as_ar_model else replace(self, tolerance=None)
+
     def stepwise_fields(self) -> list[str]:
         """The names of the fields of stepwise denoising that are set."""
         return [name for name in _STEPWISE if getattr(self, name) != getattr(SamplingConfig, name)]

@@ -76,8 +76,14 @@ class TextTokenizer:
         plain = [int(i) for i in ids if int(i) not in self.special_ids]
         if not continues:
             return str(self.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        head, head_text = self._decoding_prefix
+        return self.decode(head + plain).removeprefix(head_text) if plain else ""
+
+    @cached_property
+    def _decoding_prefix(self) -> tuple[list[int], str]:
+        """Tokens before which the space at a text's start is kept, and their text."""
         head = self._encode([_PREFIXES[0]])[0]
-        return self.decode(head + plain).removeprefix(self.decode(head)) if plain else ""
+        return head, self.decode(head)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; many tokens are only a part of a character. Special tokens have none.
