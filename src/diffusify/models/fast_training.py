@@ -73,8 +73,9 @@ class _SeparateRows:
 def _separate_trained_rows(network: PreTrainedModel) -> None:
     """Use the trained rows of plain embeddings and heads without copying them into the matrices."""
     for module in network.modules():
-        is_plain = isinstance(module, TrainableTokensLayer) and type(module.get_base_layer()) in _PLAIN
-        if is_plain and max(map(len, module.token_indices.values())) <= _FEW_ROWS:
+        if not isinstance(module, TrainableTokensLayer) or type(module.get_base_layer()) not in _PLAIN:
+            continue
+        if max(map(len, module.token_indices.values())) <= _FEW_ROWS:
             module.forward = _SeparateRows(module)
 
 
