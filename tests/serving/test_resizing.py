@@ -22,14 +22,14 @@ TEXT = "The [[...]] sat on [[2]] mat."
 SEEDS = range(2)
 
 
-def favour(lm: DiffusionLM, ids: list[int]) -> None:
+def favour(lm: DiffusionLM, ids: list[int], bias: float = 12.0) -> None:
     """Make a model more likely to write some tokens."""
     network: Any = lm.denoiser.network
     head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
     with torch.no_grad():
         head.weight.copy_(network.lm_head.weight)
         head.bias.zero_()
-        head.bias[ids] = 12.0
+        head.bias[ids] = bias
     network.lm_head = head.eval().requires_grad_(False)
 
 
@@ -42,10 +42,10 @@ def resizing_lm() -> DiffusionLM:
     return lm
 
 
-def span_lm() -> DiffusionLM:
+def span_lm(bias: float = 12.0) -> DiffusionLM:
     """A random block model that fills spans from left to right, and likes to end them."""
     lm = tiny_lm(infills=True)
-    favour(lm, [lm.tokenizer.end_token_id])
+    favour(lm, [lm.tokenizer.end_token_id], bias)
     lm.denoiser.diffusion_config = replace(
         lm.config, attention=BlockCausal(4), infilling=BlockCausal(4, sides="both"), policy=Unmask()
     )
@@ -55,7 +55,7 @@ def span_lm() -> DiffusionLM:
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with (
-        running(create_app({"infiller": resizing_lm(), "spans": span_lm()})) as address,
+        running(create_app({"infiller": resizing_lm(), "spans": span_lm(), "greedy": span_lm(3.0)})) as address,
         httpx.Client(base_url=f"{address}/v1", timeout=60) as client,
     ):
         yield client
@@ -92,24 +92,26 @@ def test_events_lead_to_the_answer(client: httpx.Client, more: dict[str, Any]) -
     assert resized > 4
 
 
-def test_spans_that_end_lead_to_the_answer(client: httpx.Client) -> None:
-    lm, shortened = span_lm(), 0
+@pytest.mark.parametrize(("model", "bias", "temperature"), [("spans", 12.0, 1.5), ("greedy", 3.0, 0.0)])
+def test_spans_that_end_lead_to_the_answer(client: httpx.Client, model: str, bias: float, temperature: float) -> None:
+    lm, shortened, unwritten = span_lm(bias), 0, 0
     for seed in range(4):
-        body = {"model": "spans", "text": TEXT, "temperature": 1.5, "seed": seed}
+        body = {"model": model, "text": TEXT, "temperature": temperature, "seed": seed}
         found = events(client, "infill", **body)
         tokens = [token["id"] for token in next(data for name, data in found if name == "canvas")["tokens"]]
         for name, step in found:
             if name == "denoise":
                 shortened += len(step.get("delete", []))
+                unwritten += sum(tokens[position] is not None for position in step.get("delete", []))
                 tokens = [token for i, token in enumerate(tokens) if i not in step.get("delete", [])]
                 for one in step["write"]:
                     tokens[one["position"]] = one["id"]
         choice = next(data for name, data in found if not name)["choices"][0]
         assert tokens == [token["id"] for token in choice["tokens"]]
-        (alone,) = lm.prepare_infilling([TEXT], SamplingConfig(temperature=1.5, seed=seed)).results()
+        (alone,) = lm.prepare_infilling([TEXT], SamplingConfig(temperature=temperature, seed=seed)).results()
         assert choice["spans"] == list(alone.spans or ())
-        plain: dict[str, Any] = {"model": "spans", "prompt": "The cat", "suffix": " mat", "max_tokens": 24}
-        plain |= {"temperature": 1.5, "seed": seed}
+        plain: dict[str, Any] = {"model": model, "prompt": "The cat", "suffix": " mat", "max_tokens": 24}
+        plain |= {"temperature": temperature, "seed": seed}
         whole = post(client, "completions", **plain)
         parts = [
             choice["text"]
@@ -118,7 +120,7 @@ def test_spans_that_end_lead_to_the_answer(client: httpx.Client) -> None:
             for choice in data["choices"]
         ]
         assert "".join(parts) == whole["choices"][0]["text"] and whole["usage"]["completion_tokens"] <= 24
-    assert shortened > 20
+    assert shortened > 20 and (unwritten > 0) == (temperature == 0)  # what stands behind the likeliest end goes
 
 
 def test_streamed_suffix_completions_add_up(client: httpx.Client) -> None:

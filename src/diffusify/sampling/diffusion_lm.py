@@ -164,7 +164,13 @@ class DiffusionLM:
         (candidates, tokens), context, lengths = self.count_infillings(texts, per_text), denoiser.context_length, None
         banned = {self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}
         if tokens == "end":
-            canvas, lengths = open_ended_canvas(self.tokenizer, texts, context=context, candidates=candidates)
+            canvas, lengths = open_ended_canvas(
+                self.tokenizer,
+                texts,
+                [each.temperature > 0 for each in per_text],
+                context=context,
+                candidates=candidates,
+            )
             banned -= {lengths.end_token_id}
         elif tokens is not None:
             canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=candidates)

@@ -12,8 +12,9 @@ from torch import Tensor
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.constraints import Automaton, Constraint
-from diffusify.diffusion.length_tokens import SpanEnds, SpanLengths
+from diffusify.diffusion.length_tokens import SpanLengths
 from diffusify.diffusion.rng import RowGenerators
+from diffusify.diffusion.span_ends import SpanEnds
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.guidance import GuidedDenoiser
 from diffusify.sampling.kv_cache import BlockCache, WindowCache

@@ -13,8 +13,8 @@ from torch import Tensor
 from diffusify.canvas import Canvas, Guess, Move
 from diffusify.diffusion.attention import BlockCausal
 from diffusify.diffusion.attention_inputs import AttentionInputs
-from diffusify.diffusion.length_tokens import SpanEnds
 from diffusify.diffusion.rng import RowGenerators
+from diffusify.diffusion.span_ends import SpanEnds
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.draft_sampling import SamplerRows
 from diffusify.sampling.draft_tree import DraftTree
@@ -125,8 +125,8 @@ class Speculative:
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
-            if span_ends is not None:
-                span_ends.restrict(logits, settled[:, None] + tree.depth, end)
+            position = settled[:, None] + tree.depth
+            end_log_prob = None if span_ends is None else span_ends.restrict(logits, position, end)
             tokens, log_prob, node, parent = self._verify(logits, settled, tree, groups)
             accepted = tree.depth.gather(1, node[:, None])[:, 0]
             offset = at - settled[:, None]
@@ -142,8 +142,10 @@ class Speculative:
             moves = self._moves(settled, accepted, parent, past.n)
             cached = uncached | cached | (write & (at < (settled + accepted)[:, None]))
             columns, goes_on = None, todo & (settled + written < end)
-            if span_ends is not None:
-                canvas, span_ends, columns = span_ends.close(canvas, write, end)
+            if span_ends is not None and end_log_prob is not None:
+                canvas, span_ends, columns = span_ends.close(
+                    canvas, write, settled, end, end_log_prob.gather(1, parent)
+                )
             if columns is not None:
                 score, goes_on = columns.take(score), goes_on & ~(canvas.real & (columns.index != at)).any(1)
             first_open, end = _first_run(canvas.open)
@@ -156,7 +158,8 @@ class Speculative:
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
-            canvas = (yield Frame(canvas, score, forwards, settled, columns)) or canvas
+            final = settled if span_ends is None else span_ends.settled(settled)
+            canvas = (yield Frame(canvas, score, forwards, final, columns)) or canvas
 
     def _read_tokens(self, canvas: Canvas, settled: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
         """The tokens in the order in which they are read, and how many precede the next one."""

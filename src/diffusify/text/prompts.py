@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.length_tokens import LengthTokens, SpanEnds, SpanLengths
+from diffusify.diffusion.length_tokens import LengthTokens, SpanLengths
+from diffusify.diffusion.span_ends import SpanEnds
 from diffusify.text.examples import Template
 from diffusify.text.tokenizer import TextTokenizer
 
@@ -161,11 +162,18 @@ def resizable_canvas(
 
 
 def open_ended_canvas(
-    tokenizer: TextTokenizer, texts: Sequence[InfillText], *, context: int | None, candidates: int = 1
+    tokenizer: TextTokenizer,
+    texts: Sequence[InfillText],
+    sampled: Sequence[bool],
+    *,
+    context: int | None,
+    candidates: int = 1,
 ) -> tuple[Canvas, SpanEnds]:
     """A canvas as `infill_canvas` makes it, with spans of the greatest length that is allowed and fits.
 
-    The model may end each of them as soon as it has the shortest allowed length. The `candidates` of a text are equal.
+    The model may end each of them as soon as it has the shortest allowed length, and one more position is for the end
+    token. `sampled` says for each text whether the end is sampled, or where it is likeliest. The `candidates` of a text
+    are equal.
     """
     rows: list[list[int | None]] = []
     surplus = []
@@ -178,13 +186,14 @@ def open_ended_canvas(
             if not isinstance(segment, range):
                 may_lose += [0] * len(segment)
                 continue
-            added = min(segment[-1] - segment[0], spare)
+            added = min(segment[-1] + 1 - segment[0], spare) if len(segment) > 1 else 0
             spare -= added
             lengths.append(segment[0] + added)
             may_lose += [added] * lengths[-1]
         rows += [_infill_row(text, segments, lengths, context)] * candidates
         surplus += [may_lose] * candidates
-    return _masked_canvas(tokenizer, rows), SpanEnds(tokenizer.end_token_id, _padded(surplus))
+    of_rows = torch.tensor(sampled).repeat_interleave(candidates)
+    return _masked_canvas(tokenizer, rows), SpanEnds.of_spans(_padded(surplus), tokenizer.end_token_id, of_rows)
 
 
 def _framed_segments(

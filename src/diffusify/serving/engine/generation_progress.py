@@ -128,8 +128,8 @@ class TextStream:
 
         kept = [position for position in self.positions if position not in gone]
         self.positions = [moved(p) + copy for p in kept for copy in range(1 + (p in doubled))]
-        self.ids = {moved(position): token for position, token in self.ids.items()}
-        self.log_probs = {moved(position): log_prob for position, log_prob in self.log_probs.items()}
+        self.ids = {moved(position): token for position, token in self.ids.items() if position not in gone}
+        self.log_probs = {moved(p): log_prob for p, log_prob in self.log_probs.items() if p not in gone}
 
     def apply(self, write: list[WrittenToken], settled: int, *, last: bool = False) -> str:
         """Add the tokens of a step; the text that can be sent now. After the `last` step nothing is held back."""
