@@ -1,5 +1,6 @@
 """Lossless decoding of masked spans: the text of the AR half with both sides in sight, in fewer forward passes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
-from diffusify.diffusion.attention import BlockCausal
+from diffusify.diffusion.attention import BlockCausal, Causal
 from diffusify.diffusion.span_ends import SpanEnds
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -34,15 +35,23 @@ def span_denoiser(size: int = 4, family: str = "llama") -> Denoiser:
     return tiny_denoiser(family, BlockCausal(size, sides="both"), kernel=kernel)
 
 
+def log_prob(denoiser: Denoiser, text: Row, more: Row) -> float:
+    """The log-probability of more tokens after a text that is read in its order."""
+    canvas = Canvas.from_tokens([text + more], noise=MASK, pad=0)
+    logits = denoiser(canvas, attention=Causal()).logits[0].log_softmax(-1)
+    return sum(float(logits[i, token]) for i, token in enumerate(more, len(text)) if token is not None)
+
+
 @torch.no_grad()
 def fill(denoiser: Denoiser, row: Row, surplus: Sequence[int] = (), end: int | None = None) -> list[int]:
     """The greedy text of a row, token by token, each from a forward pass over the whole row.
 
-    A span whose `surplus` allows it ends where that is likeliest; then what is left of it goes.
+    A span whose `surplus` allows it ends where the end token is likely, and the text behind it after its own; then what
+    is left of it goes.
     """
     row, left = list(row), [*surplus] or [0] * len(row)
     editable = [token is None for token in row]
-    is_open, best, cut = 1.0, 0.0, 0  # the probability that the span is longer, that of its likeliest end, and where
+    is_open, ends = 1.0, dict[int, float]()  # the probability that the span is longer, and those of its ends
     while None in row:
         at = row.index(None)
         canvas = Canvas.from_tokens([row], noise=MASK, pad=0)
@@ -51,12 +60,14 @@ def fill(denoiser: Denoiser, row: Row, surplus: Sequence[int] = (), end: int | N
         stop = next((i for i in range(at, len(row)) if row[i] is not None), len(row))
         if end is not None and stop - at <= left[at]:
             probability = float(logits.softmax(-1)[end])
-            if is_open * probability > best:
-                best, cut = is_open * probability, at
+            ends[at] = is_open * probability
             is_open *= 1 - probability
-            if best >= 0.3 * is_open or stop - at == 1:
+            if max(ends.values()) >= 0.3 * is_open or stop - at == 1:
+                known = row[stop : [*row, None].index(None, stop)][:16]
+                likeliest = sorted(ends, key=lambda cut: -ends[cut])[:12]
+                cut = max(likeliest, key=lambda cut: math.log(ends[cut]) + log_prob(denoiser, row[:cut], known) / 2)
                 del row[cut:stop], editable[cut:stop], left[cut:stop]
-                is_open, best = 1.0, 0.0
+                is_open, ends = 1.0, {}
                 continue
         if end is not None:
             logits[end] = -torch.inf

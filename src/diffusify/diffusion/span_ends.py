@@ -19,37 +19,35 @@ _MAX_LATER_PROB = 0.3
 
 @dataclass(frozen=True)
 class SpanEnds:
-    """Which spans may end before their last position, and the likeliest end of the current span of each row so far.
+    """Which spans may end before their last position, and how likely each end of the current span of each row is.
 
     `surplus` is the number of positions that the span of each position may lose. The last of them is for an end token,
     which no span keeps; spans of a fixed length have none.
 
-    Where `sampled`, the end token is sampled like any other. Elsewhere a span ends where that is likeliest: after l
-    tokens with probability h(l) (1 - h(0)) ... (1 - h(l - 1)), where h(i) is that of the end token after the first i
-    tokens of the text that greedy decoding writes without it. Greedy decoding itself would seldom end a span, because
+    Where `sampled`, the end token is sampled like any other. Elsewhere the span is written without it until no later
+    end is worth waiting for, and then cut at one of its ends. Greedy decoding itself would seldom end a span, because
     the end token competes at each place with the likeliest token: where one or two sentences could stand, the first
     words of the second are likelier than the end, and again after it.
 
-    `log_open` is the log-probability that a span has not ended before its first open position, `best_end` the position
-    after its likeliest end, and `log_prob` that of this end, -inf before there is one.
+    `log_prob` is the log-probability that the current span ends before each position and not earlier, given the text
+    that is written, -inf where it cannot. `log_open` is that of a span that has not ended so far.
     """
 
     end_token_id: int
     surplus: Int[Tensor, "b n"]
     sampled: Bool[Tensor, " b"]
+    log_prob: Float[Tensor, "b n"]
     log_open: Float[Tensor, " b"]
-    best_end: Int[Tensor, " b"]
-    log_prob: Float[Tensor, " b"]
 
     @classmethod
     def of_spans(cls, surplus: Int[Tensor, "b n"], end_token_id: int, sampled: Bool[Tensor, " b"]) -> "SpanEnds":
         """The ends of spans of which nothing is written."""
-        zeros = torch.zeros(sampled.shape, device=sampled.device)
-        return cls(end_token_id, surplus, sampled, zeros, zeros.long(), zeros - torch.inf)
+        log_prob = torch.full(surplus.shape, -torch.inf, device=surplus.device)
+        return cls(end_token_id, surplus, sampled, log_prob, torch.zeros(len(surplus), device=surplus.device))
 
     def to(self, device: torch.device | str) -> "SpanEnds":
         """The same on a device."""
-        tensors = (self.surplus, self.sampled, self.log_open, self.best_end, self.log_prob)
+        tensors = (self.surplus, self.sampled, self.log_prob, self.log_open)
         return SpanEnds(self.end_token_id, *(each.to(device) for each in tensors))
 
     def restrict(
@@ -70,51 +68,52 @@ class SpanEnds:
         logits[..., self.end_token_id] = end_logit.masked_fill(is_banned, -torch.inf)
         return log_prob
 
-    def close(
+    def observe(
         self,
-        canvas: Canvas,
         write: Bool[Tensor, "b n"],
         start: Int[Tensor, " b"],
         end: Int[Tensor, " b"],
         log_prob: Float[Tensor, "b k"],
-    ) -> tuple[Canvas, "SpanEnds", Columns | None]:
-        """The canvas with complete spans cut at their ends, after the positions `write` from `start` on are written.
+    ) -> tuple["SpanEnds", Bool[Tensor, " b"]]:
+        """The ends after the positions `write` from `start` on are written, and which spans are complete.
 
-        `log_prob` is that of an end before each of them. Where the canvas's positions come from, too, as in
-        `SpanLengths.resize`; its width stays the same.
+        `log_prob` is that of the end token before each of these positions, and `end` the position after the span.
         """
         n, k = write.shape[1], log_prob.shape[1]
-        at = torch.arange(n, device=write.device)
         place = start[:, None] + torch.arange(k, device=write.device)
-        is_written = write.gather(1, place.clamp_max(n - 1)) & (place < n)
-        log_prob = torch.where(is_written, log_prob, -torch.inf).clamp_max(-1e-6)
+        column = place.clamp_max(n - 1)
+        log_prob = torch.where(write.gather(1, column) & (place < n), log_prob, -torch.inf).clamp_max(-1e-6)
         log_open = self.log_open[:, None] + torch.log1p(-log_prob.exp()).cumsum(1)
-        reached = torch.cat([self.log_open[:, None], log_open[:, :-1]], 1)
-        best = torch.maximum((reached + log_prob).cummax(1).values, self.log_prob[:, None])
-        is_over = (
-            is_written
-            & (best > -torch.inf)
-            & ((best >= log_open + math.log(_MAX_LATER_PROB)) | (place == end[:, None] - 1))
-        )
-        is_counted = is_over.cumsum(1) - is_over.long() == 0  # up to the place where the search is over
-        candidate, which = torch.where(is_counted, reached + log_prob, -torch.inf).max(1)
-        better = candidate > self.log_prob
-        best_end = torch.where(better, place.gather(1, which[:, None])[:, 0], self.best_end)
-        token_end = torch.where(write & (canvas.tokens == self.end_token_id), at, n).amin(1)
-        cut = torch.where(self.sampled, token_end, torch.where(is_over.any(1), best_end, n))
-        is_cut = cut < n
-        ends = replace(
-            self,
-            log_open=torch.where(is_cut, 0.0, log_open[:, -1]),
-            best_end=best_end,
-            log_prob=torch.where(is_cut, -torch.inf, torch.maximum(candidate, self.log_prob)),
-        )
-        gone = (at >= cut[:, None]) & (at < end[:, None])
+        log_prob = log_prob + torch.cat([self.log_open[:, None], log_open[:, :-1]], 1)
+        best = torch.maximum(log_prob.cummax(1).values, self.log_prob.amax(1, keepdim=True))
+        is_last = (place == end[:, None] - 1) & (log_prob > -torch.inf)
+        is_over = ((best > -torch.inf) & (best >= log_open + math.log(_MAX_LATER_PROB))) | is_last
+        after = is_over.cumsum(1) - is_over.long() > 0  # the text there depends on how far the drafts were right
+        found = self.log_prob.scatter_reduce(1, column, log_prob.masked_fill(after, -torch.inf), "amax")
+        return replace(self, log_prob=found, log_open=log_open[:, -1]), is_over.any(1) & ~self.sampled
+
+    def close(
+        self, canvas: Canvas, write: Bool[Tensor, "b n"], end: Int[Tensor, " b"], cut: Int[Tensor, " b"]
+    ) -> tuple[Canvas, "SpanEnds", Columns | None]:
+        """The canvas without what stands from the positions `cut` to `end`, or from end tokens that were sampled.
+
+        Nothing is cut from `end` on. Where the canvas's positions come from, too, as in `SpanLengths.resize`; its width
+        stays the same.
+        """
+        n = write.shape[1]
+        at = torch.arange(n, device=write.device)
+        end_token = torch.where(write & (canvas.tokens == self.end_token_id), at, n).amin(1)
+        gone = (at >= torch.where(self.sampled, end_token, cut)[:, None]) & (at < end[:, None])
         if not gone.any():
-            return canvas, ends, None
+            return canvas, self, None
         columns = Columns.repeated((canvas.real & ~gone).long(), n)
-        return columns.take_canvas(canvas), replace(ends, surplus=columns.take(self.surplus)), columns
+        is_cut = gone.any(1)
+        log_prob = self.log_prob.masked_fill(is_cut[:, None], -torch.inf)
+        log_open = self.log_open.masked_fill(is_cut, 0.0)
+        ends = replace(self, surplus=columns.take(self.surplus), log_prob=log_prob, log_open=log_open)
+        return columns.take_canvas(canvas), ends, columns
 
     def settled(self, written: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """How many of the `written` positions at the start of each row will not change or go any more."""
-        return torch.where(self.sampled | (self.log_prob == -torch.inf), written, self.best_end)
+        is_end = self.log_prob > -torch.inf
+        return torch.where(self.sampled | ~is_end.any(1), written, is_end.long().argmax(1))

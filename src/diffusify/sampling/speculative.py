@@ -21,6 +21,7 @@ from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.drafts import ChainedDrafts, Drafts
 from diffusify.sampling.kv_cache import ColumnCache
 from diffusify.sampling.prompt_lookup import copied_drafts
+from diffusify.sampling.reranking import best_ends
 from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
 
 # The least probability of being accepted that makes a row worth its time where passes run many texts.
@@ -143,9 +144,12 @@ class Speculative:
             cached = uncached | cached | (write & (at < (settled + accepted)[:, None]))
             columns, goes_on = None, todo & (settled + written < end)
             if span_ends is not None and end_log_prob is not None:
-                canvas, span_ends, columns = span_ends.close(
-                    canvas, write, settled, end, end_log_prob.gather(1, parent)
-                )
+                span_ends, is_over = span_ends.observe(write, settled, end, end_log_prob.gather(1, parent))
+                cut, over = end.clone(), is_over.nonzero()[:, 0]
+                if len(over):
+                    cut[over] = best_ends(self.denoiser, canvas[over], span_ends.log_prob[over], end[over])
+                    forwards += 1
+                canvas, span_ends, columns = span_ends.close(canvas, write, end, cut)
             if columns is not None:
                 score, goes_on = columns.take(score), goes_on & ~(canvas.real & (columns.index != at)).any(1)
             first_open, end = _first_run(canvas.open)
