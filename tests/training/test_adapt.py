@@ -183,6 +183,8 @@ def test_training_without_validation(causal_base: str, tmp_path: Path, streaming
     assert (out / "README.md").is_file() and not (out / "curve.png").exists() and "bound" not in output.getvalue()
     with pytest.raises(ValueError, match="held_out=0 leaves nothing to evaluate on; leave eval_strategy=steps out"):
         adapt(causal_base, str(path), tmp_path / "other", steps=2, eval_strategy="steps", **options)
+    with pytest.raises(ValueError, match="nothing to evaluate on; leave eval_steps=1 out"):
+        adapt(causal_base, str(path), tmp_path / "other", steps=2, eval_steps=1, **options)
     with pytest.raises(ValueError, match="held_out=-1 must be at least 0"):
         adapt(causal_base, str(path), tmp_path / "other", steps=2, **{**options, "held_out": -1})
 

@@ -185,6 +185,9 @@ def check_training_options(
     if held_out is not None and held_out < 0:
         raise ValueError(f"held_out={held_out} must be at least 0; with 0 there is no validation")
     if held_out == 0:
+        for name, value in options.items():
+            if name.startswith("eval_") and (name, value) != ("eval_strategy", "no"):
+                raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave {name}={value} out")
         options = {"eval_strategy": "no"} | options
     hints = get_type_hints(TrainingArguments)
     for name in options:
@@ -194,11 +197,7 @@ def check_training_options(
             )
     check_supported(options, minutes=minutes)
     simple = bool | int | float | str
-    checked = {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
-    if held_out == 0 and checked["eval_strategy"] != "no":
-        strategy = checked["eval_strategy"]
-        raise ValueError(f"held_out=0 leaves nothing to evaluate on; leave eval_strategy={strategy} out")
-    return checked
+    return {k: from_plain(v, hints[k], k) if isinstance(v, simple) else v for k, v in options.items()}
 
 
 def training_arguments(
