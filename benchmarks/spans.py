@@ -1,11 +1,12 @@
 """Masked spans of unknown length: ended or resized by the model, of a told length, and the best of eight lengths.
 
-    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--out runs/spans]
+    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--only TASK] [--ways WAY ...] [--out runs/spans]
 
 MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
 benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items in
 batches of 16 texts. `forwards` are forward passes of a batch and `rows` the texts in each of them, so their product is
-the work. A model that keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes.
+the work. A model that keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes. With
+`--only` one task is measured, in some of the `--ways` if they are given, and the other tasks keep their numbers.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from machine import save
+from machine import earlier, save
 from models import protocol
 
 from diffusify.evaluation.benchmark_data import items, tasks_in
@@ -42,6 +43,8 @@ def main() -> None:
     options.add_argument("data", type=Path)
     options.add_argument("--limit", type=int, default=100)
     options.add_argument("--rerank", type=int, default=8)
+    options.add_argument("--only", help="one task, such as rocstories")
+    options.add_argument("--ways", nargs="+", default=[], help='some of the ways, such as told "ended by the model"')
     options.add_argument("--out", type=Path, default=Path("runs/spans"))
     chosen = options.parse_args()
     lm = open_lm(chosen.model, dtype=torch.bfloat16)
@@ -62,17 +65,20 @@ def main() -> None:
         )
     if lm.config.keeps_ar_model:
         ways["reranked"] = (lm, SamplingConfig(rerank=chosen.rerank, temperature=0.7), "unknown", chosen.rerank)
-    result: dict = {
-        "model": chosen.model,
-        "limit": chosen.limit,
-        "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1],
-    }
+    if unknown := set(chosen.ways) - ways.keys():
+        options.error(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(ways)}")
+    result: dict = earlier("spans") if chosen.only else {}
+    result |= {"model": chosen.model, "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1]}
     for task in tasks_in(chosen.data):
+        if chosen.only not in (None, task.name):
+            continue
         task_items = items(task, data=chosen.data, limit=chosen.limit, protocol=protocol(task))
         if not isinstance(task_items[0], Infill):
             continue
-        result[task.name] = {"items": len(task_items)}
+        result[task.name] = {"items": len(task_items), "candidates": chosen.rerank}
         for name, (model, sampling, span_length, rows) in ways.items():
+            if chosen.ways and name not in chosen.ways:
+                continue
             folder = chosen.out / name.replace(",", "").replace(" ", "-")
             (scored,) = evaluate(
                 model, {task.name: task_items}, folder, sampling=sampling, span_length=span_length
@@ -86,7 +92,7 @@ def main() -> None:
             result[task.name][name] = found
             print(task.name, name, found, flush=True)
     print(json.dumps(result, indent=2))
-    print("wrote", save("spans", f"python benchmarks/spans.py MODEL EVAL --limit {chosen.limit}", 0, result))
+    print("wrote", save("spans", "python benchmarks/spans.py MODEL EVAL", 0, result))
 
 
 if __name__ == "__main__":
