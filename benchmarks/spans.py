@@ -67,6 +67,7 @@ def main() -> None:
         ways["reranked"] = (lm, SamplingConfig(rerank=chosen.rerank, temperature=0.7), "unknown", chosen.rerank)
     if unknown := set(chosen.ways) - ways.keys():
         options.error(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(ways)}")
+    ways = {name: way for name, way in ways.items() if name in (chosen.ways or ways)}
     result: dict = earlier("spans") if chosen.only else {}
     result |= {"model": chosen.model, "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1]}
     for task in tasks_in(chosen.data):
@@ -77,8 +78,6 @@ def main() -> None:
             continue
         result[task.name] = {"items": len(task_items), "candidates": chosen.rerank}
         for name, (model, sampling, span_length, rows) in ways.items():
-            if chosen.ways and name not in chosen.ways:
-                continue
             folder = chosen.out / name.replace(",", "").replace(" ", "-")
             (scored,) = evaluate(
                 model, {task.name: task_items}, folder, sampling=sampling, span_length=span_length

@@ -30,24 +30,22 @@ class SpanEnds:
     words of the second are likelier than the end, and again after it.
 
     `log_prob` is the log-probability that the current span ends before each position and not earlier, given the text
-    that is written, -inf where it cannot. `log_open` is that of a span that has not ended so far.
+    that is written, -inf where it cannot.
     """
 
     end_token_id: int
     surplus: Int[Tensor, "b n"]
     sampled: Bool[Tensor, " b"]
     log_prob: Float[Tensor, "b n"]
-    log_open: Float[Tensor, " b"]
 
     @classmethod
     def of_spans(cls, surplus: Int[Tensor, "b n"], end_token_id: int, sampled: Bool[Tensor, " b"]) -> "SpanEnds":
         """The ends of spans of which nothing is written."""
-        log_prob = torch.full(surplus.shape, -torch.inf, device=surplus.device)
-        return cls(end_token_id, surplus, sampled, log_prob, torch.zeros(len(surplus), device=surplus.device))
+        return cls(end_token_id, surplus, sampled, torch.full(surplus.shape, -torch.inf, device=surplus.device))
 
     def to(self, device: torch.device | str) -> "SpanEnds":
         """The same on a device."""
-        tensors = (self.surplus, self.sampled, self.log_prob, self.log_open)
+        tensors = (self.surplus, self.sampled, self.log_prob)
         return SpanEnds(self.end_token_id, *(each.to(device) for each in tensors))
 
     def restrict(
@@ -83,14 +81,15 @@ class SpanEnds:
         place = start[:, None] + torch.arange(k, device=write.device)
         column = place.clamp_max(n - 1)
         log_prob = torch.where(write.gather(1, column) & (place < n), log_prob, -torch.inf).clamp_max(-1e-6)
-        log_open = self.log_open[:, None] + torch.log1p(-log_prob.exp()).cumsum(1)
-        log_prob = log_prob + torch.cat([self.log_open[:, None], log_open[:, :-1]], 1)
+        earlier = torch.log1p(-self.log_prob.exp().sum(1, keepdim=True).clamp_max(1 - 1e-6))  # that it did not end
+        log_open = earlier + torch.log1p(-log_prob.exp()).cumsum(1)
+        log_prob = log_prob + torch.cat([earlier, log_open[:, :-1]], 1)
         best = torch.maximum(log_prob.cummax(1).values, self.log_prob.amax(1, keepdim=True))
         is_last = (place == end[:, None] - 1) & (log_prob > -torch.inf)
         is_over = ((best > -torch.inf) & (best >= log_open + math.log(_MAX_LATER_PROB))) | is_last
         after = is_over.cumsum(1) - is_over.long() > 0  # the text there depends on how far the drafts were right
         found = self.log_prob.scatter_reduce(1, column, log_prob.masked_fill(after, -torch.inf), "amax")
-        return replace(self, log_prob=found, log_open=log_open[:, -1]), is_over.any(1) & ~self.sampled
+        return replace(self, log_prob=found), is_over.any(1) & ~self.sampled
 
     def close(
         self, canvas: Canvas, write: Bool[Tensor, "b n"], end: Int[Tensor, " b"], cut: Int[Tensor, " b"]
@@ -107,10 +106,8 @@ class SpanEnds:
         if not gone.any():
             return canvas, self, None
         columns = Columns.repeated((canvas.real & ~gone).long(), n)
-        is_cut = gone.any(1)
-        log_prob = self.log_prob.masked_fill(is_cut[:, None], -torch.inf)
-        log_open = self.log_open.masked_fill(is_cut, 0.0)
-        ends = replace(self, surplus=columns.take(self.surplus), log_prob=log_prob, log_open=log_open)
+        log_prob = self.log_prob.masked_fill(gone.any(1, keepdim=True), -torch.inf)
+        ends = replace(self, surplus=columns.take(self.surplus), log_prob=log_prob)
         return columns.take_canvas(canvas), ends, columns
 
     def settled(self, written: Int[Tensor, " b"]) -> Int[Tensor, " b"]:

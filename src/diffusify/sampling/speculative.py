@@ -126,8 +126,7 @@ class Speculative:
             forwards += 1
             for group in groups:
                 group.process_logits(logits, canvas, settled, tree)
-            position = settled[:, None] + tree.depth
-            end_log_prob = None if span_ends is None else span_ends.restrict(logits, position, end)
+            end_log_prob = None if span_ends is None else span_ends.restrict(logits, settled[:, None] + tree.depth, end)
             tokens, log_prob, node, parent = self._verify(logits, settled, tree, groups)
             accepted = tree.depth.gather(1, node[:, None])[:, 0]
             offset = at - settled[:, None]

@@ -172,8 +172,8 @@ def open_ended_canvas(
     """A canvas as `infill_canvas` makes it, with spans of the greatest length that is allowed and fits.
 
     The model may end each of them as soon as it has the shortest allowed length, and one more position is for the end
-    token. `sampled` says for each text whether the end is sampled, or where it is likeliest. The `candidates` of a text
-    are equal.
+    token. `sampled` says for each text whether the end is sampled (see `SpanEnds`). The `candidates` of a text are
+    equal.
     """
     rows: list[list[int | None]] = []
     surplus = []
