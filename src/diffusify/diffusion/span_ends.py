@@ -48,6 +48,9 @@ class SpanEnds:
         tensors = (self.surplus, self.sampled, self.log_prob)
         return SpanEnds(self.end_token_id, *(each.to(device) for each in tensors))
 
+    def __getitem__(self, rows: Int[Tensor, " rows"]) -> "SpanEnds":
+        return SpanEnds(self.end_token_id, self.surplus[rows], self.sampled[rows], self.log_prob[rows])
+
     def restrict(
         self, logits: Float[Tensor, "b p v"], position: Int[Tensor, "b p"], end: Int[Tensor, " b"]
     ) -> Float[Tensor, "b p"]:

@@ -186,8 +186,13 @@ class Denoiser(nn.Module):
         return self.length_head(self._run_body(inputs).last_hidden_state.to(self.device), prompts)
 
     def predict(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
-        """The logits of `forward` at `positions`, projected to the vocabulary only when read; not for training."""
-        pattern = self.diffusion_config.attention
+        """The logits of `forward` at `positions`, projected to the vocabulary only when read; not for training.
+
+        Rows without any of these positions are not run.
+        """
+        pattern, needed = self.diffusion_config.attention, positions.any(1).nonzero()[:, 0]
+        if 0 < len(needed) < len(positions):
+            canvas, positions = canvas[needed], positions[needed]
         if isinstance(pattern, BlockCausal):
             canvas, positions = pattern.crop(canvas, positions)
         inputs = pattern(canvas, shift=self.diffusion_config.shift)

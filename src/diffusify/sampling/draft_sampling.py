@@ -5,7 +5,7 @@ vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,13 @@ class SamplerRows:
             return [cls(found[0][0], slice(None), numbers)]
         index = [torch.tensor(rows, device=numbers.device) for _, rows in found]
         return [cls(sampler, rows, numbers[rows]) for (sampler, _), rows in zip(found, index, strict=True)]
+
+    def of_rows(self, kept: Int[Tensor, " kept"]) -> "SamplerRows":
+        """What remains of the group if some rows of the batch do."""
+        if isinstance(self.rows, slice):
+            return replace(self, numbers=self.numbers[kept])
+        new, mine = (kept[:, None] == self.rows).nonzero().unbind(1)
+        return replace(self, rows=new, numbers=self.numbers[mine])
 
     def process_logits(
         self, logits: Float[Tensor, "b p v"], canvas: Canvas, settled: Int[Tensor, " b"], tree: DraftTree

@@ -74,6 +74,9 @@ class DraftTree:
         prob, best = prob[:, :width], best[:, :width]
         return cls(_gather_paths(path, best), prob)
 
+    def __getitem__(self, rows: Int[Tensor, " rows"]) -> "DraftTree":
+        return DraftTree(self.path[rows], self.prob[rows])
+
     @cached_property
     def depth(self) -> Int[Tensor, "b p"]:
         """The number of draft tokens on the path to each node."""

@@ -33,6 +33,7 @@ class ColumnCache(Cache):
         self.columns = torch.empty(0, 0, dtype=torch.long)
         self.moves = torch.empty(2, 0, 0, dtype=torch.long)  # from and to
         self.width = 0
+        self.kept: list[int] | None = None  # the rows of the first pass that are left; None if all are
 
     def set_columns(
         self, columns: Int[Tensor, "b m"], width: int, moves: Int[Tensor, "2 b moved"] | None = None
@@ -46,6 +47,14 @@ class ColumnCache(Cache):
         first = torch.arange(len(columns), device=columns.device)[:, None] * (self.n + 1)
         # The columns counted through all rows.
         self.flat_columns, self.flat_moves = (first + columns).flatten(), (first + self.moves).flatten(1)
+
+    def keep(self, rows: Int[Tensor, " rows"]) -> None:
+        """Leave out all other rows from now on."""
+        kept = rows.tolist()
+        self.kept = kept if self.kept is None else [self.kept[row] for row in kept]
+        for layer in self.layers:
+            assert isinstance(layer, ColumnCacheLayer)
+            layer.keep(rows)
 
 
 class ColumnCacheLayer(CacheLayerMixin):
@@ -69,6 +78,15 @@ class ColumnCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def keep(self, rows: Int[Tensor, " rows"]) -> None:
+        """Release all other rows."""
+        if self.is_initialized:
+            self.keys, self.values = (
+                stored.unflatten(1, (-1, self.store.n + 1))[:, rows.to(stored.device)].flatten(1, 2)
+                for stored in (self.keys, self.values)
+                if stored is not None
+            )
 
     def _write(self, stored: Float[Tensor, "h bn d"], new: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h w d"]:
         """Write the new states to their columns; the stored states of the columns in use."""

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusify.canvas import Canvas
+
 LONGEST_MATCH = 8  # tokens compared before a position
 
 
@@ -31,3 +33,11 @@ def copied_drafts(
     # A token that follows a match of w tokens was right in about 1 - 0.75 / w of all cases; every one lengthens it.
     rate = 1 - 0.75 / (length + ahead)
     return copied, torch.where(length > 0, rate, 0.0).cumprod(-1)
+
+
+def tokens_as_read(canvas: Canvas, settled: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
+    """The tokens in the order in which text behind a span is read first, and how many of them precede the next one."""
+    place, is_behind = canvas.reading_order()
+    order = torch.where(canvas.real, place, place.shape[1]).argsort(dim=1, stable=True)
+    count = torch.where(canvas.open.any(1), settled + is_behind.sum(1), settled)  # a finished row has no next one
+    return canvas.tokens.gather(1, order), count

@@ -20,9 +20,10 @@ from diffusify.sampling.draft_sampling import SamplerRows
 from diffusify.sampling.draft_tree import DraftTree
 from diffusify.sampling.drafts import ChainedDrafts, Drafts
 from diffusify.sampling.kv_cache import ColumnCache
-from diffusify.sampling.prompt_lookup import copied_drafts
+from diffusify.sampling.prompt_lookup import copied_drafts, tokens_as_read
 from diffusify.sampling.reranking import best_ends
 from diffusify.sampling.sampler import Frame, Sampler, after_end, end_tokens
+from diffusify.sampling.unfinished_rows import UnfinishedRows
 
 # The least probability of being accepted that makes a row worth its time where passes run many texts.
 _MIN_PROB = 0.6
@@ -114,11 +115,19 @@ class Speculative:
         cached = torch.zeros_like(canvas.open)
         groups = SamplerRows.groups(samplers, rng, canvas)
         past = ColumnCache(self.denoiser, self.candidates + self.masks + n)
-        score = torch.zeros(b, n, device=canvas.tokens.device)
-        tree, forwards = DraftTree.root(b, self.longest, at.device), 0
+        batch = UnfinishedRows.of_batch(canvas)
+        is_watched = any(sampler.observer is not None for sampler in samplers)  # by the rows of the batch
+        score, tree, forwards = batch.frame.score, DraftTree.root(b, self.longest, at.device), 0
         moves, independent = None, self.tolerance > 0  # then the text depends on the drafts
         while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
-            min_prob = self._min_prob(b)
+            if not is_watched and (kept := batch.narrow(todo)) is not None:
+                canvas, score, cached, tree, todo = canvas[kept], score[kept], cached[kept], tree[kept], todo[kept]
+                settled, end, ends = settled[kept], end[kept], ends[kept]
+                span_ends = None if span_ends is None else span_ends[kept]
+                moves = None if moves is None else moves[:, kept]
+                groups = [left for group in groups if len((left := group.of_rows(kept)).numbers)]
+                past.keep(kept)
+            min_prob = self._min_prob(len(todo))
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
             text = canvas.real & ~canvas.open if self.fills_spans else at < settled[:, None]
             uncached = (text & ~cached) | (at == settled[:, None] - 1)
@@ -157,21 +166,14 @@ class Speculative:
                 cached &= goes_on[:, None]  # the next span is filled with the text in another order
             latest = canvas.tokens.gather(1, settled[:, None] - 1)[:, 0]
             ahead = self._drafts_behind(tree, node, drafts, hidden, masks, goes_on, latest)
-            copied, copied_prob = copied_drafts(*self._read_tokens(canvas, settled), self.copies)
+            read = tokens_as_read(canvas, settled) if self.fills_spans else (canvas.tokens, settled)
+            copied, copied_prob = copied_drafts(*read, self.copies)
             tree = DraftTree.from_drafts(
                 ahead, copied, copied_prob * todo[:, None], self.candidates, self.longest, min_prob, independent
             )
             final = settled if span_ends is None else span_ends.settled(settled)
-            canvas = (yield Frame(canvas, score, forwards, final, columns)) or canvas
-
-    def _read_tokens(self, canvas: Canvas, settled: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
-        """The tokens in the order in which they are read, and how many precede the next one."""
-        if not self.fills_spans:
-            return canvas.tokens, settled
-        place, is_behind = canvas.reading_order()
-        order = torch.where(canvas.real, place, place.shape[1]).argsort(dim=1, stable=True)
-        count = torch.where(canvas.open.any(1), settled + is_behind.sum(1), settled)  # a finished row has no next one
-        return canvas.tokens.gather(1, order), count
+            sent = yield batch.whole(Frame(canvas, score, forwards, final, columns))
+            canvas = canvas if sent is None else batch.of_whole(sent)
 
     def _min_prob(self, b: int) -> float:
         """The least probability with which a draft of one of `b` texts must be accepted to be run.

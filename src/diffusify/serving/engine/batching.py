@@ -141,7 +141,8 @@ class PassBatcher:
         for loop, call, past in zip(loops, calls, pasts, strict=True):
             if past not in loop.rows:
                 loop.rows[past] = self.pool.allocate(len(past.columns), past.n)
-            rows.append(loop.rows[past][: len(call.inputs.tokens)])
+            mine = loop.rows[past] if past.kept is None else [loop.rows[past][row] for row in past.kept]
+            rows.append(mine[: len(call.inputs.tokens)])
         return self.pool.prepare(rows, pasts)
 
     def _run_head(self, loops: list[Loop]) -> None:

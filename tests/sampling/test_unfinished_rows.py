@@ -1,0 +1,114 @@
+"""Rows that are finished take no part in further forward passes, and the others do not notice."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from diffusify.canvas import Canvas
+from diffusify.diffusion.attention import Bidirectional, BlockCausal
+from diffusify.diffusion.picking import Draw
+from diffusify.diffusion.rng import RowGenerators
+from diffusify.models.denoiser import Denoiser
+from diffusify.sampling.sampler import Frame, Sampler
+from diffusify.sampling.speculative import Speculative
+from diffusify.serving.engine.batching import PassBatcher
+from tests.families import MASK, tiny_denoiser
+
+LENGTHS = [2, 14, 1, 5, 9, 2]
+ROWS = [[3 + i, 9, 7 + i, *[None] * length] for i, length in enumerate(LENGTHS)]
+SAMPLERS = [Sampler(), Sampler(Draw(1.0)), Sampler(Draw(0.8, top_k=5)), Sampler(), Sampler(Draw(1.0)), Sampler()]
+
+
+@pytest.fixture
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of rows of each forward pass."""
+    found: list[int] = []
+    run = Denoiser.hidden_states
+
+    def counted(self: Denoiser, inputs: Any, index: Any, **options: Any) -> Any:
+        found.append(len(inputs.tokens))
+        return run(self, inputs, index, **options)
+
+    monkeypatch.setattr(Denoiser, "hidden_states", counted)
+    yield found
+
+
+def generators(rows: list[int]) -> RowGenerators:
+    return RowGenerators.from_seeds(rows)
+
+
+def alone(denoiser: Denoiser, row: int, tolerance: float = 0.0) -> list[int]:
+    canvas = Canvas.from_tokens([ROWS[row]], noise=MASK, pad=0)
+    *_, last = Speculative(denoiser, tolerance)(canvas, [SAMPLERS[row]], noise=MASK, rng=generators([row]))
+    return last.canvas.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+def test_lossless_decoding_runs_unfinished_rows_only(rows_run: list[int], tolerance: float) -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4))
+    canvas = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
+    frames = list(Speculative(denoiser, tolerance)(canvas, SAMPLERS, noise=MASK, rng=generators([*range(6)])))
+    assert rows_run == sorted(rows_run, reverse=True) and rows_run[0] == 6 and rows_run[-1] < 3
+    for frame in frames:
+        assert frame.canvas.tokens.shape == canvas.tokens.shape and len(frame.settled) == len(frame.score) == 6
+    for row, before in enumerate(ROWS):
+        text = alone(denoiser, row, tolerance)
+        assert frames[-1].canvas.tokens[row, : len(text)].tolist() == text
+        assert frames[-1].settled[row] == len(before)
+
+
+def test_a_row_that_the_caller_ends_is_not_run(rows_run: list[int]) -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4))
+    steps = Speculative(denoiser)(Canvas.from_tokens(ROWS, noise=MASK, pad=0), SAMPLERS, noise=MASK)
+    frame, ended = next(steps), []
+    while True:
+        longest = int(frame.canvas.open.sum(1).argmax())
+        ended.append((longest, frame.canvas.tokens[longest, : int(frame.settled[longest])].tolist()))
+        try:
+            frame = steps.send(frame.canvas.end_row(longest, ended[-1][1][3:]))
+        except StopIteration:
+            break
+    assert len(rows_run) < max(LENGTHS) and rows_run[-1] < 6
+    for row, text in ended[:2]:  # what was written stays
+        assert frame.canvas.tokens[row, : len(text)].tolist() == text and not frame.canvas.open[row].any()
+
+
+def test_an_observer_sees_the_rows_of_the_batch(rows_run: list[int]) -> None:
+    denoiser, seen = tiny_denoiser("llama", BlockCausal(4)), []
+    sampler = Sampler(observer=lambda write, logits: seen.append(write))
+    canvas = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
+    list(Speculative(denoiser)(canvas, [sampler], noise=MASK))
+    assert set(rows_run) == {6}
+    assert torch.equal(torch.stack(seen).sum(0).bool(), canvas.open)
+
+
+def test_candidates_of_a_served_text_keep_their_cache() -> None:
+    """Several rows of one loop, which share a pass with another one, are left out one after the other."""
+    denoiser = tiny_denoiser("llama", BlockCausal(4))
+    batcher, found = PassBatcher(denoiser), {}
+
+    def work(rows: list[int]) -> None:
+        canvas = Canvas.from_tokens([ROWS[row] for row in rows], noise=MASK, pad=0)
+        samplers = [SAMPLERS[row] for row in rows]
+        frames: list[Frame] = list(Speculative(batcher.denoiser)(canvas, samplers, noise=MASK, rng=generators(rows)))
+        for row, tokens in zip(rows, frames[-1].canvas.tokens.tolist(), strict=True):
+            found[row] = tokens
+
+    batcher.join(lambda: work([0, 1, 2, 3]))
+    batcher.join(lambda: work([4, 5]))
+    while batcher.loops:
+        batcher.advance()
+    for row in range(6):
+        text = alone(denoiser, row)
+        assert found[row][: len(text)] == text
+
+
+def test_rows_without_requested_positions_are_not_run(rows_run: list[int]) -> None:
+    denoiser = tiny_denoiser("llama", Bidirectional())
+    canvas = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
+    positions = canvas.open & (torch.tensor(LENGTHS) > 4)[:, None]
+    logits = denoiser.predict(canvas, positions=positions).logits
+    assert rows_run == [3]
+    torch.testing.assert_close(logits, denoiser(canvas, positions=positions).logits)
