@@ -113,13 +113,12 @@ def test_spans_that_end_lead_to_the_answer(client: httpx.Client, model: str, bia
         plain: dict[str, Any] = {"model": model, "prompt": "The cat", "suffix": " mat", "max_tokens": 24}
         plain |= {"temperature": temperature, "seed": seed}
         whole = post(client, "completions", **plain)
-        parts = [
-            choice["text"]
-            for name, data in events(client, "completions", **plain)
-            if not name and data != "[DONE]"
-            for choice in data["choices"]
-        ]
-        assert "".join(parts) == whole["choices"][0]["text"] and whole["usage"]["completion_tokens"] <= 24
+        found = events(client, "completions", **plain)
+        parts = [choice for name, data in found if not name and data != "[DONE]" for choice in data["choices"]]
+        text, count = whole["choices"][0]["text"], whole["usage"]["completion_tokens"]
+        assert "".join(choice["text"] for choice in parts) == text and count <= 24
+        reason = "stop" if count < 24 else "length"  # as after an end token
+        assert whole["choices"][0]["finish_reason"] == parts[-1]["finish_reason"] == reason
     assert shortened > 20 and (unwritten > 0) == (temperature == 0)  # what stands behind the likeliest end goes
 
 

@@ -110,6 +110,6 @@ def _parse_suffix(service: Service, lm: DiffusionLM, body: CompletionBody, suffi
         return text.removeprefix(" ") if ends_in_space else text
 
     def new_text(positions: list[int]) -> TextStream:
-        return TextStream(positions, decode, frozenset(), body.stops)
+        return TextStream(positions, decode, frozenset(), body.stops, max_tokens=max_length)
 
     return ParsedRequest(prepare, new_text, body.n)

@@ -118,6 +118,7 @@ class TextStream:
     log_probs: dict[int, float] = field(default_factory=dict)
     before_call: str = ""  # the text before a tool call, untrimmed
     num_tokens: int | None = None  # of a text that a stop string or a tool call ends
+    max_tokens: int = 0  # of a span of unknown length, which the model may end before
 
     def resize(self, expand: list[int], delete: list[int]) -> None:
         """Follow a step in which positions have become two or are gone (see `StepEvent`)."""
@@ -149,7 +150,7 @@ class TextStream:
         elif end is not None:
             self.finish_reason = "stop"
         elif last or len(ids) == len(self.positions):
-            self.finish_reason = "length"
+            self.finish_reason = "stop" if len(self.positions) < self.max_tokens else "length"
         else:
             text = self._without_partial_end(text)
         text = self.trim(text)
