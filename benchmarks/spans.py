@@ -3,10 +3,10 @@
     python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--only TASK] [--ways WAY ...] [--out runs/spans]
 
 MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
-benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items in
-batches of 16 texts. `forwards` are forward passes of a batch and `rows` the texts in each of them, so their product is
-the work. A model that keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes. With
-`--only` one task is measured, in some of the `--ways` if they are given, and the other tasks keep their numbers.
+benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items, one
+after the other. `forwards` are the forward passes of an item and `rows` the candidates that start in them. A model that
+keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes. With `--only` one task is
+measured, in some of the `--ways` if they are given, and the other tasks keep their numbers.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models import protocol
 from diffusify.evaluation.benchmark_data import items, tasks_in
 from diffusify.evaluation.evaluate import evaluate, score_row
 from diffusify.evaluation.open_model import open_lm
-from diffusify.evaluation.scoring import BATCH_SIZE, SpanLength
+from diffusify.evaluation.scoring import ItemScore, SpanLength
 from diffusify.evaluation.tasks import Infill
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -79,14 +79,15 @@ def main() -> None:
         result[task.name] = {"items": len(task_items), "candidates": chosen.rerank}
         for name, (model, sampling, span_length, rows) in ways.items():
             folder = chosen.out / name.replace(",", "").replace(" ", "-")
-            (scored,) = evaluate(
-                model, {task.name: task_items}, folder, sampling=sampling, span_length=span_length
-            ).values()
+            scored: list[ItemScore] = []
+            for count in range(len(task_items)):  # what is scored already is read
+                first = {task.name: task_items[: count + 1]}
+                (scored,) = evaluate(model, first, folder, sampling=sampling, span_length=span_length).values()
             found = {metric: round(score_row(task.name, scored, metric).score, 1) for metric in scored[0].scores}
             found |= {
                 "se": round(score_row(task.name, scored).se, 1),
                 "forwards": round(fmean(one.said["forwards"] for one in scored), 1),
-                "rows": rows * min(BATCH_SIZE, len(scored)),
+                "rows": rows,
             }
             result[task.name][name] = found
             print(task.name, name, found, flush=True)

@@ -38,9 +38,9 @@ PYDOC_PROMPTS = [
     "When an exception is raised",
 ]
 MASKED_TEXTS = [
-    "The capital of France is[[1]], and of Italy Rome.",
-    "In summer it is hot, and in winter[[3]].",
-    "import[[1]]\n\nprint(math.sqrt(16))",
+    "The capital of France is[[...]], and of Italy Rome.",
+    "In summer it is hot, and in winter[[...]].",
+    "import[[...]]\n\nprint(math.sqrt(16))",
 ]
 QUESTION = "What is the capital of France?"
 MAX_NEW_TOKENS = 48
@@ -84,7 +84,7 @@ def main(
         suggest(
             f"diffusify generate {BLOCK_MODEL} 'Once upon a time' --watch",
             f"diffusify generate {out} 'The for statement' --watch",
-            f"diffusify infill {INFILL_MODEL} 'The opposite of hot is[[1]], and the opposite of big is small.'",
+            f"diffusify infill {INFILL_MODEL} 'The opposite of hot is[[...]], and the opposite of big is small.'",
             f"diffusify chat {CHAT_MODEL}",
             f"diffusify show {out}",
         )
