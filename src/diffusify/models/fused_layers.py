@@ -36,7 +36,7 @@ class FusedForward:
 
     def __init__(self, layer: Any) -> None:
         self.attention, self.mlp = layer.self_attn, layer.mlp
-        self.norms = FusedRMSNorm(layer.input_layernorm), FusedRMSNorm(layer.post_attention_layernorm)
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = PrepackedLinear.join(self.attention, ("q_proj", "k_proj", "v_proj"))
         self.out = PrepackedLinear.join(self.attention, ("o_proj",))
         self.gate_up = PrepackedLinear.join(self.mlp, ("gate_proj", "up_proj"))
@@ -53,7 +53,7 @@ class FusedForward:
     ) -> Float[Tensor, "b m d"]:
         attention = self.attention
         size = attention.head_dim
-        qkv = self.qkv.forward(self.norms[0](hidden_states)).unflatten(-1, (-1, size))
+        qkv = self.qkv.forward(_rms_norm(self.norms[0], hidden_states)).unflatten(-1, (-1, size))
         key_heads = self.qkv.sizes[1] // size
         if hasattr(attention, "q_norm"):
             query, key = qkv[:, :, : -2 * key_heads], qkv[:, :, -2 * key_heads : -key_heads]
@@ -68,19 +68,12 @@ class FusedForward:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         mixed, _ = grouped_attention(attention, query, key, value, attention_mask, scaling=attention.scaling)
         hidden_states = self.out.add_to(hidden_states, mixed.flatten(2))
-        gate, up = self.gate_up.forward(self.norms[1](hidden_states)).chunk(2, -1)
+        gate, up = self.gate_up.forward(_rms_norm(self.norms[1], hidden_states)).chunk(2, -1)
         return self.down.add_to(hidden_states, self.mlp.act_fn(gate) * up)
 
 
-class FusedRMSNorm:
-    """An RMS norm as the layer norm of x and -x side by side, whose mean is 0: one operation instead of seven."""
-
-    def __init__(self, norm: Any) -> None:
-        self.weight, self.eps, self.size = norm.weight.detach().repeat(2), norm.variance_epsilon, len(norm.weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        both = torch.cat([x, -x], -1)
-        return nn.functional.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : self.size]
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _looks_like_llama(layer: Any) -> bool:
