@@ -39,11 +39,11 @@ class SamplerRows:
         index = [torch.tensor(rows, device=numbers.device) for _, rows in found]
         return [cls(sampler, rows, numbers[rows]) for (sampler, _), rows in zip(found, index, strict=True)]
 
-    def of_rows(self, kept: Int[Tensor, " kept"]) -> "SamplerRows":
+    def of_rows(self, left: Int[Tensor, " left"]) -> "SamplerRows":
         """What remains of the group if some rows of the batch do."""
         if isinstance(self.rows, slice):
-            return replace(self, numbers=self.numbers[kept])
-        new, mine = (kept[:, None] == self.rows).nonzero().unbind(1)
+            return replace(self, numbers=self.numbers[left])
+        new, mine = (left[:, None] == self.rows).nonzero().unbind(1)
         return replace(self, rows=new, numbers=self.numbers[mine])
 
     def process_logits(

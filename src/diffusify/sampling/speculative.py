@@ -119,14 +119,14 @@ class Speculative:
         is_watched = any(sampler.observer is not None for sampler in samplers)  # by the rows of the batch
         score, tree, forwards = batch.frame.score, DraftTree.root(b, self.longest, at.device), 0
         moves, independent = None, self.tolerance > 0  # then the text depends on the drafts
-        while (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).any():
-            if not is_watched and (kept := batch.narrow(todo)) is not None:
-                canvas, score, cached, tree, todo = canvas[kept], score[kept], cached[kept], tree[kept], todo[kept]
-                settled, end, ends = settled[kept], end[kept], ends[kept]
-                span_ends = None if span_ends is None else span_ends[kept]
-                moves = None if moves is None else moves[:, kept]
-                groups = [left for group in groups if len((left := group.of_rows(kept)).numbers)]
-                past.keep(kept)
+        while len(left := (todo := (canvas.open & ~after_end(canvas, ends)).any(1)).nonzero()[:, 0]):
+            if not is_watched and batch.narrow(left):
+                canvas, score, cached, tree, todo = canvas[left], score[left], cached[left], tree[left], todo[left]
+                settled, end, ends = settled[left], end[left], ends[left]
+                span_ends = None if span_ends is None else span_ends[left]
+                moves = None if moves is None else moves[:, left]
+                groups = [rest for group in groups if len((rest := group.of_rows(left)).numbers)]
+                past.keep(left)
             min_prob = self._min_prob(len(todo))
             masks = tree.place_masks(self.masks, self.size - 1, min_prob / _MASK_VALUE, independent)
             text = canvas.real & ~canvas.open if self.fills_spans else at < settled[:, None]

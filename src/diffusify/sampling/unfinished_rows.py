@@ -6,7 +6,7 @@ Axes: b rows of the batch, u unfinished rows, n positions.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from diffusify.canvas import Canvas
@@ -34,13 +34,12 @@ class UnfinishedRows:
         rows = torch.arange(len(score), device=score.device)
         return cls(rows, Frame(canvas, score, 0, canvas.real.sum(1)))
 
-    def narrow(self, unfinished: Bool[Tensor, " u"]) -> Int[Tensor, " v"] | None:
-        """Leave out what is finished by now; which of the rows remain, or None if all do."""
-        kept = unfinished.nonzero()[:, 0]
-        if not 0 < len(kept) <= _MAX_SHARE * len(unfinished):
-            return None
-        self.rows = self.rows[kept]
-        return kept
+    def narrow(self, left: Int[Tensor, " left"]) -> bool:
+        """Leave out all of these rows but those that are `left`, if they are few enough."""
+        is_narrower = len(left) <= _MAX_SHARE * len(self.rows)
+        if is_narrower:
+            self.rows = self.rows[left]
+        return is_narrower
 
     def whole(self, frame: Frame) -> Frame:
         """The frame of the whole batch after a step of these rows."""
