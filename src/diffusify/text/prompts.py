@@ -203,7 +203,7 @@ def _framed_segments(
     segments = encode_infill_text(tokenizer, text)
     if not any(isinstance(segment, range) for segment in segments):
         raise ValueError(
-            f"{_excerpt(text)} has no masked span; write [[...]] where text is missing, or [[8]] for 8 tokens"
+            f"{_excerpt(text)} has no masked span; write [[...]] where text is missing, or [[8]]: 8 tokens"
         )
     return [[tokenizer.start_token_id], *segments, *([[tokenizer.end_token_id]] if add_end_token else [])]
 
