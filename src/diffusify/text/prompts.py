@@ -202,9 +202,7 @@ def _framed_segments(
     """The segments of a text between the start and the end token. ValueError if it has no masked span."""
     segments = encode_infill_text(tokenizer, text)
     if not any(isinstance(segment, range) for segment in segments):
-        raise ValueError(
-            f"{_excerpt(text)} has no masked span; write [[...]] where text is missing, or [[8]]: 8 tokens"
-        )
+        raise ValueError(f"{_excerpt(text)} has no masked span; write [[...]] where text is missing")
     return [[tokenizer.start_token_id], *segments, *([[tokenizer.end_token_id]] if add_end_token else [])]
 
 
