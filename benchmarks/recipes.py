@@ -113,14 +113,15 @@ def work(arm: str, minutes: float, seed: int, out: Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def by_seed(arms: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
-    """The tokens of training and the tokens per forward pass of each drafting arm, one for each seed."""
+def by_seed(arms: dict[str, dict], names: list[str], metric: str) -> dict[str, dict[str, list[float]]]:
+    """The tokens of training and a metric of some arms, one for each seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, values in arms.items():
-        if "draft" in name:
-            arm = found.setdefault(name.split(", seed")[0], {"training_tokens": [], "tokens_per_forward": []})
-            arm["training_tokens"].append(values["training_tokens"])
-            arm["tokens_per_forward"].append(values["tokens_per_kind"]["all"])
+        if (arm := name.split(", seed")[0]) in names:
+            of_arm = found.setdefault(arm, {"training_tokens": [], metric: []})
+            of_arm["training_tokens"].append(values["training_tokens"])
+            value = values["tokens_per_kind"]["all"] if metric == "tokens_per_forward" else values[metric]
+            of_arm[metric].append(value)
     return found
 
 
@@ -135,7 +136,7 @@ def main() -> None:
     if chosen.work:
         work(chosen.work[0], chosen.minutes, int(chosen.work[1]), chosen.out)
         return
-    result: dict = {"minutes": chosen.minutes, "drafting": {}, "arms": {}}
+    result: dict = {"minutes": chosen.minutes, "drafting": {}, "alignment": {}, "arms": {}}
     if (before := earlier("recipes")).get("minutes") == chosen.minutes:
         result["arms"] = before["arms"]
     for seed, arm in product(range(chosen.seeds), chosen.arms):
@@ -146,7 +147,9 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *run], check=True)
         result["arms"][name] = json.loads(file.read_text(encoding="utf-8"))
         print(name, result["arms"][name], flush=True)
-    result["drafting"] = by_seed(result["arms"])
+    drafting = [arm for arm in ARMS if "draft" in arm]
+    result["drafting"] = by_seed(result["arms"], drafting, "tokens_per_forward")
+    result["alignment"] = by_seed(result["arms"], ["ar", "ar, aligned"], "bound_in_full")
     print("wrote", save("recipes", f"python benchmarks/recipes.py --minutes {chosen.minutes:g}", 0, result))
 
 
