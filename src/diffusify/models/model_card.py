@@ -90,7 +90,7 @@ def _text(name: str, config: DiffusionConfig, data: str, arguments: dict[str, An
         "training data": data,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value not in (None, ""))
-    infill = '\nprint(model.infill("The cat[[...]] on the mat.").text)' if config.sees_right_context else ""
+    infill = '\nprint(model.infill("The cat[[3]] on the mat.").text)' if config.sees_right_context else ""
     return f"""# {name}
 
 A diffusion language model, made by diffusify{made_from} with the recipe `{config.recipe}`.{adapters}
