@@ -70,8 +70,7 @@ ifdef DATA
 	$(BENCH)/adapters.py smollm2-masked --english $(DATA)/text/english-train.jsonl.gz --minutes 90
 	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20
 	$(BENCH)/models.py $(DATA)/eval-dev $(DATA)/text/english-valid.jsonl.gz
-	$(BENCH)/spans.py smollm2-infill $(DATA)/eval-dev --only rocstories --limit 32 --rerank 4
-	$(BENCH)/spans.py smollm2-infill $(DATA)/eval-dev --only humaneval_infill --ways told "ended by the model"
+	$(BENCH)/spans.py smollm2-infill $(DATA)/eval-dev
 	$(BENCH)/likelihood.py $(DATA)/eval-dev --plain 4
 	$(BENCH)/reasoning.py $(DATA)/tune/gsm8k-train.jsonl.gz --steps 300 --tests 200
 	$(BENCH)/commongen.py $(DATA)/tune/commongen-train.jsonl.gz $(DATA)/tune/commongen-valid.jsonl.gz \

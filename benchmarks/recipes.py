@@ -114,7 +114,7 @@ def work(arm: str, minutes: float, seed: int, out: Path) -> None:
 
 
 def by_seed(arms: dict[str, dict], names: list[str], metric: str) -> dict[str, dict[str, list[float]]]:
-    """The tokens of training and a metric of some arms, one for each seed."""
+    """The tokens of training and a metric of some arms, one for each seed; drafts are of all kinds of prompts."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, values in arms.items():
         if (arm := name.split(", seed")[0]) in names:

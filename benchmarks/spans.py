@@ -1,12 +1,11 @@
 """Masked spans of unknown length: ended or resized by the model, of a told length, and the best of eight lengths.
 
-    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--only TASK] [--ways WAY ...] [--out runs/spans]
+    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 4] [--out runs/spans]
 
 MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
 benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items, one
 after the other. `forwards` are the forward passes of an item and `rows` the candidates that start in them. A model that
-keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes. With `--only` one task is
-measured, in some of the `--ways` if they are given, and the other tasks keep their numbers.
+keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes.
 """
 
 import argparse
@@ -17,13 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from machine import earlier, save
+from machine import save
 from models import protocol
 
 from diffusify.evaluation.benchmark_data import items, tasks_in
 from diffusify.evaluation.evaluate import evaluate, score_row
 from diffusify.evaluation.open_model import open_lm
-from diffusify.evaluation.scoring import ItemScore, SpanLength
+from diffusify.evaluation.scoring import SpanLength
 from diffusify.evaluation.tasks import Infill
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
@@ -42,9 +41,7 @@ def main() -> None:
     options.add_argument("model")
     options.add_argument("data", type=Path)
     options.add_argument("--limit", type=int, default=100)
-    options.add_argument("--rerank", type=int, default=8)
-    options.add_argument("--only", help="one task, such as rocstories")
-    options.add_argument("--ways", nargs="+", default=[], help='some of the ways, such as told "ended by the model"')
+    options.add_argument("--rerank", type=int, default=4)
     options.add_argument("--out", type=Path, default=Path("runs/spans"))
     chosen = options.parse_args()
     lm = open_lm(chosen.model, dtype=torch.bfloat16)
@@ -65,24 +62,17 @@ def main() -> None:
         )
     if lm.config.keeps_ar_model:
         ways["reranked"] = (lm, SamplingConfig(rerank=chosen.rerank, temperature=0.7), "unknown", chosen.rerank)
-    if unknown := set(chosen.ways) - ways.keys():
-        options.error(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(ways)}")
-    ways = {name: way for name, way in ways.items() if name in (chosen.ways or ways)}
-    result: dict = earlier("spans") if chosen.only else {}
-    result |= {"model": chosen.model, "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1]}
+    result: dict = {"model": chosen.model, "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1]}
     for task in tasks_in(chosen.data):
-        if chosen.only not in (None, task.name):
-            continue
         task_items = items(task, data=chosen.data, limit=chosen.limit, protocol=protocol(task))
         if not isinstance(task_items[0], Infill):
             continue
         result[task.name] = {"items": len(task_items), "candidates": chosen.rerank}
         for name, (model, sampling, span_length, rows) in ways.items():
             folder = chosen.out / name.replace(",", "").replace(" ", "-")
-            scored: list[ItemScore] = []
-            for count in range(len(task_items)):  # what is scored already is read
-                first = {task.name: task_items[: count + 1]}
-                (scored,) = evaluate(model, first, folder, sampling=sampling, span_length=span_length).values()
+            (scored,) = evaluate(
+                model, {task.name: task_items}, folder, sampling=sampling, span_length=span_length, batch_size=1
+            ).values()
             found = {metric: round(score_row(task.name, scored, metric).score, 1) for metric in scored[0].scores}
             found |= {
                 "se": round(score_row(task.name, scored).se, 1),

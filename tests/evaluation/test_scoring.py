@@ -126,6 +126,14 @@ def test_a_span_is_infilled_between_both_sides(lm: DiffusionLM, monkeypatch: pyt
     assert scores == [{"rougeL": 1.0, "rouge1": 1.0, "rouge2": 1.0}, {"pass": 0.0}]
 
 
+def test_items_are_filled_in_batches(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = fix_output(monkeypatch, lm, " sat")
+    items = [Infill("The dog", " sat" * times, " on the mat.") for times in (1, 2, 1)]
+    for size in (1, 2, 3):
+        list(score(lm, items, MonteCarlo(), SamplingConfig(), batch_size=size))
+    assert [len(batch) for batch in batches] == [1, 1, 1, 2, 1, 3]
+
+
 def record_canvases(monkeypatch: pytest.MonkeyPatch) -> list[Canvas]:
     """Returns a list that receives the initial canvas of every generation run."""
     canvases: list[Canvas] = []

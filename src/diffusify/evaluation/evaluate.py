@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusify.config import DiffusionConfig, to_current, to_plain
 from diffusify.evaluation.likelihood import Measure, best_measure
-from diffusify.evaluation.scoring import ItemScore, SpanLength, score
+from diffusify.evaluation.scoring import BATCH_SIZE, ItemScore, SpanLength, score
 from diffusify.evaluation.tasks import Item, item_checksum
 from diffusify.models.saving import checksum
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -52,12 +52,13 @@ def evaluate(
     sampling: SamplingConfig = SamplingConfig(),
     tries: int = 1,
     span_length: SpanLength = "told",
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[str, int], None] = lambda task, done: None,
 ) -> dict[str, list[ItemScore]]:
     """Score every item. Scores are saved in a file per task in `folder`, and saved ones are not computed again.
 
-    `tries` and `span_length` are those of `score`. `progress` is called after each item with the task and the number of
-    scored items. ValueError if the folder holds an evaluation with other settings or items.
+    `tries`, `span_length` and `batch_size` are those of `score`. `progress` is called after each item with the task and
+    the number of scored items. ValueError if the folder holds an evaluation with other settings or items.
     """
     measure, sampling = measure or best_measure(lm.denoiser), lm.with_defaults(sampling)
     settings = {"card": lm.config, "measure": measure, "sampling": sampling, "tries": tries}
@@ -73,7 +74,10 @@ def evaluate(
             raise ValueError(f"{file} holds the scores of other items; give another folder, or delete it")
         progress(name, len(done))
         with file.open("a", encoding="utf-8") as lines:
-            for scored in score(lm, items[len(done) :], measure, sampling, tries=tries, span_length=span_length):
+            todo = items[len(done) :]
+            for scored in score(
+                lm, todo, measure, sampling, tries=tries, span_length=span_length, batch_size=batch_size
+            ):
                 line = json.dumps(asdict(replace(scored, item=checksums[len(done)])))
                 done.append(ItemScore(**json.loads(line)))  # as a resumed evaluation reads it
                 lines.write(line + "\n")

@@ -44,10 +44,12 @@ def score(
     *,
     tries: int = 1,
     span_length: SpanLength = "told",
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[ItemScore]:
     """Score items in order; all items must be of one kind.
 
-    `span_length` says whether bidirectional models are told the length of a span to fill, or have to find it.
+    `span_length` says whether bidirectional models are told the length of a span to fill, or have to find it. The texts
+    of `batch_size` items are generated together.
 
     With several `tries`, the most frequent answer counts (self-consistency), and the score `hit` says whether any was
     correct. If an item exceeds the model's context, its text is truncated where it is farthest from the choices, answer
@@ -56,8 +58,8 @@ def score(
     choices = [item for item in items if isinstance(item, MultipleChoice)]
     if choices:
         yield from _score_choices(lm, choices, measure)
-    for start in range(0, len(items) - len(choices), BATCH_SIZE):
-        batch = items[start : start + BATCH_SIZE]
+    for start in range(0, len(items) - len(choices), batch_size):
+        batch = items[start : start + batch_size]
         yield from _score_answers(lm, [item for item in batch if isinstance(item, OpenEnded)], sampling, tries)
         yield from _score_infills(lm, [item for item in batch if isinstance(item, Infill)], sampling, span_length)
 
