@@ -1,6 +1,5 @@
 """Rows that are finished take no part in further forward passes, and the others do not notice."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +19,11 @@ LENGTHS = [2, 14, 1, 5, 9, 2]
 ROWS = [[3 + i, 9, 7 + i, *[None] * length] for i, length in enumerate(LENGTHS)]
 SAMPLERS = [Sampler(), Sampler(Draw(1.0)), Sampler(Draw(0.8, top_k=5)), Sampler(), Sampler(Draw(1.0)), Sampler()]
 
+generators = RowGenerators.from_seeds
+
 
 @pytest.fixture
-def rows_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each forward pass."""
     found: list[int] = []
     run = Denoiser.hidden_states
@@ -32,11 +33,7 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return run(self, inputs, index, **options)
 
     monkeypatch.setattr(Denoiser, "hidden_states", counted)
-    yield found
-
-
-def generators(rows: list[int]) -> RowGenerators:
-    return RowGenerators.from_seeds(rows)
+    return found
 
 
 def alone(denoiser: Denoiser, row: int, tolerance: float = 0.0) -> list[int]:
