@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.text.chat_template import ChatTemplate
 from diffusify.text.examples import Template
 from diffusify.text.prompts import (
@@ -19,6 +20,7 @@ from diffusify.text.prompts import (
     few_shot,
     infill_canvas,
     parse_masked_spans,
+    resizable_canvas,
 )
 from diffusify.text.tokenizer import TextTokenizer
 from tests.text.makers import WORDS, byte_level, sentence_bpe, unigram, word_piece
@@ -82,6 +84,22 @@ def test_span_lengths_are_tried_from_the_shortest_to_the_longest() -> None:
     canvas = infill_canvas(BYTES, texts, context=None, candidates=8)
     assert canvas.open.sum(1).tolist() == [5, 5, 6, 6, 6, 6, 7, 7, 1, 5, 9, 13, 18, 22, 26, 30]
     assert infill_canvas(BYTES, ["a[[3-5]]"], context=None, candidates=3).open.sum(1).tolist() == [3, 4, 5]
+
+
+@given(st.lists(st.sampled_from([range(3, 13), range(2, 3), UNKNOWN_LENGTH]), min_size=1), st.integers(4, 90))
+def test_spans_take_the_room_that_a_context_has(spans: list[range], context: int) -> None:
+    text = ["a", *spans]
+    shortest = 3 + sum(span[0] for span in spans)
+    if shortest > context:
+        with pytest.raises(ValueError, match=f"needs at least {shortest} tokens, but the model's context is {context}"):
+            infill_canvas(BYTES, [text], context=context, candidates=4)
+        return
+    tokens = infill_canvas(BYTES, [text], context=context, candidates=4).real.sum(1)
+    share = (context - shortest) // len(spans)
+    assert tokens[0] == shortest and tokens.diff().ge(0).all()
+    assert tokens[-1] == shortest + sum(min(len(span) - 1, share) for span in spans)
+    canvas, _ = resizable_canvas(BYTES, [text], LengthTokens(5, 6), context=context, candidates=2)
+    assert canvas.real.sum(1).max() <= context
 
 
 @pytest.mark.parametrize("tokenizer", ALL)
@@ -227,7 +245,7 @@ def test_infill_errors() -> None:
     assert infill_canvas(BYTES, ["a[[2]]"], context=5).tokens.shape == (1, 5)
     with pytest.raises(ValueError, match="needs at least 5 tokens, but the model's context is 4"):
         infill_canvas(BYTES, ["a[[2]]"], context=4)
-    with pytest.raises(ValueError, match="needs at least 1000001 tokens"):
+    with pytest.raises(ValueError, match="needs at least 1000002 tokens"):
         infill_canvas(BYTES, ["a[[999999]]"], context=4)
     with pytest.raises(ValueError, match="at least one"):
         infill_canvas(BYTES, [], context=None)

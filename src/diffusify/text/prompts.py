@@ -113,14 +113,15 @@ def infill_canvas(
 ) -> Canvas:
     """A canvas of texts whose masked spans are open, between the start and, if `add_end_token`, the end token.
 
-    Each text gets `candidates` rows, from the shortest allowed length of its spans to the longest. ValueError if a
-    text has no masked span, or a row is longer than the model's `context` (tokens; None is unlimited).
+    Each text gets `candidates` rows, from the shortest allowed length of its spans to the longest that fits into the
+    model's `context` (tokens; None is unlimited). ValueError if a text has no masked span, or the shortest do not fit.
     """
     rows = []
     for text in texts:
         segments = _framed_segments(tokenizer, text, add_end_token=add_end_token)
+        spans = _fitting_spans(text, segments, context)
         for fraction in [n / max(1, candidates - 1) for n in range(candidates)]:
-            lengths = [span[round(fraction * (len(span) - 1))] for span in segments if isinstance(span, range)]
+            lengths = [span[round(fraction * (len(span) - 1))] for span in spans]
             rows.append(_infill_row(text, segments, lengths, context))
     return _masked_canvas(tokenizer, rows)
 
@@ -143,7 +144,8 @@ def resizable_canvas(
     for text, candidate in product(texts, range(candidates)):
         segments, fraction = _framed_segments(tokenizer, text), (candidate + 0.5) / candidates
         spans = [segment for segment in segments if isinstance(segment, range)]
-        lengths = [round(span[0] * (span[-1] / span[0]) ** fraction) for span in spans]
+        fitting = _fitting_spans(text, segments, context)
+        lengths = [round(span[0] * (span[-1] / span[0]) ** fraction) for span in fitting]
         row = _infill_row(text, segments, lengths, context)
         left = sys.maxsize if context is None else context - len(row)
         added = []
@@ -206,6 +208,14 @@ def _framed_segments(
     return [[tokenizer.start_token_id], *segments, *([[tokenizer.end_token_id]] if add_end_token else [])]
 
 
+def _fitting_spans(text: InfillText, segments: list[list[int] | range], context: int | None) -> list[range]:
+    """The allowed lengths of a text's spans, as far as each fits into its share of the context's room."""
+    spans = [segment for segment in segments if isinstance(segment, range)]
+    shortest = _infill_row(text, segments, [span[0] for span in spans], context)
+    room = sys.maxsize if context is None else context - len(shortest)
+    return [span[: room // len(spans) + 1] for span in spans]
+
+
 def _padded(rows: list[list[int]]) -> Int[Tensor, "rows n"]:
     """Rows of numbers, padded with 0."""
     width = max(map(len, rows))
@@ -245,19 +255,16 @@ def _encode_before_word(tokenizer: TextTokenizer, text: str, *, continues: bool)
 def _infill_row(
     text: InfillText, segments: list[list[int] | range], lengths: list[int], context: int | None
 ) -> list[int | None]:
-    """A row with None for open positions; `lengths` are those of the spans."""
-    row: list[int | None] = []
-    remaining = iter(lengths)
+    """A row with None for open positions; `lengths` are those of the spans. ValueError if the row does not fit."""
+    tokens = sum(lengths) + sum(len(segment) for segment in segments if not isinstance(segment, range))
+    if context is not None and tokens > context:
+        raise ValueError(
+            f"{_excerpt(text)} with its masked spans needs at least {tokens} tokens, but the model's context is "
+            f"{context}; shorten the text or its spans"
+        )
+    remaining, row = iter(lengths), list[int | None]()
     for segment in segments:
-        if not isinstance(segment, range):
-            row += segment
-            continue
-        length = next(remaining)
-        if context is not None and len(row) + length > context:  # before a list of a million is made
-            raise ValueError(_too_long(text, len(row) + length, context))
-        row += [None] * length
-    if context is not None and len(row) > context:
-        raise ValueError(_too_long(text, len(row), context))
+        row += [None] * next(remaining) if isinstance(segment, range) else segment
     return row
 
 
@@ -321,10 +328,3 @@ def _masked_canvas(tokenizer: TextTokenizer, rows: list[list[int | None]]) -> Ca
 
 def _excerpt(text: InfillText) -> str:
     return repr(text[:40]) if isinstance(text, str) else "the text"
-
-
-def _too_long(text: InfillText, tokens: int, context: int) -> str:
-    return (
-        f"{_excerpt(text)} with its masked spans needs at least {tokens} tokens, but the model's context is {context}; "
-        "shorten the text or its spans"
-    )
