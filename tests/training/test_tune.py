@@ -204,8 +204,6 @@ def test_training_without_validation(blocks: str, tmp_path: Path, copies: int) -
 
 def test_bad_arguments_are_refused(masked_base: str, blocks: str, chats: str, pairs: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="is not a diffusion model yet; give a --recipe"):
-        tune(masked_base, pairs, out, template=TEMPLATE, steps=1)
     with pytest.raises(ValueError, match="is a diffusion model already and keeps its own recipe"):
         tune(blocks, chats, out, recipe=block(8), steps=1)
     with pytest.raises(ValueError, match="leave the length head"):
@@ -215,6 +213,14 @@ def test_bad_arguments_are_refused(masked_base: str, blocks: str, chats: str, pa
     with pytest.raises(ValueError, match="fits into length=3"):
         tune(masked_base, pairs, out, template=TEMPLATE, recipe=mlm(), steps=1, length=3)
     assert not out.exists()
+
+
+def test_a_base_is_finetuned_with_its_default_recipe(
+    masked_base: str, causal_base: str, pairs: str, tmp_path: Path
+) -> None:
+    for base, name in ((masked_base, "mlm"), (causal_base, "block")):
+        out = tune(base, pairs, tmp_path / name, template=TEMPLATE, steps=1, **SMALL)
+        assert DiffusionConfig.load(out).recipe == name
 
 
 def test_the_length_head_reads_only_prompts(masked_base: str, pairs: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from diffusify.cli.training_options import (
     Option,
     RecipeName,
     data_source,
+    default_recipe_name,
     folder_name,
     recipe_function,
 )
@@ -29,8 +30,7 @@ def tune(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a diffusion model or name of a bundled one, or a base model as for `diffusify adapt`, "
-            "which needs --recipe."
+            help="Folder of a diffusion model or name of a bundled one, or a base model as for `diffusify adapt`."
         ),
     ],
     data: Annotated[
@@ -55,7 +55,10 @@ def tune(
     ] = None,
     recipe: Annotated[
         RecipeName | None,
-        typer.Option(help="Recipe that turns a base model into a diffusion model; see `diffusify adapt --help`."),
+        typer.Option(
+            help="Recipe that turns a base model into a diffusion model; see `diffusify adapt --help`.",
+            show_default="that of a diffusion model, else mlm for masked models and block for others",
+        ),
     ] = None,
     lora: LoraRank = None,
     length_head: Annotated[
@@ -93,13 +96,15 @@ def tune(
     """
     with report_errors():
         from diffusify.models.lora import Lora
+        from diffusify.models.recipes import saved_recipe
         from diffusify.text.examples import Template
         from diffusify.training.tune import tune as run
 
         if (prompt is None) != (target is None):
             raise ValueError("--prompt and --target form one template; give both or neither")
         template = None if prompt is None or target is None else Template(unescape(prompt), unescape(target))
-        make_recipe = recipe_function(recipe) if recipe else None
+        own_recipe = None if recipe else saved_recipe(model)
+        make_recipe = None if own_recipe else recipe_function(recipe or default_recipe_name(model))
         recipe_options, lora_options, tune_options, training_options = parse_options(
             option or [],
             argument_types(make_recipe) if make_recipe else {},

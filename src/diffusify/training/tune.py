@@ -10,10 +10,12 @@ from rich.console import Console
 
 from diffusify.config import sees_right_context, to_plain
 from diffusify.models.attention_check import check_attention
+from diffusify.models.bundled import find_diffusion_config
+from diffusify.models.loading import is_masked_lm
 from diffusify.models.lora import Lora, check_lora
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipe import Recipe
-from diffusify.models.recipes import saved_recipe
+from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
@@ -51,8 +53,8 @@ def tune(
 ) -> Path:
     """Finetune a model on prompts and targets, and save it in `out`.
 
-    - `model`: a folder that `adapt` or `tune` made, which continues with its own recipe and adapters; or a base with
-      the `recipe` that makes it a diffusion model (Diffusion-LLM's task finetuning).
+    - `model`: a folder that `adapt` or `tune` made, which continues with its own recipe and adapters; or a base, which
+      the `recipe` makes a diffusion model (Diffusion-LLM's task finetuning); default: that of `default_recipe`.
     - `data`: records as `load_records` takes them. `self:DATA` are answers that the model generates itself to DATA's
       questions (see `with_generated_answers`).
     - `template`: the prompt and the target of a record; default: its well-known fields (see `make_examples`). Only
@@ -71,9 +73,11 @@ def tune(
     training = check_training_options(training, minutes=minutes, held_out=held_out)
     recipe = _choose_recipe(model, recipe)
     if recipe.adapters == "masks" and not SELF_SOURCE.search(data):
+        config = find_diffusion_config(model)
         raise ValueError(
-            f"the adapters of {recipe.name} leave the AR half as it is, so it cannot learn the answers in {data}; tune "
-            f"the base with --recipe block, or let the model answer the questions itself: --data self:{data}"
+            f"the adapters of {recipe.name} leave the AR half as it is, so it cannot learn the answers in {data}; "
+            f"finetune {config.base_model if config else model} with the recipe block, or let the model answer the "
+            f"questions itself: --data self:{data}"
         )
     check_lora(model, lora, recipe)
     if load_in_4bit:
@@ -186,13 +190,8 @@ def split_off_prompts(examples: Dataset, count: int, *, seed: int = 0) -> tuple[
 
 
 def _choose_recipe(model: str, recipe: Recipe | None) -> Recipe:
-    """The model's own recipe, or the given one. Raises ValueError if there are two or none."""
+    """The recipe of a diffusion model; for a base the given one or the default. Raises ValueError if there are two."""
     own = saved_recipe(model)
     if own and recipe:
         raise ValueError(f"{model} is a diffusion model already and keeps its own recipe; leave --recipe out")
-    if chosen := own or recipe:
-        return chosen
-    raise ValueError(
-        f"{model} is not a diffusion model yet; give a --recipe (mlm for a masked model, block or ar for an "
-        "autoregressive one), or run `diffusify adapt` first"
-    )
+    return own or recipe or default_recipe(masked=is_masked_lm(model))
