@@ -2,12 +2,14 @@
 
 import json
 import signal
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from safetensors.torch import load_file
 
 import diffusify
@@ -219,8 +221,10 @@ def test_a_base_is_finetuned_with_its_default_recipe(
     masked_base: str, causal_base: str, pairs: str, tmp_path: Path
 ) -> None:
     for base, name in ((masked_base, "mlm"), (causal_base, "block")):
-        out = tune(base, pairs, tmp_path / name, template=TEMPLATE, steps=1, **SMALL)
+        console = Console(file=StringIO())
+        out = tune(base, pairs, tmp_path / name, template=TEMPLATE, steps=1, console=console, **SMALL)
         assert DiffusionConfig.load(out).recipe == name
+        assert f"recipe {name}: trains all " in console.file.getvalue()  # pyright: ignore
 
 
 def test_the_length_head_reads_only_prompts(masked_base: str, pairs: str, tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def train(
             max_skipped=max_skipped,
             notify=lambda line: console.print(line, markup=False, soft_wrap=True),
         )
+        if args.should_save:
+            console.print(_describe_run(denoiser, recipe, args), soft_wrap=True)
         [has_checkpoint] = all_reduce_max(bool(list_checkpoints(out)))
         try:
             trainer.train(resume_from_checkpoint=bool(has_checkpoint))
@@ -226,6 +228,15 @@ def training_arguments(
     fixed = {"output_dir": str(out), "max_steps": budget.max_steps, "seed": seed}
     implied: dict[str, Any] = {f"{kind}_strategy": "steps" for kind in ("save", "eval") if f"{kind}_steps" in options}
     return TrainingArguments(**(defaults | fixed | implied | options))
+
+
+def _describe_run(denoiser: Denoiser, recipe: Recipe, args: TrainingArguments) -> str:
+    """One line about what is trained and where: `recipe mlm: trains all 134,515,008 weights on cpu in bfloat16`."""
+    weights = sum(weight.numel() for weight in denoiser.parameters())
+    trained = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
+    share = "all" if trained == weights else f"{trained:,} of"
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return f"recipe {recipe.name}: trains {share} {weights:,} weights on {args.device} in {dtype}"
 
 
 def _learning_rate(parameters: int, masks_only: bool) -> float:
