@@ -47,7 +47,7 @@ bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.js
 	$(BIN)/pip install -q rdkit
 	$(BENCH)/demo.py runs/5
 	$(BENCH)/decoding.py smollm2-block
-	$(BENCH)/training_length.py runs/5 runs/10 runs/30 smollm2-draft:1424384
+	$(BENCH)/training_length.py runs/5 runs/10 runs/30 smollm2-block:1424384
 	$(BENCH)/caches.py smollm2-masked
 	$(BENCH)/train_step.py --rounds 5
 	$(BENCH)/scale.py
@@ -63,8 +63,7 @@ bench: $(DEMOS) runs/measured/diffusion_config.json runs/own/diffusion_config.js
 ifdef DATA
 	$(BENCH)/ablation.py $(DATA)/models/stories260K $(DATA)/text/tinystories-train.jsonl.gz \
 	    $(DATA)/text/tinystories-valid.jsonl.gz --steps 700 --parts 14
-	$(BENCH)/adapters.py smollm2-draft --english $(DATA)/text/english-train.jsonl.gz --minutes 85
-	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 48
+	$(BENCH)/adapters.py smollm2-block --english $(DATA)/text/english-train.jsonl.gz --minutes 85
 	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz \
 	    --stories $(DATA)/text/tinystories-train.jsonl.gz --minutes 80
 	$(BENCH)/adapters.py smollm2-masked --english $(DATA)/text/english-train.jsonl.gz --minutes 90

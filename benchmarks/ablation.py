@@ -28,10 +28,10 @@ from tiny import train_tiny_base
 from transformers import TrainingArguments
 
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import ar
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
-from diffusify.training.adapt import make_denoiser
 from diffusify.training.budget import Budget
 from diffusify.training.trainer import DiffusionTrainer
 

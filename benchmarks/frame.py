@@ -14,14 +14,14 @@ from machine import save
 from rich.console import Console
 from rich.table import Table
 
+import diffusify
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo
 from diffusify.evaluation.likelihood_requests import LikelihoodRequest
-from diffusify.evaluation.open_model import open_lm
+from diffusify.models.document_frame import measure_starts
 from diffusify.models.loading import load_base
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
-from diffusify.training.document_frame import measure_starts
 
 TEXTS = (
     "The river rises in the hills to the north of the town and runs south for about forty miles before it reaches the "
@@ -78,7 +78,7 @@ def main() -> None:
             starts[str(base.tokenizer.convert_ids_to_tokens(start))] = [start]
     result = {}
     for model in (chosen.base, *chosen.models):
-        result[model] = rows(open_lm(model), starts, chosen.tokens)
+        result[model] = rows(diffusify.load(model), starts, chosen.tokens)
         console.print(f"{model}: documents start with {result[model]['frame']}", markup=False)
     losses = Table("start", *(f"{model} {kind}" for model in result for kind in ("AR", "NELBO")))
     for key in starts:

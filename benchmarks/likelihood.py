@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from machine import save
 
+import diffusify
 from diffusify.evaluation.benchmark_data import chosen_tasks, items
 from diffusify.evaluation.likelihood import Autoregressive, Likelihood, Measure, MonteCarlo
 from diffusify.evaluation.likelihood_requests import LikelihoodRequest
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import likelihood_request
 from diffusify.evaluation.tasks import MultipleChoice
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -118,8 +118,8 @@ def main() -> None:
     torch.manual_seed(0)
     counts = chosen.data, chosen.items, chosen.plain
     result = {
-        "exact": compare(open_lm("smollm2-block"), plain_exact, Autoregressive(), *counts),
-        "bound": compare(open_lm("smollm2-masked"), plain_bound, MonteCarlo(), *counts),
+        "exact": compare(diffusify.load("smollm2-block"), plain_exact, Autoregressive(), *counts),
+        "bound": compare(diffusify.load("smollm2-masked"), plain_bound, MonteCarlo(), *counts),
     }
     print("wrote", save("likelihood", f"python benchmarks/likelihood.py DATA --plain {chosen.plain}", 0, result))
 

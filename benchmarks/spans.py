@@ -19,9 +19,9 @@ import torch
 from machine import save
 from models import protocol
 
+import diffusify
 from diffusify.evaluation.benchmark_data import items, tasks_in
 from diffusify.evaluation.evaluate import evaluate, score_row
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import SpanLength
 from diffusify.evaluation.tasks import Infill
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -44,7 +44,7 @@ def main() -> None:
     options.add_argument("--rerank", type=int, default=4)
     options.add_argument("--out", type=Path, default=Path("runs/spans"))
     chosen = options.parse_args()
-    lm = open_lm(chosen.model, dtype=torch.bfloat16)
+    lm = diffusify.load(chosen.model, dtype=torch.bfloat16)
     eight = count_length_candidates([[UNKNOWN_LENGTH]])
     plain, lengths = SamplingConfig(), f"best of {eight} lengths"
     ways: dict[str, tuple[DiffusionLM, SamplingConfig, SpanLength, int]] = {"told": (lm, plain, "told", 1)}

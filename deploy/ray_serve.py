@@ -8,14 +8,15 @@ import os
 from fastapi import FastAPI
 from ray import serve
 
+import diffusify
 from diffusify.cli.serve import model_names
-from diffusify.evaluation.open_model import open_lm
 from diffusify.serving.api.app import create_app
 
 
 def build() -> FastAPI:
     """The server of one replica. It runs in the replica, which opens the models itself."""
-    return create_app({name: open_lm(source) for name, source in model_names(os.environ["MODELS"].split(",")).items()})
+    sources = model_names(os.environ["MODELS"].split(","))
+    return create_app({name: diffusify.load(source) for name, source in sources.items()})
 
 
 @serve.deployment(

@@ -26,6 +26,7 @@ from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import save_denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -34,7 +35,7 @@ from diffusify.serving.api.app import create_app
 from diffusify.serving.engine.batching import PassBatcher
 from diffusify.text.examples import Template
 from diffusify.training import self_generated
-from diffusify.training.adapt import adapt, make_denoiser
+from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 from tests.families import tiny_network
 from tests.pretend_accelerator import DeviceMismatch, accelerator

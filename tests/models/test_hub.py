@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 
 import diffusify
 from diffusify.cli import app
-from diffusify.evaluation.open_model import open_lm
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.lora import adapter_base
-from diffusify.models.saving import open_base
+from diffusify.models.saving import load_denoiser, open_base
 from tests.models.hub_server import TOKEN, HubServer, hub_server
 
 SMALL = {"steps": 1, "length": 32, "held_out": 64, "bf16": False}
@@ -78,7 +77,7 @@ def test_commands_take_the_name_of_a_pushed_model(model: Path, hub: HubServer) -
     assert done.exit_code == 0 and f"uploaded {hub.address}/lab/tiny" in done.stderr
     done = run.invoke(app, ["generate", "lab/tiny", "The cat", "--max-new-tokens", "4", "--preset", "fast"])
     assert done.exit_code == 0 and done.stdout.startswith("The cat"), done.output
-    assert open_lm("lab/tiny").config == diffusify.load(model).config
+    assert diffusify.load("lab/tiny").config == diffusify.load(model).config
 
 
 def test_a_base_and_adapters_on_the_hub(
@@ -119,12 +118,16 @@ def test_a_folder_of_an_earlier_version_gets_its_model_card_when_it_is_uploaded(
     assert hub.repositories["lab/earlier"]["README.md"].startswith(b"---\n")
 
 
-def test_what_is_not_a_diffusion_model_on_the_hub_is_refused(
+def test_what_is_no_model_on_the_hub_is_refused(
     causal_base: str, hub: HubServer, disconnect: Callable[[], None]
 ) -> None:
     upload(hub, causal_base, "lab/base")
+    assert diffusify.load("lab/base").config.recipe == "as_is"
     with pytest.raises(ValueError, match=r"no diffusion_config.json.*`diffusify adapt lab/base --out DIR`"):
-        diffusify.load("lab/base")
+        load_denoiser("lab/base")
+    hub.repositories["lab/dream"] = {"config.json": b'{"model_type": "Dream", "auto_map": {}}'}
+    with pytest.raises(ValueError, match=r"no diffusion_config.json.*`diffusify import lab/dream --out DIR`"):
+        diffusify.load("lab/dream")
     with pytest.raises(ValueError, match=r"lab/nothing is neither a folder nor a repository.*`hf auth login`"):
         diffusify.load("lab/nothing")
     disconnect()

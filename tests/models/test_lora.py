@@ -18,9 +18,9 @@ from diffusify.models.lora import (
     merge_lora,
     save_lora,
 )
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import block, mlm
 from diffusify.models.saving import load_denoiser, merge_adapters, save_denoiser
-from diffusify.training.adapt import make_denoiser
 from tests.families import MASK, tiny_network
 from tests.text import makers
 

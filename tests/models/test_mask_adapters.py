@@ -17,12 +17,12 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora, adapter_base, add_lora, merge_lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.mask_adapters import find_mask_rows
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser, merge_adapters, open_base, save_denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.speculative import Speculative
-from diffusify.training.adapt import make_denoiser
 from tests.families import CAUSAL, MASK, tiny_network
 from tests.sampling.test_speculative import ROWS, greedy
 from tests.text import makers

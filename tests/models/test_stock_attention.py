@@ -15,9 +15,9 @@ from diffusify.diffusion.attention import AttentionPattern, Bidirectional, Block
 from diffusify.models.attention_check import allowed_influence, attention_influence, check_attention
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.loading import load_base
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.saving import load_denoiser, merge_adapters, save_denoiser
 from diffusify.models.stock_attention import IGNORES_IS_CAUSAL
-from diffusify.training.adapt import make_denoiser
 from tests.families import CAUSAL, FAMILIES, llama_like, tiny_network
 from tests.text import makers
 

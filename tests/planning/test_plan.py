@@ -16,6 +16,7 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora, add_lora
+from diffusify.models.make_denoiser import disable_dropout
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import ar, block, draft, mlm
 from diffusify.planning.footprint import (
@@ -29,7 +30,6 @@ from diffusify.planning.footprint import (
 )
 from diffusify.planning.paper_runs import RUNS
 from diffusify.planning.plan import Plan, _counted_steps, memory, plan
-from diffusify.training.adapt import disable_dropout
 from tests.families import FAMILIES, MASK, tiny_network
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}

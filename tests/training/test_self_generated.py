@@ -10,12 +10,13 @@ from rich.console import Console
 
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import checksum
 from diffusify.text.examples import Template
 from diffusify.text.sources import load_texts
 from diffusify.training import self_generated
-from diffusify.training.adapt import adapt, make_denoiser
+from diffusify.training.adapt import adapt
 from diffusify.training.self_generated import TextGenerator, with_generated_texts
 from diffusify.training.tune import tune
 from tests.families import tiny_network

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from diffusify.canvas import Canvas
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
-from diffusify.training.adapt import make_denoiser
 from diffusify.training.trainer import DiffusionTrainer
 from diffusify.training.validation import validate
 

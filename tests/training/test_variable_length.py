@@ -20,13 +20,14 @@ from diffusify.evaluation.scoring import score
 from diffusify.evaluation.tasks import Infill
 from diffusify.models.loading import load_base
 from diffusify.models.lora import Lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.reranking import ar_log_likelihood
 from diffusify.sampling.sampling_config import SamplingConfig
-from diffusify.training.adapt import adapt, make_denoiser
+from diffusify.training.adapt import adapt
 from diffusify.training.alignment import Alignment
 from tests.families import tiny_network
 from tests.text import makers

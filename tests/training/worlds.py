@@ -101,10 +101,10 @@ def make_trainer(
     from transformers import TrainingArguments
 
     from diffusify.models.loading import load_base
+    from diffusify.models.make_denoiser import make_denoiser
     from diffusify.models.recipes import block
     from diffusify.text.packing import pack
     from diffusify.text.sources import load_texts
-    from diffusify.training.adapt import make_denoiser
     from diffusify.training.budget import Budget
     from diffusify.training.trainer import DiffusionTrainer
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from diffusify.cli.options import AsJson, Device, Dtype
-from diffusify.cli.sampling_options import Preset, Steps, Temperature
+from diffusify.cli.sampling_options import Preset, Steps, Temperature, load_model
 from diffusify.cli.terminal import console, report_errors, suggest
 
 _EXTRA = "Additional measurements"
@@ -117,7 +117,6 @@ def eval_(
 
         from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
         from diffusify.evaluation.html_report import scores_table
-        from diffusify.evaluation.open_model import open_lm
         from diffusify.evaluation.report import MEASURES, EvalPlan, report
         from diffusify.evaluation.tasks import TASKS, few_shot
         from diffusify.sampling.sampling_config import SamplingConfig
@@ -138,8 +137,8 @@ def eval_(
             task.name: few_shot(items(task, data=data, limit=count, protocol=protocol), shots) for task in chosen
         }
         sweep_steps = tuple(int(number) for number in sweep.split(",") if number)
-        lm = open_lm(model, dtype=dtype, device=device)
-        baseline_lm = open_lm(baseline, dtype=dtype, device=device) if baseline else None
+        lm = load_model(model, dtype=dtype, device=device)
+        baseline_lm = load_model(baseline, dtype=dtype, device=device) if baseline else None
         settings = SamplingConfig.preset(preset, lm.config) if preset else SamplingConfig()
         changes = {"steps": steps, "temperature": temperature}
         plan = EvalPlan(

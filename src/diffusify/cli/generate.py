@@ -82,12 +82,11 @@ def generate(
         chosen = sampling_config(model, options)
         single = {"PROMPT": prompt, "--unconditional": unconditional, "-n": n > 1, "--watch": watch, "--json": as_json}
         if is_bulk(source, output, **single):
-            from diffusify.config import DiffusionConfig
-            from diffusify.models.bundled import resolve_model
+            from diffusify.models.recipes import read_config
             from diffusify.serving.bulk.bulk_records import BulkSettings
 
             infilling = replace(sampling_config(model, options, infilling=True), stop=())
-            infilling = infilling.for_infilling(DiffusionConfig.load(resolve_model(model)))
+            infilling = infilling.for_infilling(read_config(model))
             bulk = BulkSettings(chosen, infilling, max_new_tokens)
             generate_bulk(model, source, output, bulk, batch_tokens=batch_tokens, device=device, dtype=dtype)
             return

@@ -10,7 +10,8 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Folder of a diffusion model (made by `diffusify adapt`, `tune`, `merge` or `import`), "
-        "the name of a bundled model such as smollm2-block, or a Hugging Face Hub id."
+        "the name of a bundled model such as smollm2-block, or a Hugging Face Hub id. What generates or scores text "
+        "also takes a base model as it is."
     ),
 ]
 Device = Annotated[

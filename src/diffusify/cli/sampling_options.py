@@ -167,16 +167,16 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     """
     from dataclasses import fields, replace
 
-    from diffusify.config import DiffusionConfig, from_plain
+    from diffusify.config import from_plain
     from diffusify.diffusion.policies import Policy
-    from diffusify.models.bundled import resolve_model
+    from diffusify.models.recipes import read_config
     from diffusify.sampling.sampling_config import SamplingConfig
 
     if options["preset"] and options["settings"]:
         raise ValueError(f"--preset {options['preset']} and --settings {options['settings']}: give one of the two")
     start = SamplingConfig()
     if options["preset"]:
-        config = DiffusionConfig.load(resolve_model(model))
+        config = read_config(model)
         start = SamplingConfig.preset(options["preset"], config.infiller if infilling else config)
     elif options["settings"]:
         start = SamplingConfig.load(options["settings"])
@@ -193,8 +193,8 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     return replace(start, **changes)
 
 
-def load_model(folder: str, *, device: str, dtype: str) -> "DiffusionLM":
-    """Load a diffusion model from a folder, by bundled name or from the hub. ValueError if there is none."""
+def load_model(model: str, *, device: str, dtype: str) -> "DiffusionLM":
+    """Load a diffusion model, or a base as it is (see `DiffusionLM.from_pretrained`). ValueError if there is none."""
     from diffusify.sampling.diffusion_lm import DiffusionLM
 
-    return DiffusionLM.from_pretrained(folder, dtype=dtype, device=device)
+    return DiffusionLM.from_pretrained(model, dtype=dtype, device=device)

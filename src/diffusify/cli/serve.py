@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from diffusify.cli.options import Device, Dtype
+from diffusify.cli.sampling_options import load_model
 from diffusify.cli.terminal import report_errors
 
 _LIMITS, _ACCESS = "Limits", "Access and logging"
@@ -88,13 +89,12 @@ def serve(
                 f"[yellow]warning: {host} is open to everyone who can reach it; --key SECRET requires a key[/]"
             )
         try:
-            from diffusify.evaluation.open_model import open_lm
             from diffusify.serving.api.app import Limits, create_app
             from diffusify.serving.api.server import Server
         except ImportError as error:
             raise ValueError(f"serving needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
         limits = Limits(tokens=tokens, waiting=waiting, seconds=seconds)
-        opener = partial(open_lm, device=device, dtype=dtype)
+        opener = partial(load_model, device=device, dtype=dtype)
         loaded = {name: opener(source) for name, source in sources.items()}
         app = create_app(
             loaded,

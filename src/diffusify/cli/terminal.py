@@ -88,6 +88,9 @@ def print_generation(lm: "DiffusionLM", run: "GenerationRun", *, watch: bool, as
         f"pass), {whole.seconds:.1f} s ({whole.tokens_per_second:.1f} tokens/s)",
         style="dim",
     )
+    if lm.config.recipe == "as_is":
+        console.print(f"{lm.config.base_model} is not a diffusion model yet, and was used as it is", soft_wrap=True)
+        suggest(f"diffusify adapt {lm.config.base_model} --data TEXT")
 
 
 def show_live(lm: "DiffusionLM", run: "GenerationRun", *, prompt: bool = True) -> None:

@@ -14,8 +14,8 @@ from diffusify.config import from_plain
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.likelihood import Autoregressive, Measure, MonteCarlo
 from diffusify.evaluation.likelihood_requests import LikelihoodRequest
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import truncate_left
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
 
 TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]  # text, context ids, continuation ids
@@ -24,7 +24,7 @@ TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]  # text, context
 class DiffusifyLM(TemplateLM):
     """A diffusion model or an unmodified base model for the harness; text is encoded as by its `hf` model.
 
-    `pretrained` is a source for `open_lm`. `add_bos_token=True` adds the start token of the model's documents.
+    `pretrained` is a source for `diffusify.load`. `add_bos_token=True` adds the start token of the model's documents.
     Likelihoods are exact if the model has an AR half (unless `bound=True`),
     otherwise the NELBO, estimated with `draws` stratified mask counts. `sampling` are fields of `SamplingConfig`; a
     task's temperature, top-p and top-k take precedence. ValueError for unknown or invalid fields.
@@ -47,7 +47,7 @@ class DiffusifyLM(TemplateLM):
     ) -> None:
         super().__init__()
         device = "auto" if device in (None, "cuda:0") else device  # lm_eval's default, which not every machine has
-        self.lm = open_lm(pretrained, dtype=dtype, device=device)
+        self.lm = DiffusionLM.from_pretrained(pretrained, dtype=dtype, device=device)
         self.sampling: dict[str, Any] = {"seed": seed} | sampling
         self._sampling_config({})
         exact = self.lm.config.reads_as_ar_model and not bound

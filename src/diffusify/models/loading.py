@@ -22,8 +22,15 @@ from transformers import (
 )
 
 from diffusify.models.accelerator import device_map
-from diffusify.models.bundled import local_model
-from diffusify.models.downloading import ALL_FILES, CONFIG_FILES, SOURCE_HINT, download_card, download_snapshot
+from diffusify.models.bundled import local_model, resolve_model
+from diffusify.models.downloading import (
+    ALL_FILES,
+    CONFIG_FILES,
+    SOURCE_HINT,
+    ModelNotFound,
+    download_card,
+    download_snapshot,
+)
 from diffusify.models.gguf import read_gguf_config, unpack_gguf
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.memory import copy_from_files
@@ -106,6 +113,27 @@ def load_config(source: str) -> PreTrainedConfig:
         with quiet_transformers():
             return read_gguf_config(path)
     return _config(path or download_snapshot(source, ["config.json"]), source)
+
+
+def is_base(model: str | Path) -> bool:
+    """Whether a model is a base, as `load_base` loads it, instead of a diffusion model.
+
+    Raises ModelNotFound if it is neither on this machine nor on the hub.
+    """
+    folder = local_model(model)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "diffusion_config.json").is_file()
+    if local_path(str(model)) is not None:
+        return True
+    try:
+        resolve_model(model)
+    except ModelNotFound as missing:
+        try:
+            load_config(str(model))
+        except ValueError as error:
+            raise missing from error
+        return True
+    return False
 
 
 def is_masked_lm(source: str) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
+from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal, Prefix
 from diffusify.diffusion.corruption import Fixed, PerBlock, PerText
 from diffusify.diffusion.length_noise import LengthNoise
@@ -12,7 +13,8 @@ from diffusify.diffusion.policies import Rdm, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranking import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.models.bundled import find_diffusion_config
+from diffusify.models.bundled import find_diffusion_config, resolve_model
+from diffusify.models.loading import is_base, load_config, network_class
 from diffusify.models.recipe import Recipe
 
 INFILLING_SHARE = 0.25  # of the steps, when training continues on a block model that also infills
@@ -167,6 +169,14 @@ def as_is(*, masked: bool = False) -> Recipe:
     """The recipe of a network that is not adapted: AR decoding, or for a `masked` LM its own predictions."""
     attention = Bidirectional() if masked else Causal()
     return Recipe("as_is", 0 if masked else 1, attention, PerText(), Objective(), policy=Unmask(Leftmost()))
+
+
+def read_config(model: str) -> DiffusionConfig:
+    """The config of a diffusion model, or the one that a base gets as it is, before any weights are read."""
+    if not is_base(model):
+        return DiffusionConfig.load(resolve_model(model))
+    network, masked = network_class(load_config(model), model)
+    return as_is(masked=masked).diffusion_config(network.__name__, -1, model)
 
 
 def saved_recipe(model: str) -> Recipe | None:

@@ -26,8 +26,8 @@ from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_training import optimize_for_training
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import Lora, add_lora, default_lora
+from diffusify.models.make_denoiser import disable_dropout
 from diffusify.models.recipe import Recipe
-from diffusify.training.adapt import disable_dropout
 
 aten = torch.ops.aten
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 from diffusify.config import nearest, to_plain
 from diffusify.models.loading import load_config, network_class
 from diffusify.models.lora import Lora, check_lora, own_adapters
+from diffusify.models.make_denoiser import check_fit
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.planning.devices import DEVICES, DeviceGroup
 from diffusify.planning.footprint import DTYPES, Footprint, ParameterCounts, TrainingSetup, count_parameters, footprint
-from diffusify.training.adapt import check_fit
 
 GIB = 2**30
 FLOAT32, ADAMW = 4.0, 8.0  # bytes per weight: of the weight itself, and of AdamW's two moments

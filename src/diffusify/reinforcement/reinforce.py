@@ -14,7 +14,9 @@ from diffusify.config import DiffusionConfig, to_plain
 from diffusify.diffusion.policy_objectives import Espo, Grpo, PolicyObjective, TraceRl
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config, resolve_model
+from diffusify.models.document_frame import choose_frame
 from diffusify.models.lora import Lora, adapter_base, check_lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import saved_recipe
 from diffusify.models.saving import open_base
@@ -24,9 +26,8 @@ from diffusify.reinforcement.reward_trainer import Reinforcement, RewardTrainer
 from diffusify.reinforcement.rewards import make_rewards
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.sources import load_records, source_checksum
-from diffusify.training.adapt import known_frame, make_denoiser
+from diffusify.training.adapt import known_frame
 from diffusify.training.budget import Budget
-from diffusify.training.document_frame import choose_frame
 from diffusify.training.run_folder import check_run_folder, check_training_options, train
 
 _MICRO_BATCH = 2048  # new tokens in a forward pass of training, at most; 8 texts if they have more

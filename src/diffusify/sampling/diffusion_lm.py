@@ -15,6 +15,9 @@ from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
+from diffusify.models.loading import is_base, load_base
+from diffusify.models.make_denoiser import make_denoiser
+from diffusify.models.recipes import as_is
 from diffusify.models.saving import load_denoiser
 from diffusify.sampling.generation import Generation, GenerationRun
 from diffusify.sampling.row_text import Answer, Continuation, Infilling
@@ -49,19 +52,27 @@ class DiffusionLM:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+        cls, model: Path | str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
     ) -> "DiffusionLM":
-        """Load a model from a folder written by `diffusify adapt` or `tune`, by its bundled name, or from the hub.
+        """Load a diffusion model, or a base as it is.
 
-        OWNER/NAME on the Hugging Face Hub is downloaded unless it is cached. By default the model is on the accelerator
-        (CUDA, XPU or MPS) in bfloat16 if there is one, else on the CPU in float32. Raises ValueError if there is no
-        complete diffusion model, or no such device.
+        A diffusion model is a folder written by `diffusify adapt` or `tune`, the name of a bundled model, or OWNER/NAME
+        on the Hugging Face Hub, which is downloaded unless it is cached. A base is whatever `adapt` takes: an AR model
+        continues prompts one token per forward pass, and a masked LM also fills masked spans. By default the model is
+        on the accelerator (CUDA, XPU or MPS) in bfloat16 if there is one, else on the CPU in float32. Raises ValueError
+        if there is no such model, if it is incomplete, or if there is no such device.
         """
         device = choose_device(device)
-        denoiser, tokenizer = load_denoiser(folder, dtype=choose_dtype(dtype, device), device=device)
-        optimize_for_inference(denoiser.requires_grad_(False).network)
-        config = denoiser.diffusion_config
-        return cls(denoiser, TextTokenizer(tokenizer, config.mask_token_id, config.frame))
+        dtype = choose_dtype(dtype, device)
+        if is_base(model):
+            base = load_base(str(model), dtype=dtype, device=device)
+            denoiser, tokenizer = make_denoiser(base, as_is(masked=base.masked))
+        else:
+            denoiser, own_tokenizer = load_denoiser(model, dtype=dtype, device=device)
+            config = denoiser.diffusion_config
+            tokenizer = TextTokenizer(own_tokenizer, config.mask_token_id, config.frame)
+        optimize_for_inference(denoiser.eval().requires_grad_(False).network)
+        return cls(denoiser, tokenizer)
 
     @property
     def config(self) -> DiffusionConfig:

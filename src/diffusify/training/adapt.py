@@ -1,30 +1,26 @@
 """Adaptation: trains a pretrained language model on text to become a diffusion language model."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from diffusify.config import DiffusionConfig, DocumentFrame, to_plain
+from diffusify.config import DocumentFrame, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
-from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, is_masked_lm
-from diffusify.models.lora import Lora, add_lora, check_lora, default_lora, has_lora
-from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
+from diffusify.models.document_frame import choose_frame
+from diffusify.models.loading import is_masked_lm
+from diffusify.models.lora import Lora, check_lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import default_recipe, saved_recipe
-from diffusify.models.saving import checksum, load_heads, open_base
+from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
 from diffusify.text.sources import source_checksum, source_files
-from diffusify.text.tokenizer import TextTokenizer
 from diffusify.training.budget import Budget
-from diffusify.training.document_frame import choose_frame
 from diffusify.training.run_folder import check_run_folder, check_training_options, read_frame, train
 from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_texts
 
@@ -138,50 +134,3 @@ def known_frame(out: Path, model: str) -> DocumentFrame | None:
     """The frame of documents of the unfinished run in `out`, else that of a diffusion model; None if there is none."""
     config = find_diffusion_config(model)
     return read_frame(out) or (config.frame if config else None)
-
-
-def make_denoiser(
-    base: Base,
-    recipe: Recipe,
-    *,
-    lora: Lora | None = None,
-    frame: DocumentFrame | None = None,
-    mask_token_id: int | None = None,
-) -> tuple[Denoiser, TextTokenizer]:
-    """A denoiser with a recipe's diffusion config, and with new adapters if `lora` is given; and its tokenizer.
-
-    Without a `frame` of documents, the base's is measured (see `choose_frame`). Changes the base's network in place.
-    Raises ValueError when base and recipe do not fit.
-    """
-    check_fit(base.source, base.masked, recipe)
-    frame = choose_frame(base)[0] if frame is None else frame
-    mask = ensure_mask_token(base, mask_token_id)
-    length_tokens = None if recipe.length_noise is None else ensure_length_tokens(base)
-    config = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
-    config = replace(config, frame=frame, length_tokens=length_tokens)
-    disable_dropout(base.network)
-    if not has_lora(base.network) and (lora := default_lora(lora, recipe.adapters)):
-        add_lora(base.network, lora, mask, base.source, recipe.adapters, length_tokens)
-    denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
-    denoiser.limit_vocabulary(tokenizer.token_ids)
-    if base.folder is not None and DiffusionConfig.load(base.folder).draft_head is not None:
-        load_heads(denoiser, base.folder)
-    return denoiser, tokenizer
-
-
-def check_fit(source: str, masked: bool, recipe: Recipe) -> None:
-    """Raise ValueError when a base and a recipe do not fit."""
-    if masked and recipe.shift:
-        raise ValueError(f"{source} is a masked model, which needs no shift: use mlm(), or block(size, masked=True)")
-    if not masked and recipe.name == "mlm":
-        raise ValueError(f"{source} is an autoregressive model: use ar() or block(size); mlm() is for masked models")
-
-
-def disable_dropout(network: nn.Module) -> None:
-    """Set all dropout rates of a network to 0, since the masks already are noise."""
-    for module in network.modules():
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

@@ -11,8 +11,10 @@ from rich.console import Console
 from diffusify.config import sees_right_context, to_plain
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config
+from diffusify.models.document_frame import choose_frame
 from diffusify.models.loading import is_masked_lm
 from diffusify.models.lora import Lora, check_lora
+from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.quantization import check_load_in_4bit
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import default_recipe, saved_recipe
@@ -20,9 +22,8 @@ from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
 from diffusify.text.sources import load_records, source_checksum
-from diffusify.training.adapt import known_frame, make_denoiser
+from diffusify.training.adapt import known_frame
 from diffusify.training.budget import Budget
-from diffusify.training.document_frame import choose_frame
 from diffusify.training.run_folder import check_run_folder, check_training_options, train, training_arguments
 from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_answers
 

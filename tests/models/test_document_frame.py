@@ -23,11 +23,12 @@ from diffusify.evaluation.bits_per_byte import bits_per_byte
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import Autoregressive
 from diffusify.evaluation.likelihood_requests import LikelihoodRequest
-from diffusify.evaluation.open_model import open_lm
 from diffusify.evaluation.scoring import likelihood_request
 from diffusify.evaluation.tasks import MultipleChoice
+from diffusify.models import document_frame
 from diffusify.models.bundled import bundled_models
 from diffusify.models.denoiser import Denoiser
+from diffusify.models.document_frame import SENTENCES, best_start, choose_frame, measure_starts
 from diffusify.models.loading import Base
 from diffusify.models.recipes import block
 from diffusify.sampling.diffusion_lm import DiffusionLM
@@ -37,9 +38,7 @@ from diffusify.serving.api.score import Score
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.prompts import continuation_canvas, infill_canvas
 from diffusify.text.tokenizer import TextTokenizer
-from diffusify.training import document_frame
 from diffusify.training.adapt import adapt
-from diffusify.training.document_frame import SENTENCES, best_start, choose_frame, measure_starts
 from tests.families import tiny_network
 from tests.text.chats import CHATML, LLAMA2, LLAMA3
 from tests.text.makers import byte_level, sentence_bpe, unigram, word_piece
@@ -281,7 +280,7 @@ def test_an_unfinished_run_keeps_its_frame(chat_base: str, corpus: str, tmp_path
 
 
 def test_a_base_is_evaluated_with_the_measured_frame(chat_base: str) -> None:
-    lm = open_lm(chat_base)
+    lm = diffusify.load(chat_base)
     assert lm.config.frame == DocumentFrame(0, 0)
     ids = tuple(lm.tokenizer.encode(SENTENCES[0]))
     (expected,) = Autoregressive()(lm.denoiser, [LikelihoodRequest((0,), (ids,))])
@@ -290,7 +289,7 @@ def test_a_base_is_evaluated_with_the_measured_frame(chat_base: str) -> None:
 
 
 def test_prompts_without_a_start_token_have_none_anywhere(chat_base: str) -> None:
-    lm = open_lm(chat_base)
+    lm = diffusify.load(chat_base)
     tokenizer = replace(lm.tokenizer, frame=DocumentFrame(0, 1, start_prompts=False))
     lm, ids, mask = DiffusionLM(lm.denoiser, tokenizer), tokenizer.encode("The cat"), tokenizer.mask_token_id
     sat = tokenizer.encode(" sat")
@@ -324,5 +323,5 @@ def test_a_long_context_keeps_its_end_if_it_has_no_start_token() -> None:
 
 def test_bundled_models_keep_the_frame_of_their_training() -> None:
     frames = {name: DiffusionConfig.load(folder).frame for name, folder in bundled_models().items()}
-    assert {frames.pop(name) for name in ("smollm2-draft", "smollm2-infill")} == {DocumentFrame(0, 0)}  # as measured
+    assert {frames.pop(name) for name in ("smollm2-block", "smollm2-infill")} == {DocumentFrame(0, 0)}  # as measured
     assert set(frames.values()) == {OWN}  # made before it was
