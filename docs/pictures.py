@@ -130,7 +130,7 @@ def writings() -> dict[str, Text]:
     """What the bundled models generate: several tokens per forward pass, and a masked span."""
     writer, infiller = (diffusify.load(name) for name in ("smollm2-block", "smollm2-infill"))
     return {
-        "smollm2-block, one row per forward pass: the greedy AR text, token for token": development(
+        "smollm2-block, one row per forward pass: the greedy text of its base, token for token": development(
             writer, writer.prepare_generation([STORY], 16, one_line(writer, tolerance=0.0))
         ),
         "smollm2-infill, one row per forward pass: a masked span, filled using both sides": development(
