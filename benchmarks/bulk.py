@@ -10,7 +10,7 @@ import sys
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Annotated, Any
 
 import torch
@@ -102,6 +102,7 @@ def run_until(command: list[str], output: Path, lines: int) -> int:
     with subprocess.Popen(command) as process:
         while not output.exists() or output.read_bytes().count(b"\n") < lines:
             assert process.poll() is None, "the command ended before it was killed"
+            sleep(0.05)  # and leave the processor to it
         process.send_signal(signal.SIGKILL)
     return output.read_bytes().count(b"\n")
 
