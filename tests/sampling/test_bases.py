@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -14,7 +15,7 @@ run = CliRunner()
 
 
 def test_an_autoregressive_base_generates_the_text_of_transformers(causal_base: str) -> None:
-    lm, network = diffusify.load(causal_base), AutoModelForCausalLM.from_pretrained(causal_base)
+    lm, network = diffusify.load(causal_base), cast(Any, AutoModelForCausalLM.from_pretrained(causal_base))
     for prompt in ("The cat", "so it is, and the dog"):
         ids = torch.tensor([lm.tokenizer.add_start(lm.tokenizer.encode(prompt))])
         theirs = network.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]

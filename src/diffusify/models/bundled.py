@@ -30,6 +30,8 @@ def resolve_model(model: str | Path) -> Path:
         return folder
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         return download_diffusion_model(str(model))
+    if str(model).startswith("pip:"):
+        raise ModelNotFound(f"{model} is not a diffusion model; make one with `diffusify adapt {model} --out DIR`")
     raise ModelNotFound(
         f"{model} is not a folder; make a model with `diffusify adapt BASE --out {model}`, or use a model of the hub "
         f"(OWNER/NAME) or a bundled one: {', '.join(bundled_models()) or 'none'}"
