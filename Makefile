@@ -67,7 +67,7 @@ ifdef DATA
 	$(BENCH)/adapters.py smollm2-infill --english $(DATA)/text/english-train.jsonl.gz \
 	    --stories $(DATA)/text/tinystories-train.jsonl.gz --minutes 80
 	$(BENCH)/adapters.py smollm2-masked --english $(DATA)/text/english-train.jsonl.gz --minutes 90
-	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 20
+	$(BENCH)/adapters.py smollm2-chat --instructions $(DATA)/tune/instructions-t0-30k.jsonl.gz --minutes 40
 	$(BENCH)/models.py $(DATA)/eval-dev $(DATA)/text/english-valid.jsonl.gz
 	$(BENCH)/spans.py smollm2-infill $(DATA)/eval-dev
 	$(BENCH)/likelihood.py $(DATA)/eval-dev --plain 4

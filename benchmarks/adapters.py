@@ -68,7 +68,7 @@ tags: [diffusify, diffusion-language-model, {kind}, lora]
 ---
 
 """
-KINDS = {"smollm2-masked": "masked-diffusion"}
+KINDS = {BLOCK: "speculative-decoding", "smollm2-masked": "masked-diffusion"}
 
 
 def publish(run: Path, folder: Path, command: str, tokens: int) -> None:

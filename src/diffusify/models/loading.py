@@ -115,25 +115,25 @@ def load_config(source: str) -> PreTrainedConfig:
     return _config(path or download_snapshot(source, ["config.json"]), source)
 
 
-def is_base(model: str | Path) -> bool:
-    """Whether a model is a base, as `load_base` loads it, instead of a diffusion model.
+def diffusion_folder(model: str | Path) -> Path | None:
+    """The folder of a diffusion model, downloaded if needed; None for a base, as `load_base` loads it.
 
-    Raises ModelNotFound if it is neither on this machine nor on the hub.
+    Raises ModelNotFound if the model is neither on this machine nor on the hub.
     """
     folder = local_model(model)
     if folder.is_dir():
-        return (folder / "config.json").is_file() and not (folder / "diffusion_config.json").is_file()
+        is_base = (folder / "config.json").is_file() and not (folder / "diffusion_config.json").is_file()
+        return None if is_base else folder
     if local_path(str(model)) is not None:
-        return True
+        return None
     try:
-        resolve_model(model)
+        return resolve_model(model)
     except ModelNotFound as missing:
         try:
             load_config(str(model))
         except ValueError as error:
             raise missing from error
-        return True
-    return False
+        return None
 
 
 def is_masked_lm(source: str) -> bool:

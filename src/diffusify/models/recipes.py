@@ -13,8 +13,8 @@ from diffusify.diffusion.policies import Rdm, Unmask
 from diffusify.diffusion.quotas import Threshold
 from diffusify.diffusion.ranking import Leftmost
 from diffusify.diffusion.schedules import Linear, NoiseSchedule
-from diffusify.models.bundled import find_diffusion_config, resolve_model
-from diffusify.models.loading import is_base, load_config, network_class
+from diffusify.models.bundled import find_diffusion_config
+from diffusify.models.loading import diffusion_folder, load_config, network_class
 from diffusify.models.recipe import Recipe
 
 INFILLING_SHARE = 0.25  # of the steps, when training continues on a block model that also infills
@@ -173,8 +173,8 @@ def as_is(*, masked: bool = False) -> Recipe:
 
 def read_config(model: str) -> DiffusionConfig:
     """The config of a diffusion model, or the one that a base gets as it is, before any weights are read."""
-    if not is_base(model):
-        return DiffusionConfig.load(resolve_model(model))
+    if folder := diffusion_folder(model):
+        return DiffusionConfig.load(folder)
     network, masked = network_class(load_config(model), model)
     return as_is(masked=masked).diffusion_config(network.__name__, -1, model)
 

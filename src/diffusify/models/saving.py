@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from diffusify.config import DiffusionConfig
 from diffusify.models.bundled import find_diffusion_config, find_model, resolve_model
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.loading import Base, is_base, load_base, load_tokenizer, num_embeddings
+from diffusify.models.loading import Base, diffusion_folder, load_base, load_tokenizer, num_embeddings
 from diffusify.models.logging import quiet_transformers
 from diffusify.models.lora import (
     adapter_base,
@@ -120,12 +120,11 @@ def load_ar_half(
     model: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """The AR half of a block model as `transformers` opens it: a base itself, also if adapters act on masks only."""
-    if is_base(model):
-        return load_base(str(model), dtype=dtype, device=device).network.eval()
-    folder = resolve_model(model)
-    if DiffusionConfig.load(folder).adapters == "masks":
-        return load_base(str(adapter_base(folder)), dtype=dtype, device=device).network.eval()
-    return load_denoiser(folder, dtype=dtype, device=device)[0].network
+    folder = diffusion_folder(model)
+    if folder and DiffusionConfig.load(folder).adapters == "all":
+        return load_denoiser(folder, dtype=dtype, device=device)[0].network
+    base = adapter_base(folder) if folder else model
+    return load_base(str(base), dtype=dtype, device=device).network.eval()
 
 
 def open_base(model: str, *, load_in_4bit: bool = False) -> Base:

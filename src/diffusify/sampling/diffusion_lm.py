@@ -15,7 +15,7 @@ from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.fast_inference import optimize_for_inference
-from diffusify.models.loading import is_base, load_base
+from diffusify.models.loading import diffusion_folder, load_base
 from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipes import as_is
 from diffusify.models.saving import load_denoiser
@@ -64,13 +64,13 @@ class DiffusionLM:
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        if is_base(model):
-            base = load_base(str(model), dtype=dtype, device=device)
-            denoiser, tokenizer = make_denoiser(base, as_is(masked=base.masked))
-        else:
-            denoiser, own_tokenizer = load_denoiser(model, dtype=dtype, device=device)
+        if folder := diffusion_folder(model):
+            denoiser, own_tokenizer = load_denoiser(folder, dtype=dtype, device=device)
             config = denoiser.diffusion_config
             tokenizer = TextTokenizer(own_tokenizer, config.mask_token_id, config.frame)
+        else:
+            base = load_base(str(model), dtype=dtype, device=device)
+            denoiser, tokenizer = make_denoiser(base, as_is(masked=base.masked))
         optimize_for_inference(denoiser.eval().requires_grad_(False).network)
         return cls(denoiser, tokenizer)
 
