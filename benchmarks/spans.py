@@ -1,11 +1,11 @@
 """Masked spans of unknown length: ended or resized by the model, of a told length, and the best of eight lengths.
 
-    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 4] [--out runs/spans]
+    python benchmarks/spans.py MODEL EVAL [--limit 100] [--rerank 8] [--out runs/spans]
 
 MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
 benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items, one
 after the other. `forwards` are the forward passes of an item and `rows` the candidates that start in them. A model that
-keeps its AR half is also reranked. Every item is kept in OUT, so a second call resumes.
+keeps its AR half also has the likeliest of several fillings measured. Every item is kept in OUT, so a second call resumes.
 """
 
 import argparse
@@ -41,27 +41,30 @@ def main() -> None:
     options.add_argument("model")
     options.add_argument("data", type=Path)
     options.add_argument("--limit", type=int, default=100)
-    options.add_argument("--rerank", type=int, default=4)
+    options.add_argument("--rerank", type=int, default=8)
     options.add_argument("--out", type=Path, default=Path("runs/spans"))
     chosen = options.parse_args()
     lm = diffusify.load(chosen.model, dtype=torch.bfloat16)
     eight = count_length_candidates([[UNKNOWN_LENGTH]])
-    plain, lengths = SamplingConfig(), f"best of {eight} lengths"
+    plain, lengths, found_by = SamplingConfig(), f"best of {eight} lengths", "resized"
     ways: dict[str, tuple[DiffusionLM, SamplingConfig, SpanLength, int]] = {"told": (lm, plain, "told", 1)}
     if lm.config.infiller.reads_as_ar_model:
-        ways["ended by the model"] = (lm, plain, "unknown", 1)
-        ways["ended by the model, tolerance 0.7"] = (lm, SamplingConfig(tolerance=0.7), "unknown", 1)
-        ways[lengths] = (lm, SamplingConfig(rerank=eight), "unknown", eight)
+        found_by = "ended by the model"
+        ways[found_by] = (lm, plain, "unknown", 1)
+        ways[f"{found_by}, tolerance 0.7"] = (lm, SamplingConfig(tolerance=0.7), "unknown", 1)
+        ways[lengths] = (lm, SamplingConfig(regex=r"[\s\S]*"), "unknown", eight)  # its length has to be fixed
     elif lm.config.length_tokens is not None:
         suppressed = SamplingConfig(suppress_tokens=tuple(lm.config.length_tokens.ids))
-        ways["resized"] = (lm, plain, "unknown", 1)
+        ways[found_by] = (lm, plain, "unknown", 1)
         ways[lengths] = (without_resizing(lm), suppressed, "unknown", eight)
     else:
         options.error(
             f"{chosen.model} does not find the length of spans; adapt it with --recipe block -o infilling=0.5"
         )
     if lm.config.keeps_ar_model:
-        ways["reranked"] = (lm, SamplingConfig(rerank=chosen.rerank, temperature=0.7), "unknown", chosen.rerank)
+        reranked = SamplingConfig(rerank=chosen.rerank)
+        ways["told, reranked"] = (lm, reranked, "told", chosen.rerank)
+        ways[f"{found_by}, reranked"] = (lm, reranked, "unknown", chosen.rerank)
     result: dict = {"model": chosen.model, "unknown": [*UNKNOWN_LENGTH][:: len(UNKNOWN_LENGTH) - 1]}
     for task in tasks_in(chosen.data):
         task_items = items(task, data=chosen.data, limit=chosen.limit, protocol=protocol(task))

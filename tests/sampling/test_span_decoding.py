@@ -14,6 +14,7 @@ from diffusify.diffusion.attention import BlockCausal, Causal
 from diffusify.diffusion.span_ends import SpanEnds
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
+from diffusify.sampling.reranking import ar_log_likelihood
 from diffusify.sampling.sampler import Frame
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.sampling.speculative import Speculative
@@ -153,10 +154,21 @@ def test_spans_are_also_denoised_block_by_block() -> None:
     told = lm.infill("The [[6]] mat", steps=6)
     assert told.tokens == 6 and told.forwards <= 6
     assert lm.prepare_infilling(["The [[3-12]] mat"], SamplingConfig(threshold=0.5)).num_candidates == 8
-    greedy = lm.prepare_infilling(["The [[3-12]] mat"], SamplingConfig(rerank=3))
-    assert greedy.num_candidates == 3 and not greedy.resizes  # greedy texts differ in their lengths only
-    sampled = lm.prepare_infilling(["The [[3-12]] mat"], SamplingConfig(rerank=3, temperature=1.0))
-    assert sampled.num_candidates == 3 and sampled.resizes and 3 <= sampled.results()[0].tokens <= 12
+
+
+@pytest.mark.parametrize("text", ["The [[6]] mat", "The [[3-12]] mat"])
+def test_the_likeliest_of_several_fillings_is_kept(text: str) -> None:
+    """The first filling is the text without reranking, and the others are sampled."""
+    lm = span_lm()
+    run = lm.prepare_infilling([text], SamplingConfig(rerank=6, seed=5))
+    (result,) = run.results()
+    fillings = [lm.read(run.canvas[row : row + 1]) for row in range(6)]
+    assert fillings[0] == lm.infill(text).text and len(set(fillings)) > 1
+    assert result.text == fillings[int(ar_log_likelihood(lm.denoiser, run.canvas).argmax())] and result.seed == 5
+    assert lm.infill(text, rerank=6, seed=5).text == result.text
+    sampled = lm.prepare_infilling([text], SamplingConfig(rerank=2, seed=5, temperature=0.5))
+    sampled.results()
+    assert lm.read(sampled.canvas[1:]) == fillings[1]  # the same seed and temperature
 
 
 def test_a_model_of_one_side_refuses_spans() -> None:

@@ -89,8 +89,8 @@ Seed = Annotated[
 Rerank = Annotated[
     int | None,
     typer.Option(
-        help="Number of fillings, of which the text is kept that the model's autoregressive half finds likeliest "
-        "(recipe block with infilling).",
+        help="Number of fillings, one greedy and the others sampled, of which the text is kept that the model's "
+        "autoregressive half finds likeliest (recipe block with infilling).",
         show_default="no reranking",
         rich_help_panel=_SAMPLING,
     ),

@@ -165,20 +165,18 @@ class DiffusionLM:
         if stops := next((each.stop for each in per_text if each.stop), ()):
             raise ValueError(f"stop={stops[0]!r} ends a continuation, but a masked span has a length; leave out stop")
         _check_batch(per_text, denoiser.diffusion_config)
-        rerank, is_greedy = per_text[0].rerank if per_text else None, any(each.temperature == 0 for each in per_text)
+        rerank = per_text[0].rerank if per_text else None
         if rerank and not self.config.keeps_ar_model:
             raise ValueError(
                 f"rerank={rerank} needs a model that keeps its AR half, such as block(4, infilling=0.25); leave it out"
             )
-        if rerank and is_greedy and count_length_candidates(texts) == 1:
-            raise ValueError(f"rerank={rerank} greedy texts of one length are all the same; set temperature=0.7")
         (candidates, tokens), context, lengths = self.count_infillings(texts, per_text), denoiser.context_length, None
         banned = {self.tokenizer.start_token_id, *self.tokenizer.end_token_ids}
         if tokens == "end":
             canvas, lengths = open_ended_canvas(
                 self.tokenizer,
                 texts,
-                [each.temperature > 0 for each in per_text],
+                [each.temperature > 0 and not rerank for each in per_text],
                 context=context,
                 candidates=candidates,
             )
@@ -209,7 +207,6 @@ class DiffusionLM:
         # A constraint and an observer are about fixed positions.
         is_fixed = num_lengths == 1 or any(each.regex is not None or each.observer is not None for each in settings)
         ends = bool(settings) and self.with_defaults(settings[0], infilling=True).tolerance is not None
-        is_fixed |= bool(ends and rerank and settings[0].temperature == 0)  # which would be equal but for their lengths
         tokens = None if is_fixed else "end" if ends else self.config.length_tokens
         return rerank or (num_lengths if tokens is None else 1), tokens
 

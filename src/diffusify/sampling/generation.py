@@ -26,6 +26,8 @@ from diffusify.sampling.shadow import ShadowDenoiser
 from diffusify.sampling.speculative import Speculative
 from diffusify.text.stop_strings import find_stop
 
+_RERANK_TEMPERATURE = 0.5  # at which candidates are sampled if the first of them is greedy
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -93,7 +95,7 @@ class GenerationRun:
         regular expression matches.
         """
         self.canvas, self.forwards, self.seconds = canvas.to(denoiser.device), 0, 0.0
-        self.settings = [each for each in settings for _ in range(num_candidates)]
+        self.settings = [_of_candidate(each, index) for each in settings for index in range(num_candidates)]
         self.end_token_id, self._banned, self._text = end_token_id, banned, text
         self._lengths = None if lengths is None else lengths.to(denoiser.device)
         spare = int(lengths.spare.sum(1).max()) if isinstance(lengths, SpanLengths) else 0
@@ -159,7 +161,7 @@ class GenerationRun:
         )  # only fields that are equal in all rows are used
         noise, pattern = config.mask_token_id, config.attention
         in_order = isinstance(pattern, BlockCausal) and pattern.sides == "left"
-        rng = RowGenerators.from_seeds([self._seed(row) for row in range(len(self.settings))])
+        rng = RowGenerators.from_seeds([each.seed for each in self.settings])
         lengths = self._lengths if isinstance(self._lengths, SpanLengths) else None
         denoiser = denoiser if lengths is None else denoiser.resizing
         samplers = [
@@ -190,11 +192,6 @@ class GenerationRun:
             windows = self.canvas.position_ids // widths
         return denoise(model, self.canvas, samplers, windows, noise=noise, rng=rng, lengths=lengths)
 
-    def _seed(self, row: int) -> int:
-        """The seed of a row: that of its text, and another for each further candidate that is reranked."""
-        settings, candidate = self.settings[row], row % self.num_candidates
-        return (settings.seed + 1_000_003 * candidate) % 2**63 if settings.rerank and candidate else settings.seed
-
     @property
     def resizes(self) -> bool:
         """Whether the model may change the lengths of masked spans."""
@@ -215,7 +212,7 @@ class GenerationRun:
             tokens=tokens,
             forwards=self.forwards,
             seconds=self.seconds,
-            seed=self.settings[row].seed,
+            seed=self.settings[row - row % self.num_candidates].seed,
             finish_reason=None if self.end_token_id is None else "stop" if ended else "length",
             **fields,
         )
@@ -233,3 +230,11 @@ class GenerationRun:
         """Mask of the generated tokens before the first generated end token."""
         ends = end_tokens([self.end_token_id] * len(self.canvas.tokens), self.canvas.tokens.device)
         return self.canvas.written & (generated_ends(self.canvas, ends).long().cumsum(1) == 0)
+
+
+def _of_candidate(settings: SamplingConfig, index: int) -> SamplingConfig:
+    """The settings of one of a text's candidates. The first is decoded as it would be alone, the others are sampled."""
+    if not settings.rerank or index == 0:
+        return settings
+    temperature, seed = settings.temperature or _RERANK_TEMPERATURE, (settings.seed + 1_000_003 * index) % 2**63
+    return replace(settings, temperature=temperature, seed=seed)
