@@ -4,8 +4,9 @@
 
 MODEL is a block model that infills, or an infiller with length tokens (`-o variable_length=true`); EVAL is a folder of
 benchmark files, as for `diffusify eval --data`, of which those with spans are used. All ways fill the same items, one
-after the other. `forwards` are the forward passes of an item and `rows` the candidates that start in them. A model that
-keeps its AR half also has the likeliest of several fillings measured. Every item is kept in OUT, so a second call resumes.
+after the other. `forwards` are the forward passes of an item and `rows` the candidates that start in them. With a model
+that keeps its AR half, the likeliest of several fillings is measured as well. Every item is kept in OUT, so a second
+call resumes.
 """
 
 import argparse
