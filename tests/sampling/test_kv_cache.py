@@ -1,6 +1,7 @@
 """KV caches: an exact cache saves work and changes no prediction."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -11,9 +12,11 @@ from diffusify.diffusion.attention import Bidirectional, BlockCausal
 from diffusify.diffusion.picking import Draw
 from diffusify.diffusion.policies import Rdm, Unmask
 from diffusify.diffusion.ranking import Leftmost, Random
+from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.kv_cache import BlockCache, WindowCache
-from diffusify.sampling.sampler import Sampler
+from diffusify.sampling.sampler import Sampler, denoise
+from diffusify.sampling.speculative import Speculative
 from tests.families import CAUSAL, MASK, tiny_denoiser
 
 ROWS = [[5, 9, 7, *[None] * 9], [8, *[None] * 5], [4, 11, 3, 6, 2, 9, 10, 12, *[None] * 6], [3, 4, 5, 6, *[None] * 4]]
@@ -145,3 +148,25 @@ def test_window_cache_is_exact_if_nothing_has_changed() -> None:
         full, partial = cached(canvas, positions=positions).logits, cached(canvas, positions=positions).logits
         torch.testing.assert_close(full, denoiser(canvas, positions=positions).logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(partial, full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["block", "window", "lossless"])
+def test_equal_rows_share_the_first_pass(kind: str) -> None:
+    """Samples of one prompt run it once, and each is the text that it is alone."""
+    denoiser, rows = tiny_denoiser("llama", Bidirectional() if kind == "window" else BlockCausal(4), 1), []
+    prompt = Canvas.from_tokens(ROWS[2:3], noise=MASK, pad=0)
+    denoiser.network.base_model.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+
+    def texts(seeds: list[int]) -> list[list[int]]:
+        canvas, rng = prompt[torch.zeros(len(seeds), dtype=torch.long)], RowGenerators.from_seeds(seeds)
+        if kind == "lossless":
+            loop = Speculative(denoiser)
+        else:
+            model = BlockCache(denoiser) if kind == "block" else WindowCache(denoiser, "dual")
+            loop = partial(denoise, model, window_index=canvas.position_ids // 4)
+        *_, last = loop(canvas, samplers=[Sampler(pick=Draw(1.0))] * len(seeds), noise=MASK, rng=rng)
+        return last.canvas.tokens.tolist()
+
+    together = texts([3, 4, 5])
+    assert rows[0] == 1 and max(rows) == 3 and len({tuple(text) for text in together}) > 1
+    assert together == [text for seed in (3, 4, 5) for text in texts([seed])]

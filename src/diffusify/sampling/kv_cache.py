@@ -23,13 +23,14 @@ from diffusify.models.denoiser import Denoiser
 class ColumnCache(Cache):
     """A KV cache of fixed size in which each token has the column of its position.
 
-    Call `set_columns` before each forward pass. Column n is written by padding and never read.
+    Call `set_columns` before each forward pass, which `hidden_states` runs. Column n is written by padding and never
+    read.
     """
 
     def __init__(self, denoiser: Denoiser, n: int) -> None:
         layers = denoiser.config.get_text_config().num_hidden_layers
         super().__init__(layers=[ColumnCacheLayer(self) for _ in range(layers)])
-        self.n = n
+        self.denoiser, self.n, self.is_new = denoiser, n, True
         self.columns = torch.empty(0, 0, dtype=torch.long)
         self.moves = torch.empty(2, 0, 0, dtype=torch.long)  # from and to
         self.width = 0
@@ -47,6 +48,16 @@ class ColumnCache(Cache):
         first = torch.arange(len(columns), device=columns.device)[:, None] * (self.n + 1)
         # The columns counted through all rows.
         self.flat_columns, self.flat_moves = (first + columns).flatten(), (first + self.moves).flatten(1)
+
+    def hidden_states(self, inputs: AttentionInputs, index: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
+        """The hidden states of a pass over this cache, see `Denoiser.hidden_states`.
+
+        The first pass runs a single row if all are equal, as the prompts of several samples are.
+        """
+        if self.is_new and len(inputs.tokens) > 1 and inputs.rows_are_equal:
+            inputs, index = inputs.first_row(), index % inputs.tokens.shape[1]
+        self.is_new = False
+        return self.denoiser.hidden_states(inputs, index, past=self)
 
     def keep(self, rows: Int[Tensor, " rows"]) -> None:
         """Leave out all other rows from now on."""
@@ -68,7 +79,7 @@ class ColumnCacheLayer(CacheLayerMixin):
         self.store = store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        b, heads, _, size = key_states.shape
+        b, (_, heads, _, size) = len(self.store.columns), key_states.shape
         self.keys = key_states.new_zeros(heads, b * (self.store.n + 1), size)
         self.values = value_states.new_zeros(heads, b * (self.store.n + 1), value_states.shape[-1])
         self.is_initialized = True
@@ -89,13 +100,17 @@ class ColumnCacheLayer(CacheLayerMixin):
             )
 
     def _write(self, stored: Float[Tensor, "h bn d"], new: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h w d"]:
-        """Write the new states to their columns; the stored states of the columns in use."""
+        """Write the new states to their columns; the stored states of the columns in use.
+
+        Those of a single row are written to all rows.
+        """
+        b = len(self.store.columns)
         columns = self.store.flat_columns.to(stored.device)  # the network may lie on several devices
         if self.store.flat_moves.numel():
             source, target = self.store.flat_moves.to(stored.device)
             stored.index_copy_(1, target, stored.index_select(1, source))
-        stored.index_copy_(1, columns, new.transpose(0, 1).flatten(1, 2))
-        return stored.unflatten(1, (len(new), -1)).transpose(0, 1)[:, :, : self.store.width]
+        stored.index_copy_(1, columns, new.expand(b, -1, -1, -1).transpose(0, 1).flatten(1, 2))
+        return stored.unflatten(1, (b, -1)).transpose(0, 1)[: len(new), :, : self.store.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.width, 0
@@ -170,10 +185,10 @@ class BlockCache:
         source = position - shift - start[row]
         index = row * m + source.clamp_min(0)
         if not shift:
-            return self.denoiser.hidden_states(inputs, index, past=self._past)
+            return self._past.hidden_states(inputs, index)
         rows = torch.arange(len(start), device=start.device)
         boundary_index = rows * m + (final - 1 - start).clamp(0, m - 1)
-        states = self.denoiser.hidden_states(inputs, torch.cat([index, boundary_index]), past=self._past)
+        states = self._past.hidden_states(inputs, torch.cat([index, boundary_index]))
         hidden, boundary_hidden = states.split([len(index), len(rows)])
         if self._boundary_hidden is not None:
             hidden = torch.where((source < 0)[:, None], self._boundary_hidden[row], hidden)
@@ -232,4 +247,4 @@ class WindowCache:
         self._past.set_columns(torch.where(columns < end[:, None], columns, self._past.n), n)
         row, position = positions.nonzero(as_tuple=True)
         index = row * columns.shape[1] + (position - shift - start[row]).clamp_min(0)
-        return self.denoiser.lazy_logits(self.denoiser.hidden_states(inputs, index, past=self._past))
+        return self.denoiser.lazy_logits(self._past.hidden_states(inputs, index))

@@ -315,7 +315,7 @@ class Speculative:
         before_root = uncached & (torch.arange(n, device=device) < settled[:, None] - 1)
         root = row * m + before_root.sum(1, keepdim=True)
         rest = row * m + text.shape[1] + torch.arange(draft_positions.shape[1], device=device)
-        hidden = self.denoiser.hidden_states(inputs, torch.cat([root, rest], 1).flatten(), past=past)
+        hidden = past.hidden_states(inputs, torch.cat([root, rest], 1).flatten())
         logits, hidden = self.denoiser.project(hidden).unflatten(0, (b, -1)), hidden.unflatten(0, (b, -1))
         return logits[:, : drafted + 1].float(), logits[:, drafted + 1 :], hidden[:, drafted + 1 :]
 

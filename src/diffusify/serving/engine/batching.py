@@ -33,7 +33,7 @@ class _BodyCall:
     texts: int
 
     def once(self) -> "_BodyCall":
-        """The call with one row if all are equal, as the prompts of several samples are."""
+        """The call without a cache, with one row if all are equal, as the prompts of several samples are."""
         if self.texts == 1 or not self.inputs.rows_are_equal:
             return self
         return replace(self, inputs=self.inputs.first_row(), index=self.index % self.inputs.tokens.shape[1])
@@ -62,7 +62,7 @@ class BatchedDenoiser(Denoiser):
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k d"]:
         assert past is None or isinstance(past, ColumnCache)
-        return _suspend(_BodyCall(inputs, index, past, len(inputs.tokens)))
+        return _suspend(_BodyCall(inputs, index, past, len(inputs.tokens if past is None else past.columns)))
 
     def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         return self._without_length_tokens(_suspend(_HeadCall(hidden)))
@@ -114,7 +114,7 @@ class PassBatcher:
 
     def _run_body(self, loops: list[Loop]) -> None:
         calls = [loop.pending for loop in loops if isinstance(loop.pending, _BodyCall)]
-        calls = [call if call.past in loop.rows else call.once() for loop, call in zip(loops, calls, strict=True)]
+        calls = [call.once() if call.past is None else call for call in calls]
         width = self._prepare_pool(loops, calls)
         past = None if width is None else self.pool
         inputs = BatchedInputs.from_inputs(tuple(call.inputs for call in calls), width)
