@@ -102,6 +102,26 @@ def test_candidates_of_a_served_text_keep_their_cache() -> None:
         assert found[row][: len(text)] == text
 
 
+def test_texts_that_are_finished_before_the_first_pass_are_not_run(rows_run: list[int]) -> None:
+    denoiser = tiny_denoiser("llama", BlockCausal(4))
+    canvas = Canvas.from_tokens([[3, 9, 7], [4, 9, 8], ROWS[1], ROWS[3]], noise=MASK, pad=0)
+    samplers = [Sampler(), Sampler(), SAMPLERS[1], SAMPLERS[3]]
+    batcher, found = PassBatcher(denoiser), []
+
+    def work() -> None:
+        for model in (batcher.denoiser, denoiser):
+            *_, last = Speculative(model)(canvas, samplers, noise=MASK, rng=generators([0, 0, 1, 3]))
+            found.append(last.canvas.tokens.tolist())
+
+    batcher.join(work)
+    while batcher.loops:
+        batcher.advance()
+    assert found[0] == found[1] and max(rows_run) == 2
+    for row, tokens in ((1, found[0][2]), (3, found[0][3])):
+        text = alone(denoiser, row)
+        assert tokens[: len(text)] == text
+
+
 def test_rows_without_requested_positions_are_not_run(rows_run: list[int]) -> None:
     denoiser = tiny_denoiser("llama", Bidirectional())
     canvas = Canvas.from_tokens(ROWS, noise=MASK, pad=0)

@@ -61,6 +61,8 @@ class ColumnCache(Cache):
 
     def keep(self, rows: Int[Tensor, " rows"]) -> None:
         """Leave out all other rows from now on."""
+        if self.is_new:  # the first pass is of these rows
+            return
         kept = rows.tolist()
         self.kept = kept if self.kept is None else [self.kept[row] for row in kept]
         for layer in self.layers:
