@@ -1,6 +1,6 @@
 """Complete code at the cursor of an editor, from the text before and after it (fill in the middle).
 
-diffusify serve runs/infiller &
+diffusify serve smollm2-infill &
 python examples/complete_at_cursor.py http://127.0.0.1:8000 FILE LINE
 """
 
@@ -13,7 +13,8 @@ from urllib.request import Request, urlopen
 def main(address: str, file: str, line: int) -> str:
     """Generate line number `line` of a file again, with as many tokens as the model finds right.
 
-    The server needs a bidirectional model: `--recipe ar` or `mlm`, best with `-o variable_length=true`.
+    The server needs a model that fills masked spans. With a block model such as `smollm2-infill`, `"rerank": 8` in the
+    body keeps the likeliest of eight completions.
     """
     lines = Path(file).read_text(encoding="utf-8").splitlines(keepends=True)
     with urlopen(f"{address}/v1/models") as response:
