@@ -163,6 +163,8 @@ def test_the_likeliest_of_several_fillings_is_kept(text: str) -> None:
     run = lm.prepare_infilling([text], SamplingConfig(rerank=6, seed=5))
     (result,) = run.results()
     fillings = [lm.read(run.canvas[row : row + 1]) for row in range(6)]
+    assert run.num_candidates == 6 and run.resizes == ("-" in text)
+    assert 3 <= result.tokens <= 12 if run.resizes else result.tokens == 6
     assert fillings[0] == lm.infill(text).text and len(set(fillings)) > 1
     assert result.text == fillings[int(ar_log_likelihood(lm.denoiser, run.canvas).argmax())] and result.seed == 5
     assert lm.infill(text, rerank=6, seed=5).text == result.text

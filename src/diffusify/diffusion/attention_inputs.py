@@ -78,15 +78,19 @@ class AttentionInputs:
             per_row=True,
         )
 
-    @property
-    def rows_are_equal(self) -> bool:
-        """Whether all rows have the same tokens, positions and mask."""
-        if (self.tokens != self.tokens[:1]).any():
-            return False
-        rows = (self.position_ids, self.is_mask, self.columns, self.key_position_ids, self.visible())
-        return all(bool((values == values[:1]).all()) for values in rows if values is not None)
+    def run_equal_rows_once(self, index: Int[Tensor, " k"]) -> tuple["AttentionInputs", Int[Tensor, " k"]]:
+        """The inputs with one row if all rows are equal, and the index of the same outputs.
 
-    def first_row(self) -> "AttentionInputs":
+        Rows are equal if they have the same tokens, positions and mask, as the prompts of several samples have.
+        """
+        if len(self.tokens) == 1 or (self.tokens != self.tokens[:1]).any():
+            return self, index
+        rows = (self.position_ids, self.is_mask, self.columns, self.key_position_ids, self.visible())
+        if not all(bool((values == values[:1]).all()) for values in rows if values is not None):
+            return self, index
+        return self._first_row(), index % self.tokens.shape[1]
+
+    def _first_row(self) -> "AttentionInputs":
         """The inputs of the first row only."""
 
         def first(values: Tensor | None) -> Tensor | None:

@@ -52,10 +52,10 @@ class ColumnCache(Cache):
     def hidden_states(self, inputs: AttentionInputs, index: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """The hidden states of a pass over this cache, see `Denoiser.hidden_states`.
 
-        The first pass runs a single row if all are equal, as the prompts of several samples are.
+        The first pass runs equal rows once.
         """
-        if self.is_new and len(inputs.tokens) > 1 and inputs.rows_are_equal:
-            inputs, index = inputs.first_row(), index % inputs.tokens.shape[1]
+        if self.is_new:
+            inputs, index = inputs.run_equal_rows_once(index)
         self.is_new = False
         return self.denoiser.hidden_states(inputs, index, past=self)
 

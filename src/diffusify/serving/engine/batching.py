@@ -7,7 +7,7 @@ Axes: k output positions, d hidden size, v vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,6 @@ class _BodyCall:
     index: Tensor
     past: ColumnCache | None
     texts: int
-
-    def once(self) -> "_BodyCall":
-        """The call without a cache, with one row if all are equal, as the prompts of several samples are."""
-        if self.texts == 1 or not self.inputs.rows_are_equal:
-            return self
-        return replace(self, inputs=self.inputs.first_row(), index=self.index % self.inputs.tokens.shape[1])
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,10 @@ class BatchedDenoiser(Denoiser):
         self, inputs: AttentionInputs, index: Int[Tensor, " k"], *, past: Cache | None = None
     ) -> Float[Tensor, "k d"]:
         assert past is None or isinstance(past, ColumnCache)
-        return _suspend(_BodyCall(inputs, index, past, len(inputs.tokens if past is None else past.columns)))
+        texts = len(inputs.tokens if past is None else past.columns)
+        if past is None:  # a cache has done so in its first pass
+            inputs, index = inputs.run_equal_rows_once(index)
+        return _suspend(_BodyCall(inputs, index, past, texts))
 
     def project(self, hidden: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
         return self._without_length_tokens(_suspend(_HeadCall(hidden)))
@@ -114,7 +111,6 @@ class PassBatcher:
 
     def _run_body(self, loops: list[Loop]) -> None:
         calls = [loop.pending for loop in loops if isinstance(loop.pending, _BodyCall)]
-        calls = [call.once() if call.past is None else call for call in calls]
         width = self._prepare_pool(loops, calls)
         past = None if width is None else self.pool
         inputs = BatchedInputs.from_inputs(tuple(call.inputs for call in calls), width)
