@@ -75,6 +75,8 @@ def test_the_deepest_accepted_node_is_chosen() -> None:
     assert last_accepted(2, 4) == 4
     assert last_accepted(2, 4, 5) == 5
     assert last_accepted(1, 2, 3, 4, 5) == 3
+    log_prob[0, 5] = -torch.inf  # a token that its text does not allow says nothing about other paths
+    assert last_accepted(2, 4) == 4
 
 
 @pytest.mark.parametrize("count", [1, 4, 30])

@@ -148,6 +148,12 @@ def test_spans_of_a_text_have_an_allowed_length() -> None:
     assert lm.infill("The [[4]] mat").tokens == 4
 
 
+def test_what_follows_a_shorter_span_is_sampled_with_its_own_random_numbers() -> None:
+    lm = span_lm()
+    results = lm.infill(["so [[2-9]]it is [[2]] or not"] * 12, temperature=50.0)
+    assert len({result.spans[1] for result in results if result.spans}) > 10
+
+
 def test_spans_are_also_denoised_block_by_block() -> None:
     """Settings of denoising steps select diffusion decoding, which tries several lengths where they are not told."""
     lm = span_lm()

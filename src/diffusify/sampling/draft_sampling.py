@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffusify.canvas import Canvas
+from diffusify.diffusion.length_tokens import Columns
 from diffusify.diffusion.logits import LazyLogits
 from diffusify.diffusion.rng import DrawnNumbers, RowGenerators
 from diffusify.sampling.draft_tree import DraftTree
@@ -45,6 +46,10 @@ class SamplerRows:
             return replace(self, numbers=self.numbers[left])
         new, mine = (left[:, None] == self.rows).nonzero().unbind(1)
         return replace(self, rows=new, numbers=self.numbers[mine])
+
+    def moved(self, columns: Columns) -> "SamplerRows":
+        """The group after masked spans have changed their length; every position keeps its number."""
+        return replace(self, numbers=columns[self.rows].take(self.numbers))
 
     def process_logits(
         self, logits: Float[Tensor, "b p v"], canvas: Canvas, settled: Int[Tensor, " b"], tree: DraftTree

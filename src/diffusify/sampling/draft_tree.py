@@ -138,7 +138,7 @@ class DraftTree:
     def last_accepted(self, accepted: Bool[Tensor, "b p"], log_prob: Float[Tensor, "b p"]) -> Int[Tensor, " b"]:
         """The deepest node whose path is accepted throughout; among equally deep ones, that of the most likely path."""
         path_accepted = ~(self.ancestors & ~accepted[:, None]).any(-1) & (self.prob > 0)
-        path_log_prob = (self.ancestors * log_prob[:, None]).sum(-1)
+        path_log_prob = torch.where(self.ancestors, log_prob[:, None], 0.0).sum(-1)  # -inf where a token is banned
         return torch.where(path_accepted, 1e4 * self.depth + path_log_prob, -torch.inf).argmax(-1)
 
 

@@ -160,6 +160,7 @@ class Speculative:
                 canvas, span_ends, columns = span_ends.close(canvas, write, end, cut)
             if columns is not None:
                 score, goes_on = columns.take(score), goes_on & ~(canvas.real & (columns.index != at)).any(1)
+                groups = [group.moved(columns) for group in groups]
             first_open, end = _first_run(canvas.open)
             settled = torch.where(first_open < n, first_open, canvas.real.sum(1))
             if self.fills_spans:
