@@ -52,6 +52,8 @@ def test_configs_survive_json(config: DiffusionConfig) -> None:
         ({"attention": {"type": "BlockCausal", "size": 4, "clean": "tokens"}}, "token, block"),
         ({"attention": {"type": "BlockCausal", "sise": 4}}, 'did you mean "size"'),
         ({"policy": "os.system"}, "must be one of Unmask, Ancestral"),
+        ({"policy": {"type": []}}, 'type "[]" is not known'),
+        ({"attention": "BlockCausal"}, 'BlockCausal needs "size"'),
     ],
 )
 def test_invalid_config_raises(change: dict, message: str, tmp_path: Path) -> None:

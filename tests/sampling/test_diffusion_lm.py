@@ -20,8 +20,10 @@ from diffusify.diffusion.ranking import Entropy, Random
 from diffusify.models.denoiser import Denoiser
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.guidance import GuidedDenoiser
+from diffusify.sampling.row_text import Continuation
 from diffusify.sampling.sampler import Sampler
 from diffusify.sampling.sampling_config import Preset, SamplingConfig
+from diffusify.text.prompts import continuation_canvas
 from tests.families import MASK, tiny_denoiser, tiny_network
 from tests.text import makers
 from tests.text.chats import CHATML
@@ -43,6 +45,15 @@ def test_a_batch_gives_the_texts_of_single_prompts(attention, policy) -> None:
     assert [result.text for result in together] == [result.text for result in alone]
     assert [result.tokens for result in together] == [result.tokens for result in alone]
     assert all(result.text == prompt + (result.completion or "") for result, prompt in zip(alone, PROMPTS, strict=True))
+
+
+def test_a_completion_without_a_prompt_begins_like_a_text_also_in_a_padded_row() -> None:
+    tokenizer = makers.unigram()
+    ids = tokenizer.encode("the cat")
+    canvas = continuation_canvas(tokenizer, ["", "the dog sat on the mat"], len(ids), context=None)
+    canvas.tokens[0, canvas.open[0]] = torch.tensor(ids)
+    written = replace(canvas, open=torch.zeros_like(canvas.open))
+    assert not canvas.real[0].all() and Continuation(tokenizer).completion(written[:1]) == "the cat"
 
 
 def test_a_block_model_with_an_infilling_attention_does_both() -> None:
@@ -196,6 +207,7 @@ def test_guidance_is_llada_s_formula(attention: AttentionPattern) -> None:
     plain, zero = (lm.generate("The cat", 6, **more).text for more in ({}, {"guidance": 0.0}))
     cached, uncached = (lm.generate("The cat", 6, guidance=2.0, cache=c).text for c in ("exact", "none"))
     assert plain == zero and cached == uncached
+    assert lm.generate("The cat", 6, steps=3, guidance=2.0).forwards == 6
 
 
 def test_windows_are_decoded_from_left_to_right() -> None:
@@ -352,6 +364,7 @@ def test_presets_suit_the_model(family: str, attention: AttentionPattern, recipe
         ({"guidance": -1.0}, "guidance=-1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"seed": 2**64}, "must be from -2"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -150,6 +150,20 @@ def test_window_cache_is_exact_if_nothing_has_changed() -> None:
         torch.testing.assert_close(partial, full, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_window_cache_of_a_row_is_its_own(kind: Literal["prefix", "dual"]) -> None:
+    """Rows leave their windows at different steps; none is refreshed because another is."""
+    denoiser = tiny_denoiser("llama", Bidirectional(), 1)
+    rows = [[5, 9, 7, *[None] * 20], [8, 4, 11, 6, 2, 9, 3, 7, 12, 4, *[None] * 20]]
+
+    def texts(rows: list) -> list[list[int]]:
+        canvas = Canvas.from_tokens(rows, noise=MASK, pad=0)
+        *_, last = Sampler()(WindowCache(denoiser, kind, refresh=5), canvas, canvas.position_ids // 8, noise=MASK)
+        return [tokens[real].tolist() for tokens, real in zip(last.canvas.tokens, last.canvas.real, strict=True)]
+
+    assert texts(rows) == [texts([row])[0] for row in rows]
+
+
 @pytest.mark.parametrize("kind", ["block", "window", "lossless"])
 def test_equal_rows_share_the_first_pass(kind: str) -> None:
     """Samples of one prompt run it once, and each is the text that it is alone."""

@@ -179,6 +179,14 @@ def test_the_likeliest_of_several_fillings_is_kept(text: str) -> None:
     assert lm.read(sampled.canvas[1:]) == fillings[1]  # the same seed and temperature
 
 
+def test_settings_that_do_not_fit_spans_or_continuations_are_refused() -> None:
+    lm = span_lm()
+    with pytest.raises(ValueError, match="rerank=4 is for masked spans"):
+        lm.generate("The cat", 4, rerank=4)
+    with pytest.raises(ValueError, match="which ends masked spans of unknown length"):
+        lm.infill("The [[...]] mat", suppress_tokens=(lm.tokenizer.end_token_id,))
+
+
 def test_a_model_of_one_side_refuses_spans() -> None:
     denoiser = tiny_denoiser("llama", BlockCausal(4))
     with pytest.raises(ValueError, match="cannot infill"):

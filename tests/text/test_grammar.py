@@ -95,6 +95,19 @@ def test_anchors_at_the_ends_match() -> None:
     assert re.fullmatch("[0-9]{4}", BLOCK.generate("The cat", 8, regex="^[0-9]{4}$").completion or "")
 
 
+def test_lengths_that_cannot_match_are_not_tried() -> None:
+    result = BIDIRECTIONAL.infill("On [[2-5]] and on [[4]].", regex="[0-9]{4}")
+    assert result.spans is not None and all(re.fullmatch("[0-9]{4}", span) for span in result.spans)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"threshold": 0.5}, {"temperature": 1.0}])
+def test_suppressed_tokens_are_in_no_matching_text(sampling: dict) -> None:
+    suppressed = tuple(BYTES.encode(digit, continues=True)[0] for digit in "012345678")
+    assert BLOCK.generate("The cat", 8, regex="[0-9]{4}", suppress_tokens=suppressed, **sampling).completion == "9999"
+    with pytest.raises(ValueError, match="8 tokens, but its constraint allows no text of exactly that length"):
+        BLOCK.generate("The cat", 8, regex="[0-9]{4}", suppress_tokens=(BYTES.end_token_id,), **sampling)
+
+
 def test_sentencepiece_tokens_match() -> None:
     result = tiny_model(True, makers.unigram()).generate("The cat", 24, regex=r" ?(fox|dog)( jumps)*")
     assert re.fullmatch(r" ?(fox|dog)( jumps)*", result.completion or "")

@@ -5,7 +5,7 @@ Axes: b texts, n positions, k selected positions (row by row), v vocabulary.
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -52,6 +52,14 @@ class Automaton:
             self._within.append(self._within[-1] | self._predecessors(self._within[-1]))
         return self._within[min(length, len(self._within) - 1)]
 
+    def without(self, tokens: Collection[int]) -> "Automaton":
+        """The automaton of the accepted texts that have none of these tokens."""
+        edges = {}
+        for state, (allowed, targets) in self.edges.items():
+            kept = [i for i, token in enumerate(allowed) if token not in tokens]
+            edges[state] = (array("i", [allowed[i] for i in kept]), array("q", [targets[i] for i in kept]))
+        return Automaton(edges, self.start, set(self.final))
+
     @property
     def shortest_length(self) -> int | None:
         """The number of tokens of the shortest accepted text; None if no text is accepted."""
@@ -87,10 +95,12 @@ class Constraint:
 
     def check(self, canvas: Canvas) -> None:
         """Check that every run can still become an accepted text. Raises ValueError otherwise."""
-        for row, run in _editable_runs(canvas):
-            if self._possible_states(_cells(canvas, row, run)) is None:
+        for _, run, cells in _editable_runs(canvas):
+            if self._possible_states(cells) is None:
                 shortest = self.automaton.shortest_length
                 accepted = "no text at all" if shortest is None else f"texts of {shortest} tokens or more"
+                if shortest is not None and shortest <= len(run):
+                    accepted = "no text of exactly that length"
                 raise ValueError(
                     f"the masked span has {len(run)} tokens, but its constraint allows {accepted}; "
                     "change its length, or the regular expression or schema"
@@ -98,10 +108,10 @@ class Constraint:
 
     def possible_rows(self, canvas: Canvas) -> Bool[Tensor, " b"]:
         """The rows whose decided tokens are those of some accepted text."""
-        possible = torch.ones(len(canvas.tokens), dtype=torch.bool)
-        for row, run in _editable_runs(canvas):
-            possible[row] &= self._possible_states(_cells(canvas, row, run)) is not None
-        return possible.to(canvas.tokens.device)
+        possible = [True] * len(canvas.tokens)
+        for row, _, cells in _editable_runs(canvas):
+            possible[row] &= self._possible_states(cells) is not None
+        return torch.tensor(possible, dtype=torch.bool, device=canvas.tokens.device)
 
     def allowed_tokens(self, canvas: Canvas, positions: Bool[Tensor, "b n"]) -> Callable[[Tensor, int], Tensor]:
         """A function (index, v) -> mask [len(index), v] of the tokens that each position may have by itself.
@@ -109,8 +119,10 @@ class Constraint:
         `index` counts the selected positions, row by row.
         """
         possible: dict[tuple[int, int], tuple[States, States]] = {}
-        for row, run in _editable_runs(canvas):
-            states = self._possible_states(_cells(canvas, row, run), _length_needed(positions[row], run)) or []
+        selected = positions.tolist()
+        for row, run, cells in _editable_runs(canvas):
+            length = max((i + 1 for i, position in enumerate(run) if selected[row][position]), default=0)
+            states = self._possible_states(cells, length) or []
             possible |= {(row, position): pair for position, pair in zip(run, states, strict=False)}
         places = positions.nonzero().tolist()
 
@@ -124,11 +136,11 @@ class Constraint:
 
     def consistent_writes(self, canvas: Canvas, write: Bool[Tensor, "b n"], guess: Guess) -> Bool[Tensor, "b n"]:
         """The positions of `write` whose guesses are consistent with each other, the most confident first."""
-        kept = write.clone()
-        for row, run in _editable_runs(canvas):
-            chosen = [i for i, position in enumerate(run) if write[row, position]]
-            cells, tokens, score = _cells(canvas, row, run), guess.tokens[row].tolist(), guess.score[row].tolist()
-            length = max(chosen, default=-1) + 1
+        kept = write.tolist()
+        all_tokens, all_scores = guess.tokens.tolist(), guess.score.tolist()
+        for row, run, cells in _editable_runs(canvas):
+            chosen = [i for i, position in enumerate(run) if kept[row][position]]
+            tokens, score, length = all_tokens[row], all_scores[row], max(chosen, default=-1) + 1
             together = [tokens[run[i]] if i in chosen else cell for i, cell in enumerate(cells)]
             if not chosen or self._possible_states(together, length) is not None:
                 continue
@@ -136,8 +148,8 @@ class Constraint:
                 cells[i] = tokens[run[i]]
                 if self._possible_states(cells, length) is None:
                     cells[i] = None
-                    kept[row, run[i]] = False
-        return kept
+                    kept[row][run[i]] = False
+        return torch.tensor(kept, dtype=torch.bool, device=write.device)
 
     def _possible_states(self, cells: Cells, length: int = 0) -> list[tuple[States, States]] | None:
         """The states before and after each cell in accepted texts; None if no accepted text has these tokens.
@@ -183,22 +195,11 @@ class Constraint:
                 mask[self.end_token_id] = True
 
 
-def _editable_runs(canvas: Canvas) -> list[tuple[int, list[int]]]:
-    """The runs of consecutive editable positions, each with its row."""
-    return [
-        (row, [position for position, _ in run])
-        for row, flags in enumerate(canvas.editable.tolist())
-        for editable, run in groupby(enumerate(flags), key=lambda pair: pair[1])
-        if editable
-    ]
-
-
-def _cells(canvas: Canvas, row: int, run: list[int]) -> Cells:
-    tokens, open = canvas.tokens[row, run[0] : run[-1] + 1].tolist(), canvas.open[row, run[0] : run[-1] + 1].tolist()
-    return [None if is_open else token for token, is_open in zip(tokens, open, strict=True)]
-
-
-def _length_needed(positions: Bool[Tensor, " n"], run: list[int]) -> int:
-    """The length of a run up to and including its last selected position."""
-    selected = positions[run[0] : run[-1] + 1].nonzero()
-    return int(selected[-1]) + 1 if len(selected) else 0
+def _editable_runs(canvas: Canvas) -> Iterator[tuple[int, list[int], Cells]]:
+    """The runs of consecutive editable positions, each with its row and its cells."""
+    tokens, open = canvas.tokens.tolist(), canvas.open.tolist()
+    for row, flags in enumerate(canvas.editable.tolist()):
+        for editable, pairs in groupby(enumerate(flags), key=lambda pair: pair[1]):
+            if editable:
+                run = [position for position, _ in pairs]
+                yield row, run, [None if open[row][position] else tokens[row][position] for position in run]

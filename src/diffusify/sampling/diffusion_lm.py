@@ -181,6 +181,11 @@ class DiffusionLM:
                 candidates=candidates,
             )
             banned -= {lengths.end_token_id}
+            if any(lengths.end_token_id in each.suppress_tokens for each in per_text):
+                raise ValueError(
+                    f"suppress_tokens has {lengths.end_token_id}, which ends masked spans of unknown length; leave it "
+                    "out, or give the spans a length"
+                )
         elif tokens is not None:
             canvas, lengths = resizable_canvas(self.tokenizer, texts, tokens, context=context, candidates=candidates)
         else:
@@ -228,6 +233,8 @@ class DiffusionLM:
     ) -> GenerationRun:
         per_text, beam = [self.with_defaults(each) for each in _one_per_text(settings, len(prompts))], 1
         _check_batch(per_text, self.config)
+        if per_text and per_text[0].rerank:
+            raise ValueError(f"rerank={per_text[0].rerank} is for masked spans, not for continuations; leave it out")
         if max_new_tokens is None and self.denoiser.length_head is not None:
             beam = min(per_text[0].length_beam, self.denoiser.length_head.max_length)
             max_new_tokens = self._predict_lengths(prompts, beam)

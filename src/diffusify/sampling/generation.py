@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -106,11 +107,22 @@ class GenerationRun:
         self.score = torch.zeros_like(self.canvas.tokens, dtype=torch.float32)
         self._likelihood: Tensor | None = None  # of each row under the AR half, by which candidates are ranked
         first_end = end_token_id[0] if isinstance(end_token_id, tuple) else end_token_id
-        constraints = {regex: Constraint(automaton, first_end) for regex, automaton in (automata or {}).items()}
-        self._constraints = [constraints.get(each.regex or "") for each in self.settings]
-        for row, constraint in enumerate(self._constraints):
-            if constraint is not None:
-                constraint.check(self.canvas[row : row + 1])
+        constraint_of = cache(partial(_constraint, automata or {}, first_end))
+        self._constraints = [constraint_of(each.regex, each.suppress_tokens) for each in self.settings]
+        self.canvas = self.canvas[torch.tensor(self._possible_rows(), device=denoiser.device)]
+
+    def _possible_rows(self) -> list[int]:
+        """Every row, or another candidate for its text where its length is impossible under its constraint."""
+        rows: list[int] = []
+        for start in range(0, len(self.settings), self.num_candidates):
+            candidates, constraint = range(start, start + self.num_candidates), self._constraints[start]
+            possible = [
+                row for row in candidates if constraint is None or constraint.possible_rows(self.canvas[row : row + 1])
+            ]
+            if constraint is not None and not possible:
+                constraint.check(self.canvas[start : start + 1])
+            rows += [row if row in possible else possible[row % len(possible)] for row in candidates]
+        return rows
 
     def __iter__(self) -> Iterator[Frame]:
         return self._frames
@@ -230,6 +242,16 @@ class GenerationRun:
         """Mask of the generated tokens before the first generated end token."""
         ends = end_tokens([self.end_token_id] * len(self.canvas.tokens), self.canvas.tokens.device)
         return self.canvas.written & (generated_ends(self.canvas, ends).long().cumsum(1) == 0)
+
+
+def _constraint(
+    automata: Mapping[str, Automaton], end_token_id: int | None, regex: str | None, suppressed: tuple[int, ...]
+) -> Constraint | None:
+    """The constraint of a regular expression, without texts that have suppressed tokens."""
+    if regex is None or regex not in automata:
+        return None
+    automaton = automata[regex].without(suppressed) if suppressed else automata[regex]
+    return Constraint(automaton, None if end_token_id in suppressed else end_token_id)
 
 
 def _of_candidate(settings: SamplingConfig, index: int) -> SamplingConfig:

@@ -26,6 +26,7 @@ class GuidedDenoiser:
     unconditional: DenoiseFn
     scale: float
     noise: int
+    passes = 2  # forward passes per call
 
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         prompt = ~canvas.editable & canvas.real & (canvas.position_ids > 0)

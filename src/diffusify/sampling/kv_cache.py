@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -204,8 +205,8 @@ class WindowCache:
     """A bidirectional denoiser with an approximate KV cache (Fast-dLLM).
 
     A call runs only the current window of requested positions and attends to cached keys and values outside of it:
-    those before the window (`prefix`) or on both sides (`dual`). The cache is recomputed when another window starts,
-    when a masked span has changed its length, and after `refresh` passes; in between it is stale.
+    those before the window (`prefix`) or on both sides (`dual`). The cache of a row is recomputed when its next window
+    starts, when a masked span has changed its length, and after `refresh` passes; in between it is stale.
 
     Raises ValueError if the model is not bidirectional, the network has no KV cache, or `refresh` is below 1.
     """
@@ -219,8 +220,6 @@ class WindowCache:
             raise ValueError(f"refresh={refresh} must be at least 1 pass, which caches nothing")
         self.denoiser, self.kind, self.refresh = denoiser, kind, refresh
         self._past: ColumnCache | None = None
-        self._document: Tensor | None = None  # of the canvas that the cache is of
-        self._passes = 0
 
     def __call__(self, canvas: Canvas, *, positions: Bool[Tensor, "b n"]) -> LazyLogits:
         shift, n = self.denoiser.diffusion_config.shift, canvas.tokens.shape[1]
@@ -230,18 +229,18 @@ class WindowCache:
         last = torch.where(positions, at, -1).amax(1) + 1
         if self._past is None or self._past.n < n or len(self._start) != len(positions):
             spare = 0 if self._past is None else self._past.n  # a canvas that grew once may grow again
-            self._past, self._document = ColumnCache(self.denoiser, n + spare), None
-            self._start, self._end = first, last
-        if self._document is None or not torch.equal(self._document, canvas.document):
-            self._document, self._passes = canvas.document, self.refresh  # positions have moved
-        inside = (first >= self._start) & (last <= self._end) | ~active
-        if self._passes >= self.refresh or not inside.all():
-            self._start, self._end, self._passes = first.clamp_min(0), last, 0
-            start, end = torch.zeros_like(first), torch.full_like(first, n)
-        else:
-            start = torch.where(active, self._start, n)
-            end = torch.where(active, self._end if self.kind == "dual" else n, n)
-        self._passes += 1
+            self._past = ColumnCache(self.denoiser, n + spare)
+            self._start, self._end, self._document = first, last, canvas.document
+            self._passes = torch.full_like(first, self.refresh)  # since the cache of each row was computed
+        before = pad(self._document, (0, n - self._document.shape[1]))
+        has_moved = (before != canvas.document).any(1) | (self._document.count_nonzero(1) != canvas.real.sum(1))
+        is_inside = (first >= self._start) & (last <= self._end)
+        stale = active & (has_moved | ~is_inside | (self._passes >= self.refresh))
+        self._start = torch.where(stale, first.clamp_min(0), self._start)
+        self._end = torch.where(stale, last, self._end)
+        self._passes, self._document = torch.where(stale, 0, self._passes) + 1, canvas.document
+        start = torch.where(stale, 0, torch.where(active, self._start, n))
+        end = torch.where(stale | ~active, n, self._end if self.kind == "dual" else n)
         columns = start[:, None] + torch.arange(int((end - start).amax()), device=positions.device)
         inputs = self.denoiser.diffusion_config.attention(canvas, shift=shift).select_columns(
             columns.clamp_max(n - 1), n

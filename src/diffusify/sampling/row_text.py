@@ -21,7 +21,7 @@ class Continuation:
 
     def completion(self, canvas: Canvas) -> str:
         """The generated text up to its end token."""
-        given = canvas.tokens[~canvas.editable].tolist()
+        given = canvas.tokens[canvas.real & ~canvas.editable].tolist()
         ids = _before_end(canvas, self.tokenizer.end_token_ids)
         return self.tokenizer.decode(ids, continues=given != [self.tokenizer.start_token_id])
 

@@ -187,7 +187,7 @@ def denoise(
             logits = no_logits
             if positions.any():
                 logits = denoiser(canvas, positions=positions)
-                forwards += 1
+                forwards += getattr(denoiser, "passes", 1)
             last_input = (canvas.tokens, positions)
         allowed = logits if lengths is None else lengths.restrict(logits, canvas, positions)
         guess = Guess(canvas.tokens.clone(), torch.full_like(score, -torch.inf))

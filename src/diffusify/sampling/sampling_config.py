@@ -64,9 +64,9 @@ class SamplingConfig:
       and the result ends where it begins.
     - `length_beam`: Number of predicted lengths to try, of which the most confident text is kept. Defaults to 3. Only
       used if the model has a length head and `max_new_tokens` is not given.
-    - `rerank`: Fills masked spans this many times, once as without it and then with further seeds, at temperature 0.5
-      if none is given. The text to which the model's AR half gives the highest likelihood is kept. For models that keep
-      their AR half. Default: no reranking.
+    - `rerank`: Fills masked spans this many times with different seeds and keeps the text to which the model's AR half
+      gives the highest likelihood. Without a temperature, the first text is the greedy one and the others are sampled
+      at 0.5. For models that keep their AR half. Default: no reranking.
     - `cache`: "exact" caches finished blocks of block models. "prefix" and "dual" are approximate caches for
       bidirectional models with a `window`: they keep what is before the window, or on both sides. Defaults to "exact".
 
@@ -120,6 +120,7 @@ class SamplingConfig:
                 f"tolerance={self.tolerance} is speculative decoding, without {fields[0]}; leave out {fields[0]}"
             )
         self.sampler(Unmask())
+        Draw(top_k=self.top_k, top_p=float(self.top_p))  # checks both, also where nothing is sampled
 
     def for_model(self, config: DiffusionConfig) -> "SamplingConfig":
         """These settings with the default of a model: lossless decoding if it keeps its AR half.
