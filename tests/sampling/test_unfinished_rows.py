@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusify.canvas import Canvas
 from diffusify.diffusion.attention import Bidirectional, BlockCausal
-from diffusify.diffusion.picking import Draw
+from diffusify.diffusion.logits import LazyLogits
+from diffusify.diffusion.picking import Draw, Greedy
 from diffusify.diffusion.rng import RowGenerators
 from diffusify.models.denoiser import Denoiser
-from diffusify.sampling.sampler import Frame, Sampler
+from diffusify.sampling.sampler import Frame, Sampler, denoise
 from diffusify.sampling.speculative import Speculative
 from diffusify.serving.engine.batching import PassBatcher
 from tests.families import MASK, tiny_denoiser
@@ -72,12 +74,22 @@ def test_a_row_that_the_caller_ends_is_not_run(rows_run: list[int]) -> None:
         assert frame.canvas.tokens[row, : len(text)].tolist() == text and not frame.canvas.open[row].any()
 
 
-def test_an_observer_sees_the_rows_of_the_batch(rows_run: list[int]) -> None:
+@pytest.mark.parametrize("lossless", [True, False])
+def test_an_observer_sees_the_rows_of_the_batch(rows_run: list[int], lossless: bool) -> None:
+    """Rows with other settings, which are decoded in a group of their own, are seen at their place, too."""
     denoiser, seen = tiny_denoiser("llama", BlockCausal(4)), []
-    sampler = Sampler(observer=lambda write, logits: seen.append(write))
+
+    def observe(write: Tensor, logits: LazyLogits) -> None:
+        assert int(write.sum()) == len(logits)
+        seen.append(write)
+
+    samplers = [Sampler(pick=Draw(1.0) if row % 2 else Greedy(), observer=observe) for row in range(len(ROWS))]
     canvas = Canvas.from_tokens(ROWS, noise=MASK, pad=0)
-    list(Speculative(denoiser)(canvas, [sampler], noise=MASK))
-    assert set(rows_run) == {6}
+    if lossless:
+        list(Speculative(denoiser)(canvas, samplers, noise=MASK))
+        assert set(rows_run) == {6}
+    else:
+        list(denoise(denoiser.predict, canvas, samplers, noise=MASK))
     assert torch.equal(torch.stack(seen).sum(0).bool(), canvas.open)
 
 

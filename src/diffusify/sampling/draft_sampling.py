@@ -89,10 +89,11 @@ class SamplerRows:
         """Call the sampler's observer; `parent` is the node before each token that follows the `settled` ones."""
         if self.sampler.observer is None:
             return
-        write, settled, parent = write[self.rows], settled[self.rows], parent[self.rows]
-        row, position = write.nonzero(as_tuple=True)
+        mine = torch.zeros_like(write)
+        mine[self.rows] = write[self.rows]
+        row, position = mine.nonzero(as_tuple=True)
         node = parent[row, position - settled[row]]
-        self.sampler.observer(write, LazyLogits.from_tensor(logits[self.rows][row, node]))
+        self.sampler.observer(mine, LazyLogits.from_tensor(logits[row, node]))
 
 
 def _node_texts(

@@ -32,7 +32,7 @@ class DenoiseFn(Protocol):
 # (logits [k, v], canvas, positions [b, n]) -> logits [k, v], applied before tokens are picked at these positions.
 LogitsProcessor = Callable[[Tensor, Canvas, Tensor], Tensor]
 
-# (written [b, n], logits at these positions, row by row), called in every step after tokens are picked.
+# (written [b, n] in the rows of this sampler, logits at these positions, row by row), called in every step.
 Observer = Callable[[Tensor, LazyLogits], None]
 
 
@@ -205,7 +205,8 @@ def denoise(
             if lengths is not None:
                 write = lengths[rows].consistent_writes(write, group_guess)
             if group.sampler.observer is not None and len(state.logits):
-                group.sampler.observer(write, state.logits[write[state.positions]])
+                written = torch.zeros_like(positions).index_copy(0, rows, write)
+                group.sampler.observer(written, state.logits[write[state.positions]])
             guess.tokens[rows], guess.score[rows] = group_guess.tokens, group_guess.score
             move.write[rows], move.erase[rows] = write, group_move.erase
         score = torch.where(move.write, guess.score, score).masked_fill(move.erase, 0.0)
