@@ -118,6 +118,11 @@ def test_keys() -> None:
         assert client.get("/").status_code == 200
 
 
+def test_an_empty_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="a key is empty; give a secret"):
+        create_app(tiny_models(), keys=("secret", ""))
+
+
 def test_only_allowed_origins_may_send_requests(server: str) -> None:
     headers = {"Origin": "https://elsewhere.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in httpx.get(f"{server}/v1/models", headers=headers).headers

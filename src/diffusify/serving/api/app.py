@@ -37,7 +37,7 @@ def create_app(
     keep: int = 4,
     opener: Callable[[str], DiffusionLM] = DiffusionLM.from_pretrained,
 ) -> FastAPI:
-    """The server as an ASGI application. Raises ValueError if there is neither a model nor a folder.
+    """The server as an ASGI application. Raises ValueError if there is neither a model nor a folder, or a key is empty.
 
     Models in `folder` are opened by `opener` on request; at most `keep` of them stay open. If `keys` are given, every
     request needs one of them. `origins` are the web origins whose pages may send requests (CORS). With `log_prompts`
@@ -45,6 +45,8 @@ def create_app(
     """
     if not models and folder is None:
         raise ValueError("there is no model to serve; give at least one model, or a folder of models")
+    if not all(keys):
+        raise ValueError("a key is empty; give a secret (is a variable of the shell unset?), or no key at all")
     metrics = Metrics()
     engine = Engine(models, tokens=limits.tokens, waiting=limits.waiting, metrics=metrics)
     service = Service(engine, ModelPool(engine, folder, keep, opener), metrics, limits.seconds)
