@@ -14,8 +14,9 @@ import pytest
 
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.serving.engine.engine import Engine, QueueFull
-from diffusify.serving.engine.job import Job
+from diffusify.serving.engine.job import Job, QueuedJob
 from diffusify.serving.engine.metrics import Metrics
+from diffusify.serving.engine.model_queue import ModelQueue
 from tests.serving.models import serving, tiny_lm
 
 POLICIES: list[dict[str, Any]] = [
@@ -182,6 +183,28 @@ def test_the_pool_is_freed() -> None:
     (queue,) = queues
     assert not queue.running and queue.batcher.pool.height == 0
     assert all(layer.keys is None for layer in queue.batcher.pool.layers)
+
+
+def test_the_pool_keeps_to_the_budget_under_steady_load() -> None:
+    """A long text follows many short ones and short ones follow it, all of them while others are running."""
+    queue = ModelQueue("m", tiny_lm(infills=False), tokens=500)
+    settings, largest, last = SamplingConfig(threshold=1.0), 0, 0
+
+    def generate(length: int) -> QueuedJob:
+        one = QueuedJob("m", lambda lm: lm.prepare_generation(["The cat"], length, settings))
+        queue.receive(one)
+        return one
+
+    lengths = [40, *range(4, 20), 200, *[9] * 40]
+    jobs = [generate(length) for length in lengths]
+    while queue.waiting or queue.running:
+        queue.admit()
+        last = max(last, len(queue.running) if jobs[17].ended else 0)
+        queue.step()
+        keys = queue.batcher.pool.layers[0].keys
+        largest = max(largest, 0 if keys is None else keys.shape[0] * (keys.shape[2] - 1))
+    assert [one.work.results()[0].tokens for one in jobs] == lengths
+    assert last > 12 and largest <= 500
 
 
 @pytest.mark.slow

@@ -15,13 +15,14 @@ from diffusify.sampling.kv_cache import ColumnCache, ColumnCacheLayer
 class KVPool(ColumnCache):
     """A KV cache whose rows are allocated to texts and freed when they are finished.
 
-    It grows with the texts that it holds. All memory is released when no row is allocated.
+    `height` is the number of rows up to the last allocated one, and `n` the largest number of columns of a text. The
+    stored states get this shape when one of the two has outgrown them, and are released when no row is allocated.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser, 0)
         self.layers = [_KVPoolLayer(self) for _ in self.layers]
-        self._allocated: set[int] = set()
+        self._allocated: dict[int, int] = {}  # the number of columns of each allocated row
         self.height = 0
         self.rows = torch.empty(0, dtype=torch.long)
 
@@ -29,18 +30,23 @@ class KVPool(ColumnCache):
         """Reserve the first `count` free rows for texts of `n` columns."""
         free = (row for row in range(len(self._allocated) + count) if row not in self._allocated)
         rows = [next(free) for _ in range(count)]
-        self._allocated.update(rows)
-        self.height, self.n = max(self.height, max(rows) + 1), max(self.n, n)
+        self._allocated |= dict.fromkeys(rows, n)
+        self._measure()
         return rows
 
     def free(self, rows: list[int]) -> None:
         """Give rows back."""
-        self._allocated.difference_update(rows)
+        for row in rows:
+            del self._allocated[row]
+        self._measure()
         if not self._allocated:
-            self.height = self.n = 0
             for layer in self.layers:
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+
+    def _measure(self) -> None:
+        self.height = max(self._allocated, default=-1) + 1
+        self.n = max(self._allocated.values(), default=0)
 
     def prepare(self, rows: list[list[int]], caches: list[ColumnCache]) -> int:
         """Select the rows of the next pass, the first ones of each cache, and the columns that `caches` write to.
@@ -96,11 +102,14 @@ class _KVPoolLayer(ColumnCacheLayer):
         return self.keys[rows, :, : self.store.width], self.values[rows, :, : self.store.width]
 
     def _write(self, stored: Tensor, new: Float[Tensor, "b h m d"]) -> Tensor:
-        """The stored states, enlarged if necessary, with the new ones written to their rows and columns."""
+        """The stored states with the new ones written to their rows and columns.
+
+        If they are too small, they get the shape of the pool, which may be smaller in the other dimension.
+        """
         store = self.store
         taller, wider = store.height - stored.shape[0], store.n + 1 - stored.shape[2]
         if taller > 0 or wider > 0:
-            stored = functional.pad(stored, (0, 0, 0, max(0, wider), 0, 0, 0, max(0, taller)))
+            stored = functional.pad(stored, (0, 0, 0, wider, 0, 0, 0, taller))
         rows, columns = (index.to(stored.device) for index in (store.rows, store.columns))
         if store.moves.numel():
             source, target = store.moves.to(stored.device)

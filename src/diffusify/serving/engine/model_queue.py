@@ -49,9 +49,13 @@ class ModelQueue:
                 self.running[job] = loop
 
     def _fits(self, new: QueuedJob) -> bool:
-        """Whether the rows of all running jobs and a new one, padded to the longest, stay within the budget."""
+        """Whether the rows of all running jobs and a new one, padded to the longest, stay within the budget.
+
+        So do those of the KV pool, which has gaps where texts before others have finished.
+        """
         shapes = [job.shape for job in (*self.running, new)]
-        return sum(rows for rows, _ in shapes) * max(n for _, n in shapes) <= self.tokens
+        rows = max(sum(rows for rows, _ in shapes), self.batcher.pool.height)
+        return rows * max(n for _, n in shapes) <= self.tokens
 
     def remove_ended(self) -> None:
         """Remove jobs that were cancelled or have timed out."""
