@@ -51,6 +51,7 @@ def test_configs_survive_json(config: DiffusionConfig) -> None:
         ({"schedule": {"type": "Linera"}}, 'did you mean "Linear"'),
         ({"attention": {"type": "BlockCausal", "size": 4, "clean": "tokens"}}, "token, block"),
         ({"attention": {"type": "BlockCausal", "sise": 4}}, 'did you mean "size"'),
+        ({"attention": "BlockCausal"}, 'attention: BlockCausal needs "size"'),
         ({"policy": "os.system"}, "must be one of Unmask, Ancestral"),
         ({"policy": {"type": []}}, 'type "[]" is not known'),
         ({"attention": "BlockCausal"}, 'BlockCausal needs "size"'),

@@ -3,7 +3,7 @@
 import json
 import os
 import types
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,9 +46,9 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
         for key in given:
             if key not in known:
                 raise ValueError(f'{where}: {name} has no "{key}"{nearest(key, known)}')
-        missing = [f.name for f in fields(classes[name]) if f.name not in given and _is_required(f)]
-        if missing:
-            raise ValueError(f'{where}: {name} needs "{missing[0]}"')
+        for field in fields(classes[name]):
+            if field.name not in given and field.default is MISSING and field.default_factory is MISSING:
+                raise ValueError(f'{where}: {name} needs "{field.name}"')
         return classes[name](**{key: from_plain(value, hints[key], f"{where}.{key}") for key, value in given.items()})
     for option in options:
         if get_origin(option) is tuple and isinstance(plain, list):
@@ -61,10 +61,6 @@ def from_plain(plain: Any, hint: Any, where: str = "value") -> Any:
             return plain
     allowed = [a for o in options for a in (get_args(o) if get_origin(o) is Literal else [getattr(o, "__name__", o)])]
     raise ValueError(f"{where}: {plain!r} must be one of {', '.join(map(str, allowed))}")
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def to_current(plain: Any, hint: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from diffusify.config import DiffusionConfig, nearest
@@ -17,7 +18,7 @@ class ModelPool:
     """The models of an engine, and those in `folder`, which are opened on request.
 
     A model that is added to `folder` is available at once. At most `keep` models of the folder stay open; the least
-    recently used one is closed first. Raises ValueError if `keep` is below 1.
+    recently used one is closed first. Raises ValueError if `folder` is no folder or `keep` is below 1.
     """
 
     def __init__(
@@ -29,31 +30,42 @@ class ModelPool:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1 model")
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; give the one that contains the folders of the models")
         self.engine, self.folder, self.keep, self._opener = engine, folder, keep, opener
         self._opened: list[str] = []  # models of the folder, least recently used first
         self._lock = asyncio.Lock()
 
     @property
     def unopened(self) -> dict[str, DiffusionConfig]:
-        """The diffusion configs of the models in the folder that are not open."""
-        return {
-            name: DiffusionConfig.load(path) for name, path in self._folders.items() if name not in self.engine.queues
-        }
+        """The diffusion configs of the models in the folder that are not open, without invalid ones."""
+        found: dict[str, DiffusionConfig] = {}
+        for name, path in self._folders.items():
+            if name not in self.engine.queues:
+                with suppress(ValueError):  # which `get` raises
+                    found[name] = DiffusionConfig.load(path)
+        return found
 
     async def get(self, name: str) -> DiffusionLM:
         """The model of that name, opened if necessary. Raises UnknownModel if there is none."""
-        if name not in self.engine.queues and name not in self._folders:
-            raise UnknownModel(f'model "{name}" is not served{nearest(name, {**self.engine.queues, **self._folders})}')
+        if name not in self.engine.queues:
+            await self._open(name)
+        if name in self._opened:
+            self._opened.remove(name)
+            self._opened.append(name)
+        self._close_idle(but=name)
+        return self.engine.queues[name].lm
+
+    async def _open(self, name: str) -> None:
+        """Open a model of the folder, one at a time."""
+        folders = self._folders
+        if name not in folders:
+            raise UnknownModel(f'model "{name}" is not served{nearest(name, {**self.engine.queues, **folders})}')
         async with self._lock:
-            if name not in self.engine.queues:
-                lm = await asyncio.to_thread(self._opener, str(self._folders[name]))
+            if name not in self.engine.queues:  # nobody has opened it meanwhile
+                lm = await asyncio.to_thread(self._opener, str(folders[name]))
                 self.engine.add(name, lm)
                 self._opened.append(name)
-            elif name in self._opened:
-                self._opened.remove(name)
-                self._opened.append(name)
-            self._close_idle(but=name)
-            return self.engine.queues[name].lm
 
     @property
     def _folders(self) -> dict[str, Path]:
