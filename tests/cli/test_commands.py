@@ -106,6 +106,7 @@ def test_options_override_a_preset_or_a_settings_file(models: dict[str, str], tm
     defaults = ["--temperature", "0.0", "--cache", "exact"]
     assert text("--settings", str(file), *defaults) == text()  # a default given as an option overrides
     assert text("--preset", "quality") == text("--lossless") == text("--tolerance", "0")
+    assert text("--preset", "fast", "--steps", "4") == text("--steps", "4")
     for pair in (["--preset", "fast", "--settings", str(file)], ["--lossless", "--tolerance", "1.0"]):
         done = run.invoke(app, ["generate", models["block"], "The", *pair])
         assert done.exit_code != 0 and "give one" in done.output

@@ -353,6 +353,23 @@ def test_presets_suit_the_model(family: str, attention: AttentionPattern, recipe
 
 
 @pytest.mark.parametrize(
+    ("start", "changes", "expected"),
+    [
+        ({"tolerance": 2.0, "seed": 3}, {"steps": 8}, {"steps": 8, "seed": 3}),
+        ({"tolerance": 2.0}, {"cache": "exact", "guidance": 0.0}, {"tolerance": 2.0}),
+        ({"steps": 8, "guidance": 1.0}, {"tolerance": 0.0}, {"tolerance": 0.0}),
+        ({"policy": Unmask()}, {"threshold": 0.8}, {"threshold": 0.8}),
+        ({"threshold": 0.9, "window": 32}, {"policy": Wino()}, {"policy": Wino(), "window": 32}),
+        ({"threshold": 0.9}, {"steps": 8}, {"threshold": 0.9, "steps": 8}),
+    ],
+)
+def test_changes_drop_what_they_exclude(start: dict, changes: dict, expected: dict) -> None:
+    assert SamplingConfig(**start).override(**changes) == SamplingConfig(**expected)
+    with pytest.raises(ValueError, match="leave out"):
+        SamplingConfig(**start).override(tolerance=0.5, threshold=0.9)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"threshold": 0.9, "policy": Ancestral()}, "threshold=0.9 is a policy by itself"),

@@ -113,8 +113,6 @@ def eval_(
     Prints a table of scores and saves them with an HTML page in the folder --out.
     """
     with report_errors():
-        from dataclasses import replace
-
         from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
         from diffusify.evaluation.html_report import scores_table
         from diffusify.evaluation.report import MEASURES, EvalPlan, report
@@ -144,7 +142,7 @@ def eval_(
         plan = EvalPlan(
             questions,
             measure=MEASURES[likelihood] if likelihood else None,
-            sampling=replace(settings, **{name: value for name, value in changes.items() if value is not None}),
+            sampling=settings.override(**{name: value for name, value in changes.items() if value is not None}),
             tries=tries,
             span_length=span_length,
             steps=sweep_steps,

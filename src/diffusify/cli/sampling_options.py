@@ -165,7 +165,7 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     model, and with `infilling` on the attention that it infills with. ValueError for options that exclude each other
     and for values out of bounds.
     """
-    from dataclasses import fields, replace
+    from dataclasses import fields
 
     from diffusify.config import from_plain
     from diffusify.diffusion.policies import Policy
@@ -187,10 +187,15 @@ def sampling_config(model: str, options: dict[str, Any], *, infilling: bool = Fa
     if "stop" in changes:
         changes["stop"] = tuple(map(unescape, changes["stop"]))
     if options.get("lossless"):
-        if "tolerance" in changes:
-            raise ValueError("--lossless is --tolerance 0; give one of the two")
-        changes["tolerance"] = 0.0
-    return replace(start, **changes)
+        changes["tolerance"] = lossless_tolerance(options)
+    return start.override(**changes)
+
+
+def lossless_tolerance(options: dict[str, Any]) -> float:
+    """The tolerance that --lossless selects. ValueError if --tolerance is given as well."""
+    if options["tolerance"] is not None:
+        raise ValueError("--lossless is --tolerance 0; give one of the two")
+    return 0.0
 
 
 def load_model(model: str, *, device: str, dtype: str) -> "DiffusionLM":

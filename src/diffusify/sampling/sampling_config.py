@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diffusify.canvas import Move
 from diffusify.config import DiffusionConfig, from_plain, to_plain
@@ -138,6 +138,19 @@ class SamplingConfig:
     def for_infilling(self, config: DiffusionConfig) -> "SamplingConfig":
         """The settings of a model's continuations for its masked spans: without tolerance if they are in any order."""
         return self if config.infiller.reads_as_ar_model else replace(self, tolerance=None)
+
+    def override(self, **changes: Any) -> "SamplingConfig":
+        """These settings with some changed, without those that the changes exclude.
+
+        Fields of denoising steps exclude `tolerance` and the reverse, and `threshold` and `policy` each other. Raises
+        ValueError for changes that exclude one another.
+        """
+        changed = {name for name, value in changes.items() if value != getattr(SamplingConfig, name)}
+        excluded = {"tolerance"} if changed & {*_STEPWISE} else set[str]()
+        excluded |= {*_STEPWISE} if "tolerance" in changed else set()
+        excluded |= {"policy"} if "threshold" in changed else set()
+        excluded |= {"threshold"} if "policy" in changed else set()
+        return replace(self, **{name: getattr(SamplingConfig, name) for name in excluded} | changes)
 
     def stepwise_fields(self) -> list[str]:
         """The names of the fields of stepwise denoising that are set."""

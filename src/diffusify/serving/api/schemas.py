@@ -1,7 +1,6 @@
 """Request bodies with their bounds, and how they become a `SamplingConfig`."""
 
 import secrets
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -108,7 +107,7 @@ class SamplingFields(Body):
             changes["policy"] = from_plain(self.policy, Policy, "policy")
         seed = secrets.randbits(31) if self.seed is None else self.seed
         changes |= {"regex": self.constraint, "logits_processor": self.penalties(), "seed": seed}
-        return replace(start, **changes, temperature=self.temperature, top_p=self.top_p)
+        return start.override(**changes, temperature=self.temperature, top_p=self.top_p)
 
     def penalties(self) -> Penalties | None:
         """The logits processor, if there is one."""

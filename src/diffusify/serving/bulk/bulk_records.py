@@ -79,7 +79,7 @@ class BulkSettings:
         sampling = replace(sampling, seed=sampling.seed + index)
         changes = {name: _setting(name, record[name]) for name in _OVERRIDES if record.get(name) not in (None, "")}
         length = changes.pop("max_new_tokens", self.max_new_tokens)
-        sampling = replace(sampling, **changes)
+        sampling = sampling.override(**changes)
         if field == "messages":
             return lm.prepare_chat([record_messages(_as_chat(record))], length, sampling)
         if not isinstance(record[field], str):
