@@ -6,8 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusify.cli import app
+from diffusify.cli.chat_client import ChatClient
 from diffusify.cli.serve import model_names
-from tests.serving.models import serving
+from diffusify.serving.api.app import create_app
+from tests.serving.models import running, serving
 
 run = CliRunner()
 
@@ -48,3 +50,25 @@ def test_chat_with_a_server() -> None:
     stopped = run.invoke(app, command, input="hi\n\n")
     assert stopped.exit_code == 2 and "does not answer" in stopped.output
     assert run.invoke(app, ["chat"]).exit_code == 2
+
+
+def test_the_options_of_a_chat_are_sent_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the defaults of the options, which are not those of the server."""
+    sent = []
+    monkeypatch.setattr(ChatClient, "answer", lambda self, messages, **fields: sent.append(fields) or "")
+    command = ["chat", "m", "--url", "x", "--stop", r"\n", "--policy", '{"type": "Wino"}', "--max-new-tokens", "6"]
+    assert run.invoke(app, command, input="hi\n\n").exit_code == 0
+    fields = {"model": "m", "temperature": 0.0, "seed": 0, "max_tokens": 6}
+    assert sent == [fields | {"stop": ["\n"], "policy": {"type": "Wino"}}]
+    for options, message in (
+        (["--settings", "x.json"], "x.json is not sent to a server"),
+        (["--lossless", "--tolerance", "1"], "give one of the two"),
+    ):
+        done = run.invoke(app, [*command, *options], input="hi\n\n")
+        assert done.exit_code == 2 and message in done.output
+
+
+def test_chat_with_a_server_without_models(tmp_path: Path) -> None:
+    with running(create_app({}, folder=tmp_path)) as address:
+        done = run.invoke(app, ["chat", "--url", address], input="hi\n\n")
+    assert done.exit_code == 2 and "serves no model" in done.output

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 # The options of `diffusify chat` that are also fields of a chat request.
 SERVER_OPTIONS = (
     *("preset", "steps", "threshold", "tolerance", "temperature", "top_k", "top_p", "repetition_penalty"),
-    *("guidance", "regex", "window", "cache", "seed", "stop"),
+    *("guidance", "regex", "window", "cache", "seed", "stop", "policy"),
 )
 
 
@@ -22,10 +22,13 @@ class ChatClient:
     url: str
     key: str | None = None
 
-    def models(self) -> list[str]:
-        """The names of the served models."""
+    def first_model(self) -> str:
+        """The name of the first served model. ValueError if there is none."""
         with self._open("/v1/models") as response:
-            return [model["id"] for model in json.load(response)["data"]]
+            models = json.load(response)["data"]
+        if not models:
+            raise ValueError(f"--url {self.url} serves no model; add one to the folder that it serves")
+        return models[0]["id"]
 
     def answer(self, messages: list[dict[str, Any]], **fields: Any) -> str:
         """The next answer of a chat, printed while it arrives. `fields` are further fields of the request."""
