@@ -61,6 +61,16 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(server: str, name: str) 
         assert len(top) == 2 and log_prob <= max(top.values())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_echo_of_a_prompt_of_one_token(server: str, name: str) -> None:
+    logprobs = complete(server, model=name, prompt="", echo=True, logprobs=1, max_tokens=0)["logprobs"]
+    assert logprobs["token_logprobs"] == logprobs["top_logprobs"] == [None]
+
+
+def test_fields_override_a_preset(server: str) -> None:
+    assert complete(server, preset="fast", steps=4) == complete(server, steps=4)
+
+
 def check_tokens(text: str, logprobs: dict[str, Any]) -> None:
     """The tokens of a completion are its text, and each stands at its offset."""
     escaped = [

@@ -26,6 +26,8 @@ def token_logits(lm: DiffusionLM, canvas: Canvas) -> Iterator[tuple[Float[Tensor
     """
     canvas = canvas.to(lm.denoiser.device)
     cells = canvas.editable.nonzero()
+    if not len(cells):
+        return
     if lm.config.reads_as_ar_model:
         logits = lm.denoiser.predict(canvas, positions=canvas.editable)
         yield from zip(logits.chunks(), cells.split(CHUNK_SIZE), strict=True)
@@ -48,7 +50,7 @@ class PromptLogprobs:
     def __init__(self, lm: DiffusionLM, prompts: list[list[int]], top: int) -> None:
         self._lm, self._top = lm, top
         tokens = sum(map(len, prompts)) - len(prompts)
-        self.forwards = 1 if lm.config.reads_as_ar_model else math.ceil(tokens / ROWS_PER_PASS)
+        self.forwards = min(1, tokens) if lm.config.reads_as_ar_model else math.ceil(tokens / ROWS_PER_PASS)
         pad, n = lm.tokenizer.pad_token_id, max(map(len, prompts))
         document = torch.tensor([[1] * len(prompt) + [0] * (n - len(prompt)) for prompt in prompts])
         rows = torch.tensor([prompt + [pad] * (n - len(prompt)) for prompt in prompts])
