@@ -4,11 +4,13 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic
 
 import httpx
 import pytest
 
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.serving.api.app import Limits, create_app
 from tests.serving.models import running, serving, tiny_models
 
@@ -129,6 +131,23 @@ def test_only_allowed_origins_may_send_requests(server: str) -> None:
     with serving(origins=("https://elsewhere.org",)) as address:
         answer = httpx.options(f"{address}/v1/models", headers=headers)
         assert answer.headers["access-control-allow-origin"] == "https://elsewhere.org"
+
+
+def test_failures_are_answered_and_counted(tmp_path: Path) -> None:
+    """With the headers of other answers."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "diffusion_config.json").touch()
+
+    def opener(path: str) -> DiffusionLM:
+        raise RuntimeError("secret")
+
+    app = create_app({}, folder=tmp_path, opener=opener, origins=("https://elsewhere.org",))
+    with running(app) as address:
+        answer = httpx.get(f"{address}/v1/models/broken", headers={"Origin": "https://elsewhere.org"})
+        metrics = httpx.get(f"{address}/metrics").text
+    assert answer.status_code == 500 and answer.json()["error"]["message"].startswith("internal server error; see")
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["access-control-allow-origin"]
+    assert 'diffusify_requests_total{path="/v1/models/{name}",status="500"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

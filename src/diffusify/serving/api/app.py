@@ -123,23 +123,19 @@ def _opened_model(name: str, lm: DiffusionLM) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Handlers that turn every error into OpenAI's error object."""
-
-    def respond(error: ErrorResponse) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+    """Handlers that turn expected errors into OpenAI's error object; `RequestMiddleware` does so with all others."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         fields = request.scope["route"].body_field.field_info.annotation.model_fields
-        return respond(invalid_body(error, fields, request.headers.get("content-type", "")))
+        return invalid_body(error, fields, request.headers.get("content-type", "")).response
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return respond(ErrorResponse(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+        return ErrorResponse(error.status_code, str(error.detail), headers=dict(error.headers or {})).response
 
-    @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return respond(to_error_response(error))
+        return to_error_response(error).response
 
     for kind in (ValueError, RecursionError, TimeoutError, QueueFull, ClientDisconnected, UnknownModel):
         app.add_exception_handler(kind, failed)

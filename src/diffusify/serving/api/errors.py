@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from starlette.responses import JSONResponse
 
 from diffusify.config import nearest
 from diffusify.serving.api.schemas import UNSUPPORTED_FIELDS
@@ -32,6 +33,11 @@ class ErrorResponse:
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The response to a request."""
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 def to_error_response(error: BaseException) -> ErrorResponse:

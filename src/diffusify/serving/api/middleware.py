@@ -7,10 +7,9 @@ import secrets
 from time import monotonic
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from diffusify.serving.api.errors import ErrorResponse
+from diffusify.serving.api.errors import ErrorResponse, to_error_response
 from diffusify.serving.api.service import Service
 from diffusify.serving.limits import Limits
 
@@ -50,14 +49,17 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            error = self._check(scope)
-            if error is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
-                body, error = await self._read_body(receive)
-            if error is not None:
-                response = JSONResponse(error.body, error.status, error.headers)
-                await response(scope, receive, send_with_headers)
+            refused = self._check(scope)
+            if refused is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+                body, refused = await self._read_body(receive)
+            if refused is not None:
+                await refused.response(scope, receive, send_with_headers)
             else:
                 await self.app(scope, _replay(body, receive), send_with_headers)
+        except Exception as error:
+            if not status:
+                await to_error_response(error).response(scope, receive, send_with_headers)
+            raise  # to the log
         finally:
             self._log(scope, body, status, monotonic() - started)
 
@@ -97,7 +99,7 @@ class RequestMiddleware:
             return b"", ErrorResponse(408, message, "timeout_error", headers={"Connection": "close"})
 
     def _log(self, scope: Scope, body: bytes, status: int, seconds: float) -> None:
-        path = getattr(scope.get("route"), "path", "other")
+        path = getattr(scope.get("route"), "path_format", "other")
         self.service.metrics.observe_request(path, status, seconds)
         job = scope.get("state", {}).get("job")
         line: dict[str, Any] = {
