@@ -104,6 +104,7 @@ def test_ar_models_continue_tokens(client: httpx.Client) -> None:
     choice = post(client, "infill", model="left-to-right", tokens=[*ids, None, None, None])["choices"][0]
     plain = post(client, "completions", model="left-to-right", prompt="The cat", max_tokens=3, temperature=0)
     assert choice["text"] == "The cat" + plain["choices"][0]["text"]
+    assert choice["finish_reason"] == plain["choices"][0]["finish_reason"] == "length"
     for tokens in ([None, *ids], ids):
         answer = client.post("infill", json={"model": "left-to-right", "tokens": tokens})
         assert answer.status_code == 400 and "all nulls at the end" in answer.json()["error"]["message"]

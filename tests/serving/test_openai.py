@@ -9,7 +9,9 @@ import jsonschema
 import openai
 import pytest
 
-from tests.serving.models import tiny_models
+from diffusify.serving.api.app import create_app
+from diffusify.serving.api.responses import sse_event
+from tests.serving.models import running, tiny_lm, tiny_models
 
 MODELS = ["infiller", "left-to-right"]
 SCHEMA = {
@@ -89,6 +91,30 @@ def test_a_suffix_conditions_the_completion(client: openai.OpenAI) -> None:
     assert fill("on the mat.") != fill("in 5 4 3 2 1") != ""
     with pytest.raises(openai.BadRequestError, match="does not attend to the text after a masked span"):
         client.completions.create(model="left-to-right", prompt="The", suffix="end")
+
+
+def test_a_space_before_a_span_is_that_of_its_own_prompt(server: str) -> None:
+    body = {"model": "infiller", "prompt": ["The cat ", "The cat"], "suffix": " mat", "regex": " [a-z]{2}"}
+    choices = httpx.post(f"{server}/v1/completions", json=body | {"max_tokens": 3}).json()["choices"]
+    assert [len(choice["text"]) for choice in choices] == [2, 3]
+
+
+def test_a_model_of_the_hub_is_described_alike_before_and_after_a_chat() -> None:
+    with running(create_app({"org/name": tiny_lm(infills=False)})) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            before = client.models.retrieve("org/name")
+            client.chat.completions.create(model="org/name", messages=[{"role": "user", "content": "x"}], max_tokens=2)
+            assert client.models.retrieve("org/name") == before
+        listed = [httpx.get(f"{address}/v1/models{slash}", follow_redirects=True).json() for slash in ("", "/")]
+    assert before.to_dict()["diffusion"]["chats"] is False
+    assert listed[0] == listed[1] == {"object": "list", "data": [before.to_dict()]}
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """Some split lines at more characters than the standard of server-sent events names."""
+    data = {"text": "a\u2028b\u2029c\x85d\ne"}
+    event = sse_event("x", data).splitlines()
+    assert event[0] == "event: x" and json.loads(event[1].removeprefix("data: ")) == data and len(event) == 3
 
 
 def test_fim_for_editors(server: str) -> None:

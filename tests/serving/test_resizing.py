@@ -14,7 +14,7 @@ from diffusify.diffusion.length_tokens import LengthTokens
 from diffusify.diffusion.policies import Unmask
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import SamplingConfig
-from diffusify.serving.api.app import create_app
+from diffusify.serving.api.app import Limits, create_app
 from tests.serving.models import running, tiny_lm
 from tests.serving.test_infill import events, post
 
@@ -154,3 +154,13 @@ def test_reranked_candidates_are_those_of_the_model() -> None:
         filled = post(client, "completions", prompt="The cat", suffix=" mat", max_tokens=24, **body)["choices"][0]
         (alone,) = lm.prepare_infilling([["The cat", range(1, 25), " mat"]], config).results()
         assert (filled["text"],) == alone.spans
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"rerank": 2}], ids=str)
+def test_several_fillings_are_cut_to_the_budget(more: dict[str, int]) -> None:
+    with (
+        running(create_app({"m": span_lm(0.0)}, Limits(tokens=100))) as address,
+        httpx.Client(base_url=f"{address}/v1", timeout=60) as client,
+    ):
+        filled = post(client, "completions", model="m", prompt="The cat", suffix=" mat", max_tokens=999, **more)
+    assert len(filled["choices"]) == more.get("n", 1) and filled["usage"]["total_tokens"] <= 100

@@ -21,6 +21,7 @@ from diffusify.serving.api.service import Service
 from diffusify.serving.engine.engine import Engine, QueueFull
 from diffusify.serving.engine.metrics import Metrics
 from diffusify.serving.engine.model_pool import ModelPool, UnknownModel
+from diffusify.serving.engine.model_queue import ModelQueue
 from diffusify.serving.limits import Limits
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
@@ -73,18 +74,20 @@ def create_app(
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     """Routes for the list of models, health checks, metrics and the playground."""
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", summary="The served models and their capabilities")
     async def models() -> dict[str, Any]:
-        opened = [_opened_model(name, queue.lm) for name, queue in service.engine.queues.items()]
+        opened = [_opened_model(queue) for queue in service.engine.queues.values()]
         unopened = [_model(name, config) for name, config in service.models.unopened.items()]
         return {"object": "list", "data": opened + unopened}
 
-    @app.get("/v1/models/{name}", summary="One model")
+    @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> dict[str, Any]:
         unopened = service.models.unopened
         if name in unopened:
             return _model(name, unopened[name])
-        return _opened_model(name, await service.models.get(name))
+        await service.models.get(name)
+        return _opened_model(service.engine.queues[name])
 
     @app.get("/health", summary="Whether the engine is running")
     async def health() -> JSONResponse:
@@ -117,9 +120,9 @@ def _model(name: str, config: DiffusionConfig, **more: Any) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "diffusify", "diffusion": diffusion | more}
 
 
-def _opened_model(name: str, lm: DiffusionLM) -> dict[str, Any]:
-    has_template = bool(lm.tokenizer.tokenizer.chat_template)
-    return _model(name, lm.config, chats=has_template, context=lm.denoiser.context_length)
+def _opened_model(queue: ModelQueue) -> dict[str, Any]:
+    context = queue.lm.denoiser.context_length
+    return _model(queue.name, queue.lm.config, chats=queue.has_chat_template, context=context)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

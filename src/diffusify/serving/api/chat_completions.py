@@ -47,7 +47,7 @@ def parse_chat(service: Service, lm: DiffusionLM, body: ChatBody) -> ParsedReque
     ends = frozenset(lm.chat_template.end_token_ids)
     trim: Callable[[str], str] = str.rstrip if messages[-1]["role"] == "assistant" else str.strip
 
-    def new_text(positions: list[int]) -> TextStream:
+    def new_text(_: int, positions: list[int]) -> TextStream:
         return TextStream(positions, decode, ends, body.stops, trim, None if tools is None else tools.format)
 
     return ParsedRequest(prepare, new_text, body.n, tools=tools)

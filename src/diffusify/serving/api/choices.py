@@ -38,7 +38,7 @@ class ParsedRequest:
     """
 
     prepare: Callable[[DiffusionLM], GenerationRun] | None
-    new_text: Callable[[list[int]], TextStream]
+    new_text: Callable[[int, list[int]], TextStream]
     copies: int
     echo: EchoedPrompts | None = None
     tools: ToolUse | None = None
@@ -165,7 +165,7 @@ class Choices:
         calls = [tuple(tools.format.parse(text.sent)) for text in called.texts]
         yield None, [Delta(i, "", each, "tool_calls") for i, each in zip(fitting, calls, strict=True)]
 
-    def _new_call_text(self, positions: list[int]) -> TextStream:
+    def _new_call_text(self, _: int, positions: list[int]) -> TextStream:
         ends = frozenset(self.lm.chat_template.end_token_ids)
         return TextStream(positions, lambda ids: self.lm.tokenizer.decode(ids, continues=True), ends)
 

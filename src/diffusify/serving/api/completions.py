@@ -54,7 +54,7 @@ async def _parse_continuation(
     def prepare(lm: DiffusionLM) -> GenerationRun:
         return lm.prepare_generation(prompts, lengths, body.sampling_config(lm))
 
-    def new_text(positions: list[int]) -> TextStream:
+    def new_text(_: int, positions: list[int]) -> TextStream:
         ends = frozenset(tokenizer.end_token_ids)
         return TextStream(positions, lambda ids: tokenizer.decode(ids, continues=True), ends, body.stops)
 
@@ -89,27 +89,28 @@ def _parse_suffix(service: Service, lm: DiffusionLM, body: CompletionBody, suffi
     """
     tokenizer = lm.tokenizer
     prompts = [prompt for prompt in body.prompts for _ in range(body.n)]
-    given = [encode_infill_text(tokenizer, [prompt, range(1, 2), suffix]) for prompt in body.prompts]
-    longest = 2 + max(sum(len(part) for part in parts if isinstance(part, list)) for parts in given)
+    encoded = [encode_infill_text(tokenizer, [prompt, range(1, 2), suffix]) for prompt in body.prompts]
+    longest = max(sum(len(part) for part in parts if isinstance(part, list)) for parts in encoded)
     settings = body.sampling_config(lm, infilling=True)
 
     def lengths(longest: int) -> range:
         return range(longest if body.constraint else 1, longest + 1)
 
-    candidates, _ = lm.count_infillings([[lengths(body.max_tokens)]], [settings])
-    max_length = min(body.max_tokens, service.room(lm, longest, candidates * len(prompts)))
+    candidates, tokens = lm.count_infillings([[lengths(body.max_tokens)]], [settings])
+    given = longest + (3 if tokens == "end" else 2)  # the start token and the end tokens of the text and of the span
+    max_length = min(body.max_tokens, service.room(lm, given, candidates * len(prompts)))
 
     def prepare(lm: DiffusionLM) -> GenerationRun:
         return lm.prepare_infilling([[prompt, lengths(max_length), suffix] for prompt in prompts], settings)
 
-    # A space at the prompt's end becomes part of the span's first token.
-    ends_in_space = isinstance(prompts[0], str) and prompts[0].endswith(" ")
+    def new_text(i: int, positions: list[int]) -> TextStream:
+        prompt = prompts[i]
+        # A space at the prompt's end becomes part of the span's first token.
+        space = " " if isinstance(prompt, str) and prompt.endswith(" ") else ""
 
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, continues=True)
-        return text.removeprefix(" ") if ends_in_space else text
+        def decode(ids: list[int]) -> str:
+            return tokenizer.decode(ids, continues=True).removeprefix(space)
 
-    def new_text(positions: list[int]) -> TextStream:
         return TextStream(positions, decode, frozenset(), body.stops, max_tokens=max_length)
 
     return ParsedRequest(prepare, new_text, body.n)

@@ -41,7 +41,7 @@ async def infill(body: InfillBody, request: Request) -> Response:
 
     ends = frozenset[int]() if infills else frozenset(lm.tokenizer.end_token_ids)
     job = service.submit(body.model, prepare, request)
-    texts = JobTexts(job, lambda positions: TextStream(positions, lambda ids: "", ends))
+    texts = JobTexts(job, lambda _, positions: TextStream(positions, lambda ids: "", ends))
     head = {"id": f"infill-{uuid.uuid4().hex}", "object": "infill", "created": int(time.time()), "model": body.model}
     if body.stream:
         return await stream_response(request, _events(service, texts, body, head, lm))
@@ -71,7 +71,7 @@ def _result(texts: JobTexts, lm: DiffusionLM) -> dict[str, Any]:
         "text": lm.read(canvas),
         "spans": decode_spans(lm.tokenizer, canvas)[0],
         "candidate": row,
-        "finish_reason": "stop",
+        "finish_reason": "stop" if lm.config.sees_right_context else texts.texts[0].finish_reason,
         "tokens": row_tokens(run, row, lm.tokenizer, has_end=lm.config.sees_right_context),
     }
     return {"choices": [choice], "usage": texts.usage}

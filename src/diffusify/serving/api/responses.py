@@ -16,13 +16,16 @@ from diffusify.serving.engine.generation_progress import (
 from diffusify.serving.engine.job import Job
 from diffusify.text.tokenizer import TextTokenizer
 
+# Characters at which some clients split lines, though server-sent events do not end there; as JSON writes them.
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
 
 @dataclass
 class JobTexts:
-    """The texts of a job, `copies` of each prompt. `new_text` makes a `TextStream` for given positions."""
+    """The texts of a job, `copies` of each prompt. `new_text` makes a `TextStream` for a text and its positions."""
 
     job: Job
-    new_text: Callable[[list[int]], TextStream]
+    new_text: Callable[[int, list[int]], TextStream]
     copies: int = 1
     texts: list[TextStream] = field(default_factory=list)
     start: StartEvent | None = None
@@ -33,7 +36,7 @@ class JobTexts:
             if isinstance(event, StartEvent):
                 self.start = event
                 positions = event.editable[:: event.num_candidates]
-                self.texts = [self.new_text(each) for each in positions]
+                self.texts = [self.new_text(i, each) for i, each in enumerate(positions)]
                 yield [""] * len(self.texts), event
                 continue
             # Of several candidates the best is not known yet.
@@ -149,6 +152,7 @@ class StepEvents:
 def sse_event(name: str | None, data: Any) -> str:
     """A server-sent event; `data` that is not a string becomes JSON."""
     plain = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
+    plain = plain.translate(_LINE_BREAKS)
     return (f"event: {name}\n" if name else "") + f"data: {plain}\n\n"
 
 

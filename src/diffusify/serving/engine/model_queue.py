@@ -17,6 +17,7 @@ class ModelQueue:
         self.name, self.tokens = name, tokens
         self.batcher = PassBatcher(lm.denoiser)
         self.lm = DiffusionLM(self.batcher.denoiser, lm.tokenizer)
+        self.has_chat_template = bool(lm.tokenizer.tokenizer.chat_template)  # the first chat adds a plain one
         self.waiting: deque[QueuedJob] = deque()
         self.running: dict[QueuedJob, Loop] = {}
 

@@ -62,6 +62,7 @@ export function asCurl({ path, body }) {
 const OPENAI_FIELDS = new Set(["model", "prompt", "max_tokens", "temperature", "seed"]); // parameters of OpenAI's client
 
 export function asPython({ path, body }) {
+  body = JSON.parse(JSON.stringify(body)); // without undefined fields
   const secret = key ? 'os.environ["DIFFUSIFY_KEY"]' : '"none"';
   const head = `${key ? "import os\n\n" : ""}from openai import OpenAI\n
 client = OpenAI(base_url="${location.origin}/v1", api_key=${secret})\n`;
