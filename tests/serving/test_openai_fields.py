@@ -228,6 +228,12 @@ def test_stops_out_of_bounds(server: str, stop: Any, message: str) -> None:
         assert error(server, path, prompt="x", stop=stop) == message
 
 
+@pytest.mark.parametrize("prompt", ["x", [1]], ids=str)
+def test_too_many_prompts(server: str, prompt: Any) -> None:
+    message = "body: 129 prompts with n=1 exceed the limit of 128 texts"
+    assert error(server, "completions", prompt=[prompt] * 129) == message
+
+
 # B28
 @pytest.mark.parametrize(
     ("content_type", "content", "message"),

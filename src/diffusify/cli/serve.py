@@ -122,13 +122,15 @@ def serve(
 def model_names(models: list[str]) -> dict[str, str]:
     """The source of each model by its name in the API: the name given as NAME=SOURCE, else that of its folder.
 
-    ValueError if two models have the same name.
+    A path that exists is no NAME=SOURCE. ValueError if two models have the same name.
     """
     sources: dict[str, str] = {}
     for model in models:
         name, given, source = model.partition("=")
-        if not given:
-            name, source = (Path(model).name if Path(model).exists() else model.removeprefix("pip:")), model
+        if Path(model).exists():
+            name, source = os.path.basename(os.path.abspath(model)), model
+        elif not given:
+            name, source = model.removeprefix("pip:"), model
         if name in sources:
             raise ValueError(f'two models have the name "{name}"; write OTHER={source}')
         sources[name] = source

@@ -88,9 +88,9 @@ class CompletionBody(OpenAIFields):
 
     prompt: (
         UnicodeText
-        | Annotated[list[UnicodeText], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[UnicodeText], Field(min_length=1)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
     ) = ""
     suffix: UnicodeText | None = None
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = Field(16, description="With 0 nothing is generated.")
