@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -17,6 +18,7 @@ from diffusify.cli import app
 from diffusify.diffusion.policies import Unmask
 from diffusify.evaluation.harness import DiffusifyLM
 from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo
+from diffusify.evaluation.likelihood_requests import LikelihoodRequest
 from diffusify.models.recipes import ar, block
 from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.training.adapt import adapt
@@ -55,8 +57,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 class HF(HFLM):
     """The harness's own model without the mask token, which a trained base model would not predict anyway."""
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder, device="cpu", dtype="float32", batch_size=2, max_length=64)
+    def __init__(self, folder: str, max_length: int = 64) -> None:
+        super().__init__(folder, device="cpu", dtype="float32", batch_size=2, max_length=max_length)
         self.mask: Any = self.tokenizer.mask_token_id
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
@@ -135,6 +137,30 @@ def test_a_greedy_continuation_is_recognised(causal_base: str, corpus: str, tmp_
     other = [greedy[0] + 1, *greedy[1:]]
     results = lm._loglikelihood_tokens([(("", ""), prompt, greedy), (("", "x"), prompt[:-1], other)])
     assert [is_greedy for _, is_greedy in results] == [True, False]
+
+
+def test_a_masked_model_reads_texts_without_the_tokens_around_them(masked_base: str) -> None:
+    """The tokens that a tokenizer adds after a text are not part of contexts, continuations and documents."""
+    lm = DiffusifyLM(masked_base)
+    cls, encode = lm.prefix_token_id, lm.lm.tokenizer.encode
+    assert lm._encode_pair("the cat sat on", " the mat") == ([cls, *encode("the cat sat on")], encode("the mat"))
+    (document,) = lm.loglikelihood_rolling([SimpleNamespace(args=("the mat",))])
+    (expected,) = lm.measure(lm.lm.denoiser, [LikelihoodRequest((cls,), (tuple(encode("the mat")),))])
+    assert document == expected.log_prob[0]
+
+
+def test_a_long_document_is_measured_in_windows_that_fit(causal_base: str) -> None:
+    """In those that the harness's own model takes if its context is one token shorter."""
+    documents = [SimpleNamespace(args=("0 1 2 3 " * 40,)), SimpleNamespace(args=("fox " * 12,))]
+    found = DiffusifyLM(causal_base).loglikelihood_rolling(documents)
+    assert found == pytest.approx(HF(causal_base, max_length=63).loglikelihood_rolling(documents), abs=1e-3)
+
+
+def test_a_generation_without_room_for_its_prompt_is_refused(causal_base: str) -> None:
+    lm = DiffusifyLM(causal_base)
+    request = SimpleNamespace(args=("The cat", {"until": ["."], "max_gen_toks": 64}))
+    with pytest.raises(ValueError, match="max_gen_toks=64 leaves no room for a prompt in the context of 64 tokens"):
+        lm.generate_until([request])
 
 
 @pytest.mark.slow  # the harness reads the files of all its tasks

@@ -1,5 +1,6 @@
 """The lm-evaluation-harness model `diffusify`, registered when this module is imported, as `diffusify lm-eval` does."""
 
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -96,9 +97,16 @@ class DiffusifyLM(TemplateLM):
         if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
             special = False
         if special is None:
-            return self.tokenizer.encode(string)
+            ids = self.tokenizer.encode(string)
+            return ids[: len(ids) - self._tokens_after_text]
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         return [self.prefix_token_id, *ids] if special else ids
+
+    @cached_property
+    def _tokens_after_text(self) -> int:
+        """The number of tokens that the tokenizer adds after a text, such as [SEP]; no context ends with them."""
+        last = self.tokenizer.encode("x", add_special_tokens=False)[-1]
+        return self.tokenizer.encode("x")[::-1].index(last)
 
     def _loglikelihood_tokens(
         self, requests: list[TokenizedRequest], disable_tqdm: bool = False, **kwargs: Any
@@ -127,13 +135,14 @@ class DiffusifyLM(TemplateLM):
         return run.canvas.tokens[0, -length:].tolist() == continuation
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        special = False if self._tokens_after_text else None  # [CLS] is no text; `hf` measures a base's own start token
         windows = [
             [
                 make_disjoint_window(window)
                 for window in get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=special),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
+                    max_seq_len=self.max_length - 1,  # besides the context of one token
                     context_len=1,
                 )
             ]
@@ -174,6 +183,11 @@ class DiffusifyLM(TemplateLM):
     ) -> list[str]:
         task = {name: settings[name] for name in ("temperature", "top_p", "top_k") if name in settings}
         task["stop"] = [stop for stop in stops if stop]
+        if max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in the context of {self.max_length} "
+                "tokens; set less with --gen_kwargs max_gen_toks=..."
+            )
         contexts = [truncate_left(self.tok_encode(prompt), self.max_length, max_new_tokens) for prompt in prompts]
         run = self.lm.prepare_generation(contexts, max_new_tokens, self._sampling_config(task))
         return [result.completion or "" for result in run.results()]
