@@ -46,7 +46,8 @@ def mixed_records() -> list[dict[str, Any]]:
     for i in range(15):
         kinds: list[dict[str, Any]] = [
             {"prompt": "The cat " * (i % 4), "max_new_tokens": LENGTHS[i % 5]},
-            {"messages": [{"role": "user", "content": f"Is it {i}?"}], "temperature": 1.0, "top_k": 9},
+            {"messages": [{"role": "user", "content": f"Is it {i}?"}], "temperature": 1.0, "top_k": 9}
+            | {"chosen": "yes", "rejected": "no", "label": False},
             {"text": f"The [[{i % 3 + 1}]] sat [[2-4]] mat", "seed": i},
             {"prompt": "and the dog", "stop": ["e", " "], "steps": 3, "temperature": None},
             {"prompt": [{"from": "human", "value": "so?"}], "policy": "Rdm"},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from diffusify.text.chat_template import ChatTemplate
-from diffusify.text.messages import record_messages
+from diffusify.text.messages import prompt_messages, record_messages
 from tests.text.chats import chat_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}
@@ -30,6 +30,12 @@ def parts(text: str) -> list[dict[str, str]]:
         {"prompt": "fox", "chosen": "dog", "rejected": "cat"},
         {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "cat"}]},
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "cat"}]},
+        {
+            "conversations": [{"from": "human", "value": "fox"}],
+            "chosen": {"from": "gpt", "value": "dog"},
+            "rejected": 0,
+        },
+        {"messages": [USER, ANSWER], "label": True, "kto_tag": "True"},
     ],
 )
 def test_forms_of_one_chat(record: dict[str, Any]) -> None:
@@ -51,6 +57,23 @@ def test_only_the_last_answer_of_a_preference_is_learned() -> None:
     assert found[1] == GIVEN and found[3] == ANSWER
 
 
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"conversations": [USER, ANSWER, USER], "chosen": ANSWER}, [USER, ANSWER, USER, ANSWER]),
+        ({"instruction": "fox", "input": "2", "chosen": "dog"}, [USER | {"content": "fox\n\n2"}, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": "fox", "chosen": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+    ],
+)
+def test_a_preference_has_its_whole_prompt(record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    record = {**record, "rejected": "cat"}
+    *given, chosen = record_messages(record)
+    assert [{"role": m["role"], "content": m["content"]} for m in given] == messages[:-1] and chosen == messages[-1]
+    assert not any(message["train"] for message in given) and prompt_messages(record) == given
+
+
 @pytest.mark.parametrize("field", ["system", "system_prompt"])
 def test_system_and_history_columns(field: str) -> None:
     record = {"instruction": "fox", "output": "dog", field: "be brief", "history": [["hello", "hi"]]}
@@ -69,11 +92,19 @@ def test_system_and_history_columns(field: str) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "is not text but"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "message 2: weight is 0.5"),
         ({"prompt": "fox", "completion": "dog", "label": False}, "label is false"),
+        ({"messages": [USER, ANSWER], "label": "False"}, "label is false"),
+        ({"messages": [USER, ANSWER], "kto_tag": False}, "kto_tag is false"),
+        ({"messages": [USER, ANSWER], "chosen": "dog", "rejected": "cat"}, "messages ends with one as well"),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER | {"content": "x"}], "rejected": []}, "does not begin with"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(record: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         record_messages(record)
+
+
+def test_a_label_says_nothing_about_a_prompt() -> None:
+    assert prompt_messages({"messages": [USER, ANSWER], "label": False}) == [USER]
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"trainable": False}])

@@ -20,7 +20,8 @@ PAIR_FIELDS = (
     ("inputs", "targets"),
     ("source", "target"),
 )
-_PROMPT_FIELDS = ("prompt", "question", "instruction")  # beside `chosen` and `rejected`
+_PROMPT_FIELDS = ("prompt", "question", "instruction", *CHAT_FIELDS)  # beside `chosen` and `rejected`
+LABEL_FIELDS = ("label", "kto_tag")  # false beside an answer to avoid, as for KTO
 _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 # What belongs to a chat but is not among its messages, so a chat without it would be another one.
 _UNSUPPORTED_FIELDS = ("context", "tools", "functions", "documents", "image", "images", "video", "videos", "audio")
@@ -44,16 +45,17 @@ def record_messages(record: dict[str, Any]) -> list[Message]:
       roles in any case; contents as a string or as parts of text.
     - A pair (see PAIR_FIELDS): two texts, with `input` or `context` for an `instruction`; or two lists of messages, of
       which only the second is learnt.
-    - `chosen` and `rejected`, with a `prompt` or without: only the chosen answer is learnt.
+    - `chosen` and `rejected`, with a prompt (a text, or messages) or without: only the chosen answer is learnt.
     - `system` is the first message, `history` the turns before the others.
 
-    Messages with `weight: 0`, `train: false`, `loss_mask: 0` or `trainable: false` are not learnt.
+    Messages with `weight: 0`, `train: false`, `loss_mask: 0` or `trainable: false` are not learnt. A record with
+    `label: false` or `kto_tag: false` is refused.
     """
     field = next((field for field in CHAT_FIELDS if record.get(field) is not None), None)
-    if field is not None:
+    if is_preference(record):
+        messages, used = _preferred(record)
+    elif field is not None:
         messages, used = _messages(record[field], field), ()
-    elif is_preference(record):
-        messages, used = _preferred(record), ()
     else:
         messages, used = _pair(record)
     for name in _UNSUPPORTED_FIELDS:
@@ -62,6 +64,9 @@ def record_messages(record: dict[str, Any]) -> list[Message]:
                 f"the field {name} is not part of the messages, so it would be left out; write it into them, give a "
                 f"template that has {{{name}}}, or remove the field"
             )
+    for name in LABEL_FIELDS:
+        if str(record.get(name)).lower() == "false":
+            raise ValueError(f"{name} is false, so the answer is one to avoid; leave the record out")
     messages = _with_opening(record, messages)
     return _only_last_learnt(messages) if is_preference(record) else messages
 
@@ -73,7 +78,8 @@ def prompt_messages(record: dict[str, Any]) -> list[Message]:
         for question, answer in PAIR_FIELDS
         if isinstance(record.get(question), str | list)
     }
-    messages = record_messages(answers | {name: value for name, value in record.items() if value is not None})
+    given = {name: value for name, value in record.items() if value is not None and name not in LABEL_FIELDS}
+    messages = record_messages(answers | given)
     while messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     return messages
@@ -162,19 +168,21 @@ def _learnt(message: Message, role: Any, number: int) -> dict[str, bool]:
     return {} if learnt or role != "assistant" else {"train": False}
 
 
-def _preferred(record: dict[str, Any]) -> list[Message]:
-    """The prompt of a preference and its chosen answer."""
+def _preferred(record: dict[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
+    """The prompt of a preference and its chosen answer, and the names of further fields that are in them."""
     field = next((field for field in _PROMPT_FIELDS if record.get(field) is not None), None)
-    prompt = [] if field is None else _turns(record[field], "user", field)
+    prompt, used = ([], ()) if field is None else _question(record, field)
     chosen = _turns(record["chosen"], "assistant", "chosen")
     if not prompt and isinstance(record["chosen"], str):
         raise ValueError("chosen is a text without a prompt; add a field prompt, or write lists of messages")
     if not chosen or chosen[0].get("role") == "assistant":
-        return prompt + chosen
-    turns = [message for message in chosen if message.get("role") != "system"]
-    if turns[: len(prompt)] != [message for message in prompt if message.get("role") != "system"]:
+        if prompt and prompt[-1].get("role") == "assistant":
+            raise ValueError(f"chosen is an answer, but {field} ends with one as well; remove one of the two")
+        return prompt + chosen, used
+    (systems, given), (own, turns) = _split_system(prompt), _split_system(chosen)
+    if turns[: len(given)] != given or (systems and own and systems != own):
         raise ValueError("chosen is a whole chat that does not begin with the prompt; remove one of the two")
-    return chosen
+    return (own or systems) + turns, used
 
 
 def _pair(record: dict[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
@@ -182,18 +190,14 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     for question, answer in PAIR_FIELDS:
         if record.get(question) is None or record.get(answer) is None:
             continue
-        if record.get("label") is False:
-            raise ValueError(f"label is false, so the {answer} is one to avoid; leave the record out")
         if isinstance(record[question], list) and isinstance(record[answer], list):
             given = [message | {"train": False} for message in _messages(record[question], question)]
             return given + _messages(record[answer], answer), ()
-        extra = ("input", "context") if question == "instruction" else ()
-        texts = [record[question], *(record[name] for name in extra if record.get(name))]
-        for text in (*texts, record[answer]):
+        for text in (record[question], record[answer]):
             if not isinstance(text, str):
                 raise ValueError(f"{question} and {answer} must be strings, not {str(text)[:40]}; or give a template")
-        user = {"role": "user", "content": "\n\n".join(texts)}
-        return [user, {"role": "assistant", "content": record[answer]}], extra
+        messages, used = _question(record, question)
+        return [*messages, {"role": "assistant", "content": record[answer]}], used
     fields = list(record) or ["question", "answer"]
     found = ", ".join(f"{name} (null)" if value is None else name for name, value in record.items()) or "none"
     raise ValueError(
@@ -202,14 +206,32 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     )
 
 
+def _question(record: dict[str, Any], field: str) -> tuple[list[Message], tuple[str, ...]]:
+    """A prompt, after an instruction with its input, and the names of further fields that may be in it."""
+    value = record[field]
+    used = ("input", "context") if field == "instruction" and isinstance(value, str) else ()
+    for name in used:
+        if record.get(name) and not isinstance(record[name], str):
+            raise ValueError(f"{field} and {name} must be strings, not {str(record[name])[:40]}; or give a template")
+        value = f"{value}\n\n{record[name]}" if record.get(name) else value
+    return _messages(value, field) if field in CHAT_FIELDS else _turns(value, "user", field), used
+
+
 def _turns(value: Any, role: str, field: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, field)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return _messages([value] if isinstance(value, dict) else value, field)
+
+
+def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system message at the start, if there is one, and the others."""
+    count = int(bool(messages) and messages[0].get("role") == "system")
+    return messages[:count], messages[count:]
 
 
 def _with_opening(record: dict[str, Any], messages: list[Message]) -> list[Message]:
     """The messages after the record's system message and history."""
-    systems = [message for message in messages[:1] if message.get("role") == "system"]
-    turns = messages[len(systems) :]
+    systems, turns = _split_system(messages)
     for field in _SYSTEM_FIELDS:
         text = record.get(field)
         if text in _EMPTY:

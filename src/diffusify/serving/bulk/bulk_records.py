@@ -16,7 +16,7 @@ from diffusify.sampling.sampling_config import SamplingConfig
 from diffusify.text.compression import file_type, open_bytes, report_damage
 from diffusify.text.files import try_records
 from diffusify.text.folders import RECORD_TYPES, find_files
-from diffusify.text.messages import CHAT_FIELDS, record_messages
+from diffusify.text.messages import CHAT_FIELDS, LABEL_FIELDS, record_messages
 
 _OVERRIDES = get_type_hints(SamplingConfig) | {"max_new_tokens": int}
 _TEXT_OVERRIDES = ("policy", "cache", "regex", "stop")
@@ -116,7 +116,9 @@ def _kind(name: str, value: Any) -> str:
 
 
 def _as_chat(record: dict[str, Any]) -> dict[str, Any]:
-    return record if any(name in record for name in CHAT_FIELDS) else {**record, "messages": record["prompt"]}
+    """A record as a chat to answer, without published answers."""
+    chat = {name: value for name, value in record.items() if name not in ("chosen", "rejected", *LABEL_FIELDS)}
+    return chat if any(name in chat for name in CHAT_FIELDS) else {**chat, "messages": chat["prompt"]}
 
 
 def _setting(name: str, value: Any) -> Any:
