@@ -112,7 +112,7 @@ def test_bad_records_are_reported_and_others_are_not_affected(infiller: Diffusio
         ({"messages": [{"role": "king", "content": "x"}]}, ".*role"),
         ({"text": "no span"}, ".* has no masked span"),
         ({"text": "a [[2]]", "stop": "x"}, "stop='x' ends a continuation"),
-        ({"prompt": "\ud800"}, ".*surrogates not allowed"),
+        ({"prompt": "\ud800"}, ".*lone surrogate at character 0"),
         ({"prompt": "x", "seed": 2**70}, "seed="),
     ]
     records = [record for record, _ in bad]

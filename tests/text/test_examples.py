@@ -150,6 +150,8 @@ def test_long_examples_are_left_out_whole() -> None:
         ({"messages": [{"from": "bard", "value": "x"}]}, None, 'message 1: role "bard" is not known'),
         ({"messages": ["x"]}, None, "x is not a message; write"),
         ({"de": "x"}, TRANSLATE, 'no field "en" for template .*; fields: de'),
+        ({"question": "x", "answer": "nice \ud83d"}, None, "lone surrogate"),
+        ({"de": "nice \ud83d", "en": "x"}, TRANSLATE, "lone surrogate"),
         ({"de": "x", "en": "\n"}, TRANSLATE, "the target ' {en}' is empty for this record"),
     ],
 )

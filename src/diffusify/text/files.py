@@ -17,6 +17,7 @@ from diffusify.text.tables import (
     missing_field_message,
     parquet_records,
 )
+from diffusify.text.unicode import check_unicode
 
 PART_BYTES = 64 << 20  # size of the parts of a file that can be read from the middle
 _DOCUMENT_TYPES = (".txt", ".md")  # a file is one document
@@ -137,20 +138,11 @@ def _record_texts(part: FilePart, field: str) -> Iterator[str | ValueError]:
         elif not isinstance(text, str):
             kind = "bytes that are not UTF-8" if isinstance(text, bytes) else str(text)[:40]
             yield ValueError(f"{where}: the field {field} is not a string but {kind}")
-        elif not _is_unicode(text):
-            yield ValueError(
-                f"{where}: the field {field} has an unpaired surrogate, which is not valid Unicode; convert it first"
-            )
         else:
-            yield text
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a text with an unpaired surrogate: JSON can contain one, but tokenizers refuse it."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+            try:
+                yield check_unicode(text)
+            except ValueError as error:
+                yield ValueError(f"{where}: the field {field} has a {error}")
 
 
 def _records(part: FilePart, field: str | None = None) -> Records:

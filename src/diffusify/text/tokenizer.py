@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from diffusify.config import DocumentFrame
+from diffusify.text.unicode import check_unicode
 
 # Prefixes to encode a continuing text with, and to remove again. A colon rarely merges with the text after it.
 _PREFIXES = ":(" + punctuation + ascii_letters + digits
@@ -60,7 +61,7 @@ class TextTokenizer:
         """The ids of a text, without special tokens. Set `continues` if it follows other text.
 
         Then the space that some tokenizers add before a text's first word is left out. ValueError if the tokenizer
-        cannot do that.
+        cannot do that, and for a lone surrogate.
         """
         if not continues or not self._adds_prefix_space:
             return self._encode([text])[0]
@@ -142,6 +143,7 @@ class TextTokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        texts = [check_unicode(text) for text in texts]
         rows = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         # Unigram models have special tokens in their vocabulary and find them in plain text despite the option.
         is_plain = self._non_text_ids.isdisjoint

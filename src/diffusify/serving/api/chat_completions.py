@@ -11,10 +11,10 @@ from diffusify.sampling.generation import GenerationRun
 from diffusify.serving.api.chat_schemas import ChatBody
 from diffusify.serving.api.choices import DEFAULT_ANSWER_LENGTH, ParsedRequest
 from diffusify.serving.api.openai_format import ChatFormat, respond
-from diffusify.serving.api.schemas import check_unicode
 from diffusify.serving.api.service import Service, get_service
 from diffusify.serving.api.tools import tool_use
 from diffusify.serving.engine.generation_progress import TextStream
+from diffusify.text.unicode import check_unicode
 
 router = APIRouter()
 

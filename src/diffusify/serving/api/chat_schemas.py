@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusify.serving.api.openai_schemas import OpenAIFields
-from diffusify.serving.api.schemas import Count, UnicodeText, check_unicode
+from diffusify.serving.api.schemas import Count, UnicodeText
 from diffusify.text.grammar import schema_regex
 from diffusify.text.json_object import json_object_regex
+from diffusify.text.unicode import check_unicode
 
 
 class JSONSchema(BaseModel):

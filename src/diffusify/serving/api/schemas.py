@@ -10,16 +10,7 @@ from diffusify.diffusion.policies import Policy
 from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.sampling_config import Preset, SamplingConfig
 from diffusify.serving.api.logprobs import Penalties
-
-
-def check_unicode(text: str) -> str:
-    """The text itself. Raises ValueError for lone surrogates, which JSON can spell but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"lone surrogate at character {error.start}; send text that is valid UTF-8") from error
-    return text
-
+from diffusify.text.unicode import check_unicode
 
 UnicodeText = Annotated[str, AfterValidator(check_unicode)]
 TokenId = Annotated[int, Field(ge=0)]

@@ -84,7 +84,6 @@ class BulkSettings:
             return lm.prepare_chat([record_messages(_as_chat(record))], length, sampling)
         if not isinstance(record[field], str):
             raise ValueError(f"the field {field} is not a text but {str(record[field])[:40]}")
-        record[field].encode()  # a lone surrogate is a ValueError
         if field == "text":
             return lm.prepare_infilling([record[field]], sampling)
         return lm.prepare_generation([record[field]], length, sampling)
