@@ -24,7 +24,8 @@ from diffusify.formats.exporting import TARGETS, export
 from diffusify.formats.importers import import_denoiser
 from diffusify.formats.layouts import LAYOUTS
 from diffusify.models.denoiser import Denoiser
-from diffusify.models.lora import Lora
+from diffusify.models.lora import Lora, add_lora
+from diffusify.models.recipe import Recipe
 from diffusify.models.saving import load_denoiser, merge_adapters, save_denoiser
 from tests.families import tiny_network
 from tests.text import makers
@@ -121,6 +122,16 @@ def test_export_then_import_gives_equal_logits(to: str, tmp_path: Path) -> None:
         assert tokenizer.encode("The fox") == tiny_tokenizer(mask).encode("The fox")
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_generation_config_of_the_base_is_kept(family: str, tmp_path: Path) -> None:
+    """Also sampling values beside greedy decoding, which transformers does not save; masked models have none."""
+    save_tiny(tmp_path / "model", family, 0, BIDIRECTIONAL)
+    values = {"temperature": 0.9, "top_p": 0.6} if family == "llama" else {}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values))
+    out = export(tmp_path / "model", tmp_path / "out", to="hf")
+    assert json.loads((out / "generation_config.json").read_text()).items() >= (values | {"mask_token_id": 2}).items()
+
+
 def test_a_card_tells_how_to_run_it(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "qwen2", 1, BIDIRECTIONAL)
     readme = tmp_path / "model" / "README.md"
@@ -170,6 +181,41 @@ def test_adapters_are_merged_while_they_are_read(to: str, tmp_path: Path, causal
     assert all(torch.equal(written[kinds[to](name)], weight) for name, weight in expected.items())
     if to == "hf":
         assert torch.equal(logits_of(load_denoiser(out)[0]), logits_of(load_denoiser(model)[0]))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "recipe"),
+    [
+        ("llama", {}, diffusify.ar(0, variable_length=True)),
+        ("llama", {"tie_word_embeddings": True}, diffusify.ar(0, variable_length=True)),
+        ("bert", {}, diffusify.mlm(variable_length=True)),
+    ],
+)
+def test_the_rows_of_length_tokens_are_merged(
+    family: str, changes: dict[str, Any], recipe: Recipe, tmp_path: Path, corpus: str
+) -> None:
+    """They are new to the base, and trained in the head as well."""
+    base = tmp_path / "base"
+    tokenizer = makers.word_piece() if family == "bert" else makers.byte_level()
+    tiny_network(family, vocab_size=len(tokenizer.tokenizer), **changes).save_pretrained(base)
+    tokenizer.tokenizer.save_pretrained(base)
+    small: dict[str, Any] = {"steps": 2, "length": 32, "held_out": 64, "bf16": False, "learning_rate": 0.01}
+    model = diffusify.adapt(str(base), corpus, tmp_path / "lora", recipe=recipe, lora=Lora(2), **small)
+    merged = load_file(merge_adapters(model, tmp_path / "merged") / "model.safetensors")
+    written = load_file(export(model, tmp_path / "out", to="hf") / "model.safetensors")
+    assert merged.keys() == written.keys() and all(torch.equal(written[name], merged[name]) for name in merged)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT
+def test_adapters_of_experts_are_merged_before(tmp_path: Path) -> None:
+    denoiser = save_tiny(tmp_path / "base", "qwen3_moe", 0, BIDIRECTIONAL)
+    add_lora(denoiser.network, Lora(2), 2, str(tmp_path / "base"))
+    save_denoiser(tmp_path / "lora", denoiser, tiny_tokenizer(2))
+    with pytest.raises(ValueError, match="such as .*experts.*; merge them first: diffusify merge"):
+        export(tmp_path / "lora", tmp_path / "out", to="llada_moe")
+    out = export(merge_adapters(tmp_path / "lora", tmp_path / "merged"), tmp_path / "out", to="llada_moe")
+    again, _ = load_denoiser(import_denoiser(str(out), tmp_path / "again"))
+    assert torch.allclose(logits_of(again), logits_of(denoiser), atol=1e-5)
 
 
 def test_hf_keeps_everything_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,9 @@ def tuned(family: str, lora: Lora) -> PreTrainedModel:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT, for mixtures of experts
 @pytest.mark.parametrize("embeddings", ["mask", "all"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "albert", "modernbert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "albert", "modernbert", "qwen3_moe"])
 def test_saving_and_merging_keep_the_logits(family: str, embeddings, tmp_path: Path) -> None:
     network = tuned(family, Lora(4, embeddings=embeddings))
     logits = network(input_ids=IDS).logits

@@ -140,7 +140,7 @@ def _write_folder(saved: SavedModel, out: Path, to: str, dtype: str | None, sett
         else:
             settings["torch_dtype"] = str(usual).removeprefix("torch.")
             (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        _generation_config(saved).save_pretrained(draft)
+        _generation_config(saved).to_json_file(draft / "generation_config.json")  # as the base has it, unvalidated
         if settings is None:
             write_merged_card(saved, draft, out)
         else:
@@ -149,6 +149,6 @@ def _write_folder(saved: SavedModel, out: Path, to: str, dtype: str | None, sett
 
 def _generation_config(saved: SavedModel) -> GenerationConfig:
     """The generation config of the network, with the mask token, which programs for diffusion models read there."""
-    config: Any = saved.network.generation_config or GenerationConfig()
+    config: Any = getattr(saved.network, "generation_config", None) or GenerationConfig()
     config.mask_token_id = saved.diffusion_config.mask_token_id
     return config

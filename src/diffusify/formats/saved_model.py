@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from diffusify.config import DiffusionConfig
 from diffusify.formats.stored_tensors import StoredTensor, empty_network, match_tensors, stored_tensors
 from diffusify.models.bundled import resolve_model
-from diffusify.models.loading import Base, fetch_base, load_tokenizer, network_class
+from diffusify.models.loading import Base, fetch_base, load_tokenizer, network_class, num_embeddings
 from diffusify.models.lora import adapter_base
 from diffusify.models.mask_adapters import read_adapter_tensors
-from diffusify.models.mask_token import ensure_mask_token
+from diffusify.models.mask_token import ensure_length_tokens, ensure_mask_token
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,18 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class MergedTensor(StoredTensor):
-    """A tensor of a base with its adapters: a low-rank term, other rows, or a row more than the base has."""
+    """A tensor of a base with its adapters: a low-rank term, other rows, or more rows than the base has."""
 
     low_rank: tuple[Tensor, Tensor, float, bool] | None = None  # A, B, scale, and whether the weight is transposed
     rows: tuple[list[int], Tensor] | None = None
-    mean_row: int | None = None  # a new token's row, which begins as the mean of those before it
+    mean_rows: tuple[int, ...] = ()  # the rows of new tokens, which begin as the mean of those before them
 
     def read(self) -> Tensor:
         weight = super().read().float()
-        if self.mean_row is not None:
+        if self.mean_rows:
             weight = torch.cat([weight, weight.new_zeros(self.shape[0] - len(weight), *weight.shape[1:])])
-            weight[self.mean_row] = weight[: self.mean_row].mean(dim=0)
+        for row in self.mean_rows:
+            weight[row] = weight[:row].mean(dim=0)
         if self.low_rank is not None:
             a, b, scale, transposed = self.low_rank
             term = b @ a
@@ -96,18 +97,23 @@ def _open_network(source: str, folder: Path, weights: Path, diffusion_config: Di
 def _with_adapters(saved: SavedModel, base: str) -> SavedModel:
     """A base with the adapters of a folder. ValueError for adapters that cannot be merged tensor by tensor."""
     folder, mask = saved.folder, saved.diffusion_config.mask_token_id
+    length_tokens = saved.diffusion_config.length_tokens
     own = load_tokenizer(folder, str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     chosen = own.mask_token_id if own and saved.tokenizer.mask_token is None else None
-    before = len(saved.tokenizer)
-    found = ensure_mask_token(Base(saved.network, saved.tokenizer, base, masked=False), chosen)  # pyright: ignore[reportArgumentType]
-    if found != mask:
+    first_new = min(len(saved.tokenizer), num_embeddings(saved.network))
+    opened = Base(saved.network, saved.tokenizer, base, masked=False)  # pyright: ignore[reportArgumentType]
+    if ensure_mask_token(opened, chosen) != mask:
         raise ValueError(f"{folder} holds adapters for a base with mask_token_id={mask}; {base} differs")
-    shapes = {name: tuple(weight.shape) for name, weight in saved.network.state_dict().items()}
-    is_new = mask >= before or any(shapes[name] != saved.tensors[name].shape for name in saved.tensors)
+    if length_tokens is not None and (found := ensure_length_tokens(opened)) != length_tokens:
+        raise ValueError(f"{folder} holds adapters for a base with {length_tokens}; {base} has {found}")
+    special = [mask, *(length_tokens.ids if length_tokens else ())]
+    new = tuple(token for token in special if token >= first_new)
+    parameters = dict(saved.network.named_parameters(remove_duplicate=False))
+    of_tokens = {id(parameter) for module in _embeddings(saved.network) for parameter in module.parameters()}
     config: Any = PeftConfig.from_pretrained(str(folder))
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     adapters = read_adapter_tensors(folder)
-    embeddings = [f"{_module_name(saved.network, module)}.weight" for module in _embeddings(saved.network)]
+    trained = config.trainable_token_indices
     tensors: dict[str, StoredTensor] = {}
     for name, stored in saved.tensors.items():
         module = name.removesuffix(".weight")
@@ -117,9 +123,12 @@ def _with_adapters(saved: SavedModel, base: str) -> SavedModel:
             a, b = (adapters.pop(f"{module}.lora_{half}.weight").float() for half in "AB")
             low_rank = a, b, scale, transposed
         rows = adapters.pop(f"{module}.token_adapter.trainable_tokens_delta", None)
-        changed = None if rows is None else (list(config.trainable_token_indices), rows.float())
-        mean_row = mask if is_new and name in embeddings else None
-        tensors[name] = MergedTensor(stored.file, stored.name, shapes[name], "F32", low_rank, changed, mean_row)
+        changed = None
+        if rows is not None:
+            changed = list(trained[module] if isinstance(trained, dict) else trained), rows.float()
+        shape = tuple(parameters[name].shape) if name in parameters else stored.shape  # experts have files' names
+        mean_rows = new if id(parameters.get(name)) in of_tokens else ()
+        tensors[name] = MergedTensor(stored.file, stored.name, shape, "F32", low_rank, changed, mean_rows)
     if adapters:
         raise ValueError(
             f"{saved.source} holds adapters that cannot be merged while they are read, such as {next(iter(adapters))}; "
@@ -130,7 +139,3 @@ def _with_adapters(saved: SavedModel, base: str) -> SavedModel:
 
 def _embeddings(network: PreTrainedModel) -> list[Any]:
     return [module for module in (network.get_input_embeddings(), network.get_output_embeddings()) if module]
-
-
-def _module_name(network: PreTrainedModel, module: Any) -> str:
-    return next(name for name, each in network.named_modules() if each is module)

@@ -177,7 +177,11 @@ def merge_lora(network: PreTrainedModel) -> None:
             layer.merge()
     wrappers = [(name, m) for name, m in network.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     stock = {name: wrapper.unload_and_optionally_merge_module(False, False, None) for name, wrapper in wrappers}
-    stock |= {name: layer.get_base_layer() for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    stock |= {
+        name: layer.get_base_layer()
+        for name, layer in network.named_modules()
+        if isinstance(layer, LoraLayer) and not name.endswith(".base_layer")  # the layers of experts are nested
+    }
     for name, module in stock.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, module)
