@@ -14,15 +14,21 @@ from typer.testing import CliRunner
 import diffusify
 from diffusify.cli import app
 from diffusify.config import to_plain
+from diffusify.diffusion.attention import Bidirectional, Causal
 from diffusify.evaluation import evaluate as module
 from diffusify.evaluation.evaluate import Difference, ScoreRow, difference, evaluate, read_scores, score_row
 from diffusify.evaluation.html_report import calibration_curve, scores_table
 from diffusify.evaluation.likelihood import MonteCarlo, TokenByToken
+from diffusify.evaluation.report import EvalPlan, report
 from diffusify.evaluation.scoring import ItemScore
 from diffusify.evaluation.tasks import Infill, MultipleChoice, OpenEnded, item_checksum
+from diffusify.evaluation.text_metrics import perplexity
 from diffusify.models.recipes import ar
+from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.training.adapt import adapt
 from tests.evaluation.test_tasks import RECORDS, write
+from tests.families import tiny_denoiser
+from tests.text import makers
 
 TASKS = ("piqa", "lambada", "rocstories")
 
@@ -213,6 +219,19 @@ def test_the_command_writes_a_page_and_prints_the_scores(
     for task, metric, items, score, *_ in lines[1:]:
         assert f"{task} {metric} {items} {score} {score} +0.0 (+0.0 to +0.0)" in " ".join(both.output.split())
     assert set(read_scores(out / "model")) == set(TASKS)
+
+
+def test_unconditional_samples_are_read_by_the_baseline_in_its_own_tokens(tmp_path: Path) -> None:
+    network, judge_tokenizer = tiny_denoiser("llama", Causal(), 1, vocab_size=400), makers.sentence_bpe()
+    lm, judge = DiffusionLM(network, makers.byte_level()), DiffusionLM(network, judge_tokenizer)
+    made = report(EvalPlan({}, free=3, prompts=()), tmp_path, ("a", lm), ("b", judge))
+    texts = [one.completion or "" for one in lm.generate([""] * 3, 32, temperature=1.0)]
+    read = [judge_tokenizer.encode(text) for text in texts]
+    expected = perplexity(judge_tokenizer, network.network, [""] * 3, read)
+    assert made.settings["from_nothing"]["model"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    both_sides = DiffusionLM(tiny_denoiser("llama", Bidirectional(), 1, vocab_size=320), lm.tokenizer)
+    with pytest.raises(ValueError, match="free=3 texts are scored by an AR model, and the baseline b is none"):
+        report(EvalPlan({}, free=3), tmp_path, ("a", lm), ("b", both_sides))
 
 
 @pytest.mark.parametrize(

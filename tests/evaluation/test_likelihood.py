@@ -14,6 +14,7 @@ from diffusify.evaluation.bits_per_byte import bits_per_byte
 from diffusify.evaluation.likelihood import Autoregressive, MonteCarlo, TokenByToken
 from diffusify.evaluation.likelihood_requests import Likelihood, LikelihoodRequest
 from diffusify.models.denoiser import Denoiser
+from diffusify.text.tokenizer import TextTokenizer
 from tests.families import CAUSAL, MASK, tiny_denoiser
 from tests.text import makers
 
@@ -189,16 +190,17 @@ def test_the_best_choice_has_the_highest_scaled_log_probability() -> None:
     assert LikelihoodRequest((1,), ((2, 2), (3,)), scales=(0.5, 1.0)).best([-3.0, -2.0]) == 0
 
 
-def test_bits_per_byte_are_those_of_independent_windows() -> None:
-    """The sum of the windows' log-probabilities over the bytes of the whole text, however it is split."""
-    denoiser, tokenizer = tiny_denoiser("llama", Causal(), 1, vocab_size=320), makers.byte_level()
-    text = "The cat sat on the mat: über so! " * 8
+@pytest.mark.parametrize("tokenizer", [makers.byte_level(), makers.word_piece()], ids=["bytes", "words"])
+def test_bits_per_byte_are_those_of_independent_windows(tokenizer: TextTokenizer) -> None:
+    """The sum of the windows' log-probabilities over the bytes of the whole text, however it is split and decoded."""
+    denoiser = tiny_denoiser("llama", Causal(), 1, vocab_size=320)
+    text = "The cat  sat on the mat: über so! " * 8
     mean, se = bits_per_byte(denoiser, [text, "It is."], tokenizer, Autoregressive(), length=16)
     ids, total = tokenizer.encode(text), 0.0
     for window in [*(ids[i : i + 16] for i in range(0, len(ids), 16)), tokenizer.encode("It is.")]:
         (result,) = Autoregressive()(denoiser, [LikelihoodRequest((tokenizer.start_token_id,), (tuple(window),))])
         total -= result.log_prob[0]
-    assert mean == pytest.approx(total / math.log(2) / (len(text.encode()) + 6), rel=0.02)
+    assert mean == pytest.approx(total / math.log(2) / (len(text.encode()) + 6))
     assert 0 < se < mean
     with pytest.raises(ValueError, match="no text"):
         bits_per_byte(denoiser, [], tokenizer, Autoregressive())

@@ -103,7 +103,7 @@ def eval_(
     free: Annotated[
         int,
         typer.Option(
-            help="Number of texts to generate without a prompt. The --baseline scores their perplexity.",
+            help="Number of texts to generate without a prompt. The --baseline, an AR model, scores their perplexity.",
             rich_help_panel=_EXTRA,
         ),
     ] = 0,

@@ -14,8 +14,8 @@ def bits_per_byte(
 ) -> tuple[float, float]:
     """The bits per byte of texts and their standard error, in windows of at most `length` tokens.
 
-    Each window follows a start token and no other context. With `MonteCarlo` the value is an upper bound. ValueError if
-    there is no text.
+    Each window follows a start token and no other context. Its bytes are its share of the text's. With `MonteCarlo` the
+    value is an upper bound. ValueError if there is no text.
     """
     length = min(length, (denoiser.context_length or length + 1) - 1)
     requests, sizes = [], []
@@ -23,7 +23,7 @@ def bits_per_byte(
         ids = tokenizer.encode(text)
         windows = [ids[start : start + length] for start in range(0, len(ids), length)]
         requests += [LikelihoodRequest((tokenizer.start_token_id,), (tuple(window),)) for window in windows]
-        sizes += [len(tokenizer.decode(window, continues=i > 0).encode()) for i, window in enumerate(windows)]
+        sizes += [len(text.encode()) * len(window) / len(ids) for window in windows]
     if not requests:
         raise ValueError("there is no text to measure")
     bits = [-result.log_prob[0] / math.log(2) for result in measure(denoiser, requests)]

@@ -55,7 +55,15 @@ def report(
     *,
     progress: ProgressCallback = lambda model, task, done, count: None,
 ) -> Report:
-    """Run an evaluation, or resume the one in `folder`. `progress` is called after every item."""
+    """Run an evaluation, or resume the one in `folder`. `progress` is called after every item.
+
+    ValueError if the baseline has to score `free` texts but does not read as an AR model.
+    """
+    if plan.free and baseline and not baseline[1].config.reads_as_ar_model:
+        raise ValueError(
+            f"free={plan.free} texts are scored by an AR model, and the baseline {baseline[0]} is none; give another "
+            "--baseline, or leave out --free"
+        )
 
     def run(
         label: str, lm: DiffusionLM, subfolder: str, tasks: Mapping[str, Sequence[Item]], sampling: SamplingConfig
@@ -146,10 +154,11 @@ def _unconditional(plan: EvalPlan, lm: DiffusionLM, judge: DiffusionLM) -> dict[
     """The perplexity under `judge` and the diversity of unconditional samples (at temperature 1 if unset)."""
     sampling = replace(plan.sampling, temperature=plan.sampling.temperature or 1.0)
     run = lm.prepare_generation([""] * plan.free, _sample_length(lm), sampling)
-    run.results()
+    texts = [result.completion or "" for result in run.results()]
     generated = [tokens[mask].tolist() for tokens, mask in zip(run.canvas.tokens, run.canvas.written, strict=True)]
+    read = [judge.tokenizer.encode(text) for text in texts]
     values = {
-        "perplexity": perplexity(judge.tokenizer, judge.denoiser.network, [""] * plan.free, generated),
+        "perplexity": perplexity(judge.tokenizer, judge.denoiser.network, [""] * plan.free, read),
         "distinct_1": distinct(generated, 1),
         "distinct_2": distinct(generated, 2),
         "entropy": fmean(map(entropy, generated)),
