@@ -91,12 +91,12 @@ def test_a_killed_evaluation_resumes_and_repeats_nothing(
 def test_items_keep_their_checksums() -> None:
     """Evaluations that earlier versions saved can be resumed, so neither names nor order of fields may matter."""
     items = [
-        MultipleChoice("It is", (" a", " b"), 1, "byte"),
+        MultipleChoice("It is", (" a", " b"), 1, "token"),
         OpenEnded("1+1=", ("2",), "number", extra_tokens=3, stop="\n"),
         Infill("a", "b", "c", "check()"),
     ]
     former = [
-        "Choice(context='It is', choices=(' a', ' b'), gold=1, by='byte')",
+        "Choice(context='It is', choices=(' a', ' b'), gold=1, by='token')",
         "Answer(prompt='1+1=', golds=('2',), match='number', room=3, stop='\\n')",
         "Hole(before='a', middle='b', after='c', check='check()')",
     ]
@@ -117,6 +117,9 @@ def test_an_evaluation_of_an_earlier_version_is_resumed(model: str, tmp_path: Pa
     former = to_plain(TokenByToken()) | {"type": "OneByOne"}
     file.write_text(json.dumps(saved | {"measure": former}))
     assert evaluate(lm, items, tmp_path, measure=TokenByToken()) == scores
+    evaluate(lm, items, tmp_path / "unknown", span_length="unknown")
+    with pytest.raises(ValueError, match="holds an evaluation with another span_length; give another folder"):
+        evaluate(lm, items, tmp_path / "unknown")
 
 
 def test_a_score_is_a_mean_with_its_standard_error() -> None:

@@ -61,20 +61,20 @@ def test_the_choice_with_the_highest_scaled_log_probability_is_chosen(
                 lm, [MultipleChoice("The cat", (" sat", " sat on the mat"), 0, by)], Autoregressive(), SamplingConfig()
             )
         )
-        for by in ("sum", "byte", "token")
+        for by in ("sum", "character", "token")
     }
-    assert [right[by].scores["accuracy"] for by in ("sum", "byte", "token")] == [1.0, 0.0, 0.0]
-    assert right["sum"].said["chose"] == 0 and right["byte"].said["chose"] == 1
+    assert [right[by].scores["accuracy"] for by in ("sum", "character", "token")] == [1.0, 0.0, 0.0]
+    assert right["sum"].said["chose"] == 0 and right["character"].said["chose"] == 1
 
 
 def test_a_request_s_tokens_are_those_of_the_text(lm: DiffusionLM) -> None:
-    item = MultipleChoice("The cat sat", (" on the mat", " over"), 1, "byte")
+    item = MultipleChoice("The cat sat", (" on the mat", " over"), 1, "character")
     request = likelihood_request(lm, item)
     decode = lm.tokenizer.decode
     assert request.context[0] == lm.tokenizer.start_token_id
     assert decode(request.context[1:]) == item.context
     assert [decode(choice, continues=True) for choice in request.choices] == list(item.choices)
-    assert request.scales == (1 / 11, 1 / 5)
+    assert request.scales == (1 / 10, 1 / 4)  # as acc_norm of lm-evaluation-harness
 
 
 @pytest.mark.parametrize(

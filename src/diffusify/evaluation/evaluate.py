@@ -97,7 +97,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     saved |= {name: to_current(saved.get(name), hint) for name, hint in _HINTS.items()}
     if saved != settings:
-        differing = ", ".join(key for key in settings if saved.get(key) != settings[key])
+        differing = ", ".join(key for key in settings | saved if saved.get(key) != settings.get(key))
         raise ValueError(f"{folder} holds an evaluation with another {differing}; give another folder, or delete it")
 
 

@@ -71,7 +71,7 @@ def likelihood_request(lm: DiffusionLM, item: MultipleChoice) -> LikelihoodReque
     choices = tuple(tuple(tokenizer.encode(item.context + choice)[len(context) :]) for choice in item.choices)
     scales = {
         "sum": (1.0,) * len(choices),
-        "byte": tuple(1 / len(choice.encode()) for choice in item.choices),
+        "character": tuple(1 / max(1, len(choice.removeprefix(" "))) for choice in item.choices),
         "token": tuple(1 / max(1, len(choice)) for choice in choices),
     }
     return LikelihoodRequest(tuple(tokenizer.add_start(context)), choices, scales[item.compare_by])

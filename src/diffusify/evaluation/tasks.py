@@ -21,13 +21,14 @@ Protocol = Literal["standard", "paper"]
 class MultipleChoice:
     """An item with several continuations of which one is correct: `choices[gold]`.
 
-    They are compared by log-probability: its sum, or its mean per byte or per token.
+    They are compared by log-probability: its sum, or its mean per token or per character after the space that separates
+    a choice from the context (`acc_norm` of lm-evaluation-harness).
     """
 
     context: str
     choices: tuple[str, ...]
     gold: int
-    compare_by: Literal["sum", "byte", "token"] = "sum"
+    compare_by: Literal["sum", "character", "token"] = "sum"
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,14 @@ def _solved(item: Item) -> str:
 
 
 def hellaswag(record: Record, protocol: Protocol) -> Item:
-    """Choose the ending that continues a description. The paper compares means per token, others per byte."""
+    """Choose the ending that continues a description. The paper compares means per token, others per character."""
     query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     endings = tuple(" " + _tidy(ending) for ending in record["endings"])
     return MultipleChoice(
-        _tidy(query), endings, _gold(record["label"], endings), compare_by="token" if protocol == "paper" else "byte"
+        _tidy(query),
+        endings,
+        _gold(record["label"], endings),
+        compare_by="token" if protocol == "paper" else "character",
     )
 
 
@@ -130,7 +134,7 @@ def winogrande(record: Record, protocol: Protocol) -> Item:
 def piqa(record: Record, protocol: Protocol) -> Item:
     """Choose which of two solutions achieves a goal."""
     solutions = (" " + record["sol1"], " " + record["sol2"])
-    compare_by = "token" if protocol == "paper" else "byte"
+    compare_by = "token" if protocol == "paper" else "character"
     gold = _gold(record["label"], solutions)
     return MultipleChoice(f"Question: {record['goal']}\nAnswer:", solutions, gold, compare_by)
 
@@ -151,7 +155,7 @@ def arc_easy(record: Record, protocol: Protocol) -> Item:
         raise Unlabelled(f"answerKey {record['answerKey']!r} is none of {', '.join(choices['label'])}")
     gold = choices["label"].index(record["answerKey"])
     return MultipleChoice(
-        f"Question: {record['question']}\nAnswer:", tuple(" " + text for text in choices["text"]), gold, "byte"
+        f"Question: {record['question']}\nAnswer:", tuple(" " + text for text in choices["text"]), gold, "character"
     )
 
 
