@@ -99,7 +99,7 @@ def _with_adapters(saved: SavedModel, base: str) -> SavedModel:
     folder, mask = saved.folder, saved.diffusion_config.mask_token_id
     length_tokens = saved.diffusion_config.length_tokens
     own = load_tokenizer(folder, str(folder)) if (folder / "tokenizer_config.json").is_file() else None
-    chosen = own.mask_token_id if own and saved.tokenizer.mask_token is None else None
+    chosen: Any = own.mask_token_id if own and saved.tokenizer.mask_token is None else None
     first_new = min(len(saved.tokenizer), num_embeddings(saved.network))
     opened = Base(saved.network, saved.tokenizer, base, masked=False)  # pyright: ignore[reportArgumentType]
     if ensure_mask_token(opened, chosen) != mask:
@@ -126,7 +126,7 @@ def _with_adapters(saved: SavedModel, base: str) -> SavedModel:
         changed = None
         if rows is not None:
             changed = list(trained[module] if isinstance(trained, dict) else trained), rows.float()
-        shape = tuple(parameters[name].shape) if name in parameters else stored.shape  # experts have files' names
+        shape = tuple(parameters[name].shape) if name in parameters else stored.shape  # of one expert
         mean_rows = new if id(parameters.get(name)) in of_tokens else ()
         tensors[name] = MergedTensor(stored.file, stored.name, shape, "F32", low_rank, changed, mean_rows)
     if adapters:
