@@ -61,10 +61,11 @@ def upload(hub: HubServer, folder: Path | str, name: str) -> None:
 def test_a_pushed_model_opens_by_its_name_also_from_the_cache(
     model: Path, hub: HubServer, disconnect: Callable[[], None]
 ) -> None:
+    (model / "texts.jsonl").touch()  # as `reinforce` writes
     assert diffusify.push_to_hub(model, "lab/tiny") == f"{hub.address}/lab/tiny"
     uploaded = hub.repositories["lab/tiny"]
     assert {"README.md", "config.json", "diffusion_config.json", "model.safetensors", "tokenizer.json"} <= set(uploaded)
-    assert not {"run.json", "training.json", "run.lock"} & set(uploaded)
+    assert not {"run.json", "training.json", "run.lock", "metrics.jsonl", "texts.jsonl"} & set(uploaded)
     text = diffusify.load(model).infill("The cat[[3]] mat", seed=1, temperature=0.5).text
     for _ in range(2):
         assert diffusify.load("lab/tiny").infill("The cat[[3]] mat", seed=1, temperature=0.5).text == text

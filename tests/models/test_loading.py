@@ -18,9 +18,11 @@ from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertLMHeadModel,
+    FalconH1Config,
     FNetConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -30,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3NextConfig,
     T5Config,
+    XLMConfig,
 )
 
 from diffusify.models.loading import Base, load_base, network_class
@@ -126,7 +129,9 @@ def test_a_family_with_both_heads_follows_its_architecture(
     assert load_base(saved(network, tiny_tokenizer(), tmp_path)).masked is masked
 
 
-@pytest.mark.parametrize(("config", "masked"), [(bert_config(), True), (AlbertConfig(), True), (GPT2Config(), False)])
+@pytest.mark.parametrize(
+    ("config", "masked"), [(bert_config(), True), (AlbertConfig(), True), (XLMConfig(), True), (GPT2Config(), False)]
+)
 def test_class_of_a_config_that_names_no_architecture(config: PreTrainedConfig, masked: bool) -> None:
     config.architectures = None
     assert network_class(config, "tiny")[1] is masked
@@ -191,6 +196,8 @@ def test_a_network_without_its_tokenizer_is_refused(network: PreTrainedModel, tm
         (MambaConfig(), "cannot be bidirectional"),
         (FNetConfig(), "no attention"),
         (Qwen3NextConfig(), "linear_attention"),
+        (FalconH1Config(), "hybrid"),
+        (JambaConfig(), "linear_attention"),
         (quantized(BertConfig()), "quantized"),
     ],
 )

@@ -147,7 +147,7 @@ def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTraine
     ValueError if the network cannot become a diffusion model.
     """
     settings = config.to_dict()
-    kinds = set(settings.get("layer_types") or [])
+    kinds = set(getattr(config, "layer_types", None) or [])  # a property of some families
     if config.is_encoder_decoder:
         raise ValueError(f"{source} is an encoder-decoder ({config.model_type}); give a decoder-only or masked LM")
     if settings.get("vision_config") or settings.get("audio_config"):
@@ -165,9 +165,9 @@ def network_class(config: PreTrainedConfig, source: str) -> tuple[type[PreTraine
         raise ValueError(f"{source} has quantized weights, which cannot be trained; give the unquantized model")
     masked: type[PreTrainedModel] | None = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAssignmentType]
     causal: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAssignmentType]
-    named = (config.architectures or [""])[0]
+    named, is_decoder = (config.architectures or [""])[0], getattr(config, "is_decoder", False)  # XLM's has none
     # Encoder families have both heads; if the config names neither, take the one they were pretrained with.
-    if masked and not (causal and (named == causal.__name__ != masked.__name__ or config.is_decoder)):
+    if masked and not (causal and (named == causal.__name__ != masked.__name__ or is_decoder)):
         return masked, True
     if causal:
         return causal, False

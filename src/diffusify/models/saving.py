@@ -101,8 +101,8 @@ def load_denoiser(
     """Load a denoiser and its tokenizer from a folder that `save_denoiser` wrote.
 
     An adapter folder is loaded on the base that it names, and its adapters are merged in memory, unless they act on
-    masks only. ValueError if there is
-    no diffusion config, if it names another architecture, or if tensors are missing or unexpected.
+    masks only. ValueError if there is no diffusion config, if it names another architecture, or if tensors are missing
+    or unexpected.
     """
     folder = resolve_model(folder)
     config = DiffusionConfig.load(folder)

@@ -10,7 +10,7 @@ from diffusify.models.lora import adapter_base
 from diffusify.models.model_card import write_model_card
 
 # What only the training run needs, and hidden files.
-_NOT_UPLOADED = ["run.json", "run.lock", "training.json", "checkpoint-*", ".*"]
+_NOT_UPLOADED = ["run.json", "run.lock", "training.json", "metrics.jsonl", "texts.jsonl", "checkpoint-*", ".*"]
 
 
 def push_to_hub(
@@ -24,8 +24,8 @@ def push_to_hub(
     """Upload a saved model to the repository `repo_id` (OWNER/NAME) of the Hugging Face Hub. Returns its address.
 
     The repository is made if there is none; `private` is as in `transformers`. `diffusify.load(repo_id)` opens it. The
-    settings and the log of the training run are not uploaded. ValueError if `model` is not a diffusion model, if its
-    adapters need a base on this machine, or if the hub refuses the upload.
+    settings, the logs and the sampled texts of the training run are not uploaded. ValueError if `model` is not a
+    diffusion model, if its adapters need a base on this machine, or if the hub refuses the upload.
     """
     folder = resolve_model(model)
     DiffusionConfig.load(folder)  # raises if this is not a diffusion model
