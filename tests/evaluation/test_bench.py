@@ -52,3 +52,14 @@ def test_every_setting_runs(model: str, causal_base: str, corpus: str, tmp_path:
     assert done.exit_code == 0, done.output
     assert [row["way"] for row in json.loads(done.stdout)] == [AR, PACKED_AR, *decoding_settings(lm)]
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(done.stdout)
+
+
+def test_a_base_that_cannot_score_texts_is_refused(
+    model: str, causal_base: str, masked_base: str, corpus: str, tmp_path: Path
+) -> None:
+    recipe, out, missing = diffusify.ar(), tmp_path / "ar", str(tmp_path / "missing")
+    adapted = str(adapt(causal_base, corpus, out, recipe=recipe, steps=1, length=32, held_out=64, bf16=False))
+    for base, reason in {adapted: "is bidirectional", masked_base: "is bidirectional", missing: "exist"}.items():
+        done = CliRunner().invoke(app, ["bench", model, "--data", corpus, "--base", base])
+        assert done.exit_code == 2 and reason in done.stderr, done.output
+        assert "give an AR model with --base" in done.stderr

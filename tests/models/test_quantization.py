@@ -12,7 +12,7 @@ import diffusify
 from diffusify.models import quantization, saving
 from diffusify.models.loading import Base
 from diffusify.models.lora import Lora
-from diffusify.models.recipes import block
+from diffusify.models.recipes import block, draft
 from diffusify.training.adapt import adapt
 from diffusify.training.tune import tune
 from tests.families import tiny_network
@@ -27,6 +27,8 @@ def test_it_is_refused_before_any_work(causal_base: str, tmp_path: Path, monkeyp
             run(causal_base, "missing.jsonl", tmp_path / "out", recipe=block(4), load_in_4bit=True)
         with pytest.raises(ValueError, match=r"needs bitsandbytes; run: pip install 'diffusify\[quant\]'"):
             run(causal_base, "missing.jsonl", tmp_path / "out", recipe=block(4), load_in_4bit=True, lora=Lora(4))
+    with pytest.raises(ValueError, match="needs bitsandbytes"):  # the recipe trains adapters by itself
+        adapt(causal_base, "missing.jsonl", tmp_path / "out", recipe=draft(4), load_in_4bit=True)
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="does not work with FSDP; run several processes as DDP, by torchrun"):

@@ -61,9 +61,13 @@ def bench(
         from diffusify.text.sources import load_texts
 
         lm = load_model(model, dtype=dtype, device=device)
-        source = load_base(base or lm.config.base_model, dtype=lm.denoiser.network.dtype, device=lm.denoiser.device)
-        if source.masked:
-            raise ValueError(f"{source.source} is a masked language model; give an AR model to score texts with --base")
+        name = base or lm.config.base_model
+        try:
+            source = load_base(name, dtype=lm.denoiser.network.dtype, device=lm.denoiser.device)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot score texts: {error}; give an AR model with --base") from error
+        if source.masked or getattr(source.network.config, "is_causal", None) is False:
+            raise ValueError(f"{name} cannot score texts, as it is bidirectional; give an AR model with --base")
         texts = (dict(row)["text"] for row in load_texts(data))
         chosen = cut_prompts(lm, texts, prompts)
         with console.status("generating") as status:

@@ -8,13 +8,14 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from diffusify.models.accelerator import choose_device, choose_dtype
 from diffusify.models.bundled import find_model
-from diffusify.models.lora import Lora, adapter_base
+from diffusify.models.lora import Lora, adapter_base, default_lora
+from diffusify.models.recipe import Recipe
 
 
-def check_load_in_4bit(model: str, lora: Lora | None) -> None:
+def check_load_in_4bit(model: str, lora: Lora | None, recipe: Recipe) -> None:
     """Check that a model can be trained on a 4-bit base. ValueError without adapters, bitsandbytes, or when sharded."""
     folder = find_model(model)
-    if lora is None and (folder is None or adapter_base(folder) is None):
+    if default_lora(lora, recipe.adapters) is None and (folder is None or adapter_base(folder) is None):
         raise ValueError("load_in_4bit=True keeps the 4-bit weights frozen and trains adapters; add --lora 16")
     if not is_bitsandbytes_available():
         raise ValueError("load_in_4bit=True needs bitsandbytes; run: pip install 'diffusify[quant]'")

@@ -77,7 +77,7 @@ def adapt(
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora, recipe)
     if load_in_4bit:
-        check_load_in_4bit(base, lora)
+        check_load_in_4bit(base, lora, recipe)
     budget = Budget(200 if steps is None and minutes is None else steps, minutes)
     training = check_training_options(training, minutes=minutes, held_out=held_out)
     settings = {

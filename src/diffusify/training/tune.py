@@ -82,7 +82,7 @@ def tune(
         )
     check_lora(model, lora, recipe)
     if load_in_4bit:
-        check_load_in_4bit(model, lora)
+        check_load_in_4bit(model, lora, recipe)
     if template is not None and SELF_SOURCE.search(data):
         raise ValueError(f"data {data}: answers that a model generates are chats, which need no template; leave it out")
     if length_head and not sees_right_context(recipe.attention):
