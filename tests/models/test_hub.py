@@ -13,6 +13,7 @@ import diffusify
 from diffusify.cli import app
 from diffusify.models.bundled import find_diffusion_config
 from diffusify.models.lora import adapter_base
+from diffusify.models.recipe import Recipe
 from diffusify.models.saving import load_denoiser, open_base
 from tests.models.hub_server import TOKEN, HubServer, hub_server
 
@@ -101,11 +102,16 @@ def test_a_base_and_adapters_on_the_hub(
     assert diffusify.load("lab/adapters").generate("The cat", max_new_tokens=6).text == text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "way_out"),
+    [(diffusify.block(4), "merge them first: diffusify merge"), (diffusify.draft(4), "upload the base")],
+)
 def test_adapters_of_a_local_base_are_not_uploaded(
-    causal_base: str, corpus: str, hub: HubServer, tmp_path: Path
+    recipe: Recipe, way_out: str, causal_base: str, corpus: str, hub: HubServer, tmp_path: Path
 ) -> None:
-    folder = diffusify.adapt(causal_base, corpus, tmp_path / "lora", lora=diffusify.Lora(2), **SMALL)
-    with pytest.raises(ValueError, match=f"on this machine only; merge them first: diffusify merge {folder}"):
+    out = tmp_path / "lora"
+    folder = diffusify.adapt(causal_base, corpus, out, recipe=recipe, lora=diffusify.Lora(2), **SMALL)
+    with pytest.raises(ValueError, match=f"on this machine only; {way_out}"):
         diffusify.push_to_hub(folder, "lab/adapters")
     assert not hub.repositories
 

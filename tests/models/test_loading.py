@@ -223,6 +223,20 @@ def test_configs_that_name_no_stock_class_are_refused(settings: dict[str, object
         load_base(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("files", "way_out"),
+    [
+        (["adapter_config.json"], r"merge_and_unload\(\)"),
+        (["adapter_config.json", "diffusion_config.json"], "diffusify merge"),
+    ],
+)
+def test_adapters_are_no_base(files: list[str], way_out: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds adapters; merge them into full weights first: {way_out}"):
+        load_base(str(tmp_path))
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "nobody/nothing"])
 def test_a_missing_base_is_refused_with_the_possible_sources(source: str) -> None:
     with pytest.raises(ValueError, match=rf"base {source} .*give a hub name, a transformers folder"):

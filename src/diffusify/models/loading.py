@@ -208,9 +208,9 @@ def read_config_json(folder: Path, source: str) -> dict[str, Any]:
     """The contents of a folder's config.json. ValueError if there is none or it is not JSON."""
     file = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not file.is_file():
-        raise ValueError(
-            f"base {source} holds adapters; merge them into full weights first: diffusify merge {source} --out DIR"
-        )
+        is_own = (folder / "diffusion_config.json").is_file()
+        merge = f"diffusify merge {source} --out DIR" if is_own else "merge_and_unload() and save_pretrained() of PEFT"
+        raise ValueError(f"base {source} holds adapters; merge them into full weights first: {merge}")
     if not file.is_file():
         raise ValueError(f"base {source} has no config.json; {SOURCE_HINT}")
     try:

@@ -28,13 +28,15 @@ def push_to_hub(
     diffusion model, if its adapters need a base on this machine, or if the hub refuses the upload.
     """
     folder = resolve_model(model)
-    DiffusionConfig.load(folder)  # raises if this is not a diffusion model
+    config = DiffusionConfig.load(folder)  # raises if this is not a diffusion model
     base = adapter_base(folder)
     if base is not None and (Path(base).is_absolute() or Path(base).exists()):
-        raise ValueError(
-            f"{model} holds adapters for the base {base}, which is on this machine only; merge them first: "
-            f"diffusify merge {model} --out DIR"
-        )
+        way_out = f"merge them first: diffusify merge {model} --out DIR"
+        if config.adapters == "masks":  # these cannot be merged
+            way_out = (
+                "upload the base as well, and give its name there in adapter_config.json and diffusion_config.json"
+            )
+        raise ValueError(f"{model} holds adapters for the base {base}, which is on this machine only; {way_out}")
     write_model_card(folder, folder)
     api = HfApi(token=token)
     try:
