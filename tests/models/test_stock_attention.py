@@ -108,6 +108,21 @@ def test_diffusify_applies_every_pattern_to_such_a_folder(
     assert torch.equal(attention_influence(denoiser, Causal()), allowed_influence(denoiser, Causal()))
 
 
+@pytest.mark.parametrize("family", ["llama", *EXTRA])
+def test_activation_checkpointing_changes_no_gradient(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load_denoiser(saved(family, Bidirectional(), tmp_path, monkeypatch, attention_dropout=0.0))[0].train()
+    embeddings = denoiser.network.get_input_embeddings().get_parameter("weight")
+    gradients = []
+    for enable in (lambda: None, denoiser.activation_checkpointing_enable):
+        enable()
+        logits = denoiser(Canvas.clean(torch.arange(20, 30)[None])).logits
+        (gradient,) = torch.autograd.grad(logits[logits.isfinite()].square().mean(), embeddings)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)
+
+
 @torch.no_grad()
 def test_a_block_model_made_of_a_bidirectional_one_is_causal_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from diffusify.models.draft_head import DraftHead
 from diffusify.models.length_head import LengthHead, prompt_canvas
 from diffusify.models.mask_adapters import find_mask_rows
 from diffusify.models.output_head import logits_without_body
+from diffusify.models.stock_attention import IGNORES_IS_CAUSAL
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,9 @@ class Denoiser(nn.Module):
         limited = any(windows.values())
         if self._mask_rows is not None:
             self._mask_rows.is_mask = inputs.is_mask
-        with without_mask(self.network) if inputs.unmasked and not limited else nullcontext(inputs) as masked:
+        reruns = torch.is_grad_enabled() and self.network.is_activation_checkpointing  # layers, after `without_mask`
+        needs_mask = limited or (reruns and type(self.network).__name__ in IGNORES_IS_CAUSAL)
+        with without_mask(self.network) if inputs.unmasked and not needs_mask else nullcontext(inputs) as masked:
             output = self.network.base_model(
                 input_ids=inputs.tokens,
                 position_ids=inputs.position_ids + self._position_offset,
