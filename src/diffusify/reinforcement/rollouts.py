@@ -14,8 +14,12 @@ from diffusify.sampling.diffusion_lm import DiffusionLM
 from diffusify.sampling.generation import Generation, GenerationRun
 from diffusify.sampling.sampler import end_tokens, generated_ends
 from diffusify.sampling.sampling_config import SamplingConfig
-from diffusify.serving.engine.job import QueuedJob
-from diffusify.serving.engine.model_queue import ModelQueue
+
+try:
+    from diffusify.serving.engine.job import QueuedJob
+    from diffusify.serving.engine.model_queue import ModelQueue
+except ImportError as error:
+    raise ImportError(f"reinforce needs `pip install 'diffusify[serve]'` ({error.name} is missing)") from error
 
 
 @dataclass(frozen=True)
