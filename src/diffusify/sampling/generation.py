@@ -109,7 +109,8 @@ class GenerationRun:
         first_end = end_token_id[0] if isinstance(end_token_id, tuple) else end_token_id
         constraint_of = cache(partial(_constraint, automata or {}, first_end))
         self._constraints = [constraint_of(each.regex, each.suppress_tokens) for each in self.settings]
-        self.canvas = self.canvas[torch.tensor(self._possible_rows(), device=denoiser.device)]
+        rows = torch.tensor(self._possible_rows(), dtype=torch.long, device=denoiser.device)
+        self.canvas = self.canvas[rows]
 
     def _possible_rows(self) -> list[int]:
         """Every row, or another candidate for its text where its length is impossible under its constraint."""

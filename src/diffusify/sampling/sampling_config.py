@@ -94,6 +94,7 @@ class SamplingConfig:
     stop: str | list[str] | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if "" in self.stop:
             raise ValueError("a stop string is empty, and every text contains it; leave it out")
