@@ -175,6 +175,8 @@ class DiffusionConfig:
         """Read `diffusion_config.json` from a folder. Raises ValueError if it is missing or invalid."""
         path = Path(folder) / "diffusion_config.json"
         if not path.is_file():
+            if (Path(folder) / "run.json").is_file():
+                raise ValueError(f"{folder} holds an unfinished run; give its command again, which finishes it")
             raise ValueError(
                 f"{folder} holds no diffusion_config.json, so it is not a diffusion model; "
                 "make one with `diffusify adapt BASE --out DIR`"

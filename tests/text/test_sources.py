@@ -159,6 +159,13 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="write hub:NAME"):
         load_texts("hub:")
 
+    def run_script(*args: Any, **kwargs: Any) -> IterableDataset:
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", run_script)
+    with pytest.raises(ValueError, match=r"cannot be loaded \(Dataset scripts .* x.py\); download its files"):
+        load_texts("hub:org/name")
+
 
 def test_bytes_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     values = ["caf\u00e9".encode(), b"b"]

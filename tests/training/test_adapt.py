@@ -88,7 +88,7 @@ def test_drafting_adapters_are_trained_and_continue(causal_base: str, corpus: st
 def test_a_diffusion_model_continues(causal_base: str, corpus: str, tmp_path: Path, lora: Lora | None) -> None:
     first = adapt(causal_base, corpus, tmp_path / "first", recipe=ar(), lora=lora, steps=2, **TINY)
     unchanged = adapt(str(first), corpus, tmp_path / "unchanged", steps=1, seed=1, learning_rate=0.0, **TINY)
-    more = adapt(str(first), corpus, tmp_path / "more", steps=2, seed=1, **TINY)
+    more = adapt(first, Path(corpus), tmp_path / "more", steps=2, seed=1, **TINY)
     other = adapt(str(first), corpus, tmp_path / "other", recipe=block(2), steps=1, **TINY)
     file = "model.safetensors" if lora is None else "adapter_model.safetensors"
     weights = [load_file(folder / file) for folder in (first, unchanged, more)]

@@ -141,7 +141,7 @@ def test_training_continues_with_a_model_s_adapters(blocks: str, chats: str, tmp
     first = tune(blocks, chats, tmp_path / "first", lora=Lora(4), steps=3, **WIDE)
     frozen: dict[str, Any] = WIDE | {"learning_rate": 0.0}
     unchanged = tune(str(first), chats, tmp_path / "unchanged", steps=2, seed=1, **frozen)
-    more = tune(str(first), chats, tmp_path / "more", steps=2, seed=1, **WIDE)
+    more = tune(first, Path(chats), tmp_path / "more", steps=2, seed=1, **WIDE)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, unchanged, more)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

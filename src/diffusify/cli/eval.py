@@ -131,9 +131,18 @@ def eval_(
         if tries > 1 and not temperature:
             raise ValueError(f"tries={tries} greedy answers would all be the same; add --temperature 0.7")
         count = None if limit is None else limit + shots
-        questions = {
-            task.name: few_shot(items(task, data=data, limit=count, protocol=protocol), shots) for task in chosen
-        }
+        questions, missing = {}, dict[str, ValueError]()
+        for task in chosen:
+            try:
+                questions[task.name] = few_shot(items(task, data=data, limit=count, protocol=protocol), shots)
+            except ValueError as error:
+                if data or tasks != "all":
+                    raise
+                missing[task.name] = error
+        if not questions:
+            raise next(iter(missing.values()))
+        if missing:
+            console.print(f"without {', '.join(missing)}, whose items need a folder (--data)", style="dim")
         sweep_steps = tuple(int(number) for number in sweep.split(",") if number)
         lm = load_model(model, dtype=dtype, device=device)
         baseline_lm = load_model(baseline, dtype=dtype, device=device) if baseline else None

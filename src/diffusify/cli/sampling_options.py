@@ -18,7 +18,8 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(
         help="Maximum number of tokens to generate.",
-        show_default="predicted by the length head of the model if it has one, else 64",
+        show_default="predicted by the length head of the model if it has one; else 64, or 256 for answers of models "
+        "that are not bidirectional",
     ),
 ]
 Watch = Annotated[

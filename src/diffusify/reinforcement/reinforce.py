@@ -37,8 +37,8 @@ _DISTORTING = (
 
 
 def reinforce(
-    model: str,
-    data: str,
+    model: Path | str,
+    data: Path | str,
     out: Path | str,
     *,
     rewards: Any,

@@ -114,7 +114,11 @@ class DiffusionLM:
         return results[0] if isinstance(text, str) else results
 
     def chat(self, messages: list[Message], max_new_tokens: int | None = None, **sampling: Any) -> Generation:
-        """Generate the assistant's next message, returned as both `text` and `completion`."""
+        """Generate the assistant's next message, returned as both `text` and `completion`.
+
+        `max_new_tokens` defaults to the prediction of the length head if the model has one, else to 64 for a
+        bidirectional model and 256 for others, as far as the context has room.
+        """
         return self.prepare_chat([messages], max_new_tokens, SamplingConfig(**sampling)).results()[0]
 
     def stream(self, prompt: str = "", max_new_tokens: int | None = None, **sampling: Any) -> Iterator[Canvas]:
@@ -139,7 +143,8 @@ class DiffusionLM:
         The result is an iterator over the steps, whose `results()` runs them and returns the generated texts.
         """
         text = Continuation(self.tokenizer)
-        return self._prepare(prompts, max_new_tokens, settings, self.tokenizer.end_token_ids, text)
+        ends = self.tokenizer.end_token_ids
+        return self._prepare(prompts, max_new_tokens, settings, ends, text, default_length=64)
 
     def prepare_chat(
         self, chats: Sequence[list[Any]], max_new_tokens: int | list[int] | None, settings: Settings
@@ -150,7 +155,9 @@ class DiffusionLM:
         """
         template = self.chat_template
         prompts = [chat if chat and isinstance(chat[0], int) else template.prompt(chat) for chat in chats]
-        return self._prepare(prompts, max_new_tokens, settings, template.end_token_ids, Answer(template))
+        default = 64 if self.config.sees_right_context else 256  # an answer that is written in order ends by itself
+        ends = template.end_token_ids
+        return self._prepare(prompts, max_new_tokens, settings, ends, Answer(template), default_length=default)
 
     def prepare_infilling(self, texts: Sequence[InfillText], settings: Settings) -> GenerationRun:
         """Prepare the infilling of texts (see `infill` and `prepare_generation`)."""
@@ -230,6 +237,8 @@ class DiffusionLM:
         settings: Settings,
         end_token_id: int | tuple[int, ...],
         text: Continuation | Answer,
+        *,
+        default_length: int,
     ) -> GenerationRun:
         per_text, beam = [self.with_defaults(each) for each in _one_per_text(settings, len(prompts))], 1
         _check_batch(per_text, self.config)
@@ -239,8 +248,9 @@ class DiffusionLM:
             beam = min(per_text[0].length_beam, self.denoiser.length_head.max_length)
             max_new_tokens = self._predict_lengths(prompts, beam)
             prompts = [prompt for prompt in prompts for _ in range(beam)]
-        length = 64 if max_new_tokens is None else max_new_tokens
-        canvas = continuation_canvas(self.tokenizer, prompts, length, context=self.denoiser.context_length)
+        elif max_new_tokens is None:
+            max_new_tokens = self._lengths_with_room(prompts, default_length)
+        canvas = continuation_canvas(self.tokenizer, prompts, max_new_tokens, context=self.denoiser.context_length)
         return GenerationRun(
             self.denoiser,
             canvas,
@@ -250,6 +260,14 @@ class DiffusionLM:
             num_candidates=beam,
             automata=self._automata(per_text),
         )
+
+    def _lengths_with_room(self, prompts: Sequence[str | list[int]], length: int) -> int | list[int]:
+        """A length for each prompt's continuation, less where the context has no room for it."""
+        context = self.denoiser.context_length
+        if context is None:
+            return length
+        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=context)
+        return (context - (canvas.real & ~canvas.editable).sum(1)).clamp_max(length).tolist()
 
     @torch.inference_mode()
     def _predict_lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:

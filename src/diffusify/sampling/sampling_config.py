@@ -94,8 +94,8 @@ class SamplingConfig:
     stop: str | list[str] | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens or ()))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         if "" in self.stop:
             raise ValueError("a stop string is empty, and every text contains it; leave it out")
         if self.temperature < 0:

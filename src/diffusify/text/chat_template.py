@@ -306,7 +306,7 @@ def _check(messages: list[dict[str, Any]]) -> None:
     if not messages:
         raise ValueError("the chat has no messages; give at least one")
     for n, message in enumerate(messages, 1):
-        if not {"role", "content"} <= message.keys():
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f'message {n} is {str(message)[:60]}; write {{"role": "user", "content": "Hello"}}')
         if message["role"] not in ROLES:
             raise ValueError(f'message {n}: role "{message["role"]}" is not known; known: {", ".join(ROLES)}')

@@ -68,7 +68,7 @@ def continuation_canvas(
     `ChatTemplate.prompt`) are used as they are. ValueError if a row is longer than the model's
     `context` (tokens; None is unlimited).
     """
-    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    lengths = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [int(max_new_tokens)] * len(prompts)
     if len(lengths) != len(prompts):
         raise ValueError(
             f"{len(lengths)} values of max_new_tokens for {len(prompts)} prompts; give one, or one for each"

@@ -241,7 +241,12 @@ def _load_hub(source: str, *, streaming: bool) -> Any:
         raise ValueError(f"data source {source} has no dataset name; write hub:NAME or hub:NAME:CONFIG@SPLIT#FIELD")
     split = match["split"] or "train"
     read_zstd_of_hubs()
-    loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split, streaming=streaming)
+    try:
+        loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split, streaming=streaming)
+    except RuntimeError as error:  # a repository with a script
+        raise ValueError(
+            f"data source {source} cannot be loaded ({error}); download its files and give them"
+        ) from error
     return loaded if match["field"] is None else _as_text(loaded, match["field"], source)
 
 

@@ -26,8 +26,8 @@ from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, w
 
 
 def adapt(
-    base: str,
-    data: str,
+    base: Path | str,
+    data: Path | str,
     out: Path | str,
     *,
     recipe: Recipe | None = None,
@@ -72,7 +72,7 @@ def adapt(
     are skipped; `max_skipped` of them in a row raise FloatingPointError. Raises ValueError for bad arguments; missing
     files are reported before weights are read.
     """
-    out = Path(out)
+    base, data, out = str(base), str(data), Path(out)
     recipe = recipe or saved_recipe(base) or default_recipe(masked=is_masked_lm(base))
     console = console or Console(stderr=True, highlight=False)
     check_lora(base, lora, recipe)

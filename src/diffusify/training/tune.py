@@ -29,8 +29,8 @@ from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, w
 
 
 def tune(
-    model: str,
-    data: str,
+    model: Path | str,
+    data: Path | str,
     out: Path | str,
     *,
     template: Template | None = None,
@@ -70,7 +70,7 @@ def tune(
     `start_token` and `end_token` frame pairs with a template; chats are framed by the chat template. Other arguments,
     resuming and errors are as in `adapt`. Raises ValueError for bad arguments.
     """
-    out, console = Path(out), console or Console(stderr=True, highlight=False)
+    model, data, out, console = str(model), str(data), Path(out), console or Console(stderr=True, highlight=False)
     training = check_training_options(training, minutes=minutes, held_out=held_out)
     recipe = _choose_recipe(model, recipe)
     if recipe.adapters == "masks" and not SELF_SOURCE.search(data):
