@@ -164,7 +164,10 @@ def test_a_server(model: str, folders: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("lora", [None, Lora(4)], ids=["full", "lora"])
 def test_training(lora: Lora | None, causal_base: str, corpus: str, tmp_path: Path) -> None:
-    """Adaptation, on generated texts as well, and finetuning with a length head; adapters are opened and merged."""
+    """Adaptation, on generated texts as well, and finetuning with a length head; adapters are opened and merged.
+
+    Of two accelerators, the one process uses the first.
+    """
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"prompt": f"{n} is", "completion": " so" * n}) + "\n" for n in range(2, 14)))
     options: dict[str, Any] = {"lora": lora, "steps": 2, "length": 32, "bf16": False, "logging_steps": 1}
@@ -187,7 +190,7 @@ def test_training(lora: Lora | None, causal_base: str, corpus: str, tmp_path: Pa
         return [measured, [lm.generate("The cat", None if lm.denoiser.length_head else 8).text for lm in models]]
 
     expected = train(tmp_path / "cpu")
-    with accelerator(), pytest.MonkeyPatch.context() as patch:
+    with accelerator(memory=(1 << 40,) * 2), pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
         assert_same(train(tmp_path / "cuda"), expected)
 

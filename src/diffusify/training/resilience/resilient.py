@@ -53,6 +53,7 @@ class ResilientTrainer(Trainer):
     ) -> None:
         # The filter would hide non-finite losses from the guard, and synchronize in every micro-batch.
         args.logging_nan_inf_filter = False
+        args._n_gpu = min(args.n_gpu, 1)  # on several GPUs without a launcher, Trainer would split canvases over them
         assert args.output_dir is not None, "TrainingArguments always sets it"
         self.denoiser, self.folder = denoiser, Path(args.output_dir)
         self.notify = notify or logging.getLogger(__name__).warning
