@@ -1,6 +1,7 @@
 """Self-generated training text is sampled once, cached, and continued after an interruption."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,31 @@ def test_texts_are_cached_and_partial_files_continued(causal_base: str, corpus: 
     path.with_suffix(".unfinished").write_text(head + '{"text": "cut of')
     path.unlink()
     assert Path(generated(causal_base, f"self:{corpus}")).read_text() == lines
+
+
+def test_of_several_processes_one_generates(causal_base: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_base(causal_base)
+    generator = TextGenerator(source.network, make_denoiser(source, block())[1], [0], 8, 0, Console(quiet=True))
+    context = multiprocessing.get_context("fork")
+    started, calls = context.Event(), context.Value("i", 0)
+
+    def run() -> None:
+        assert generator.generate_file([], [], lambda n, ids: {}).read_text() == "{} \n"
+
+    other = context.Process(target=lambda: (started.set(), run()))
+
+    def generate(_: TextGenerator, partial: Path, *args: Any) -> None:
+        calls.value += 1
+        if calls.value == 1:
+            other.start()
+            assert started.wait(60)
+        partial.write_text("{} \n")
+
+    monkeypatch.setattr(TextGenerator, "_generate", generate)
+    run()
+    other.join()
+    assert (other.exitcode, calls.value) == (0, 1)
+    assert [path.suffix for path in cache.iterdir()] == [".jsonl"]
 
 
 def test_new_adapters_use_the_cached_texts_of_their_base(

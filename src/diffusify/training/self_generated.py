@@ -28,6 +28,7 @@ from diffusify.text.examples import parse_records
 from diffusify.text.messages import prompt_messages
 from diffusify.text.sources import load_records, load_texts
 from diffusify.text.tokenizer import TextTokenizer
+from diffusify.training.resilience.lock import locked
 from diffusify.training.run_folder import fast_bfloat16
 
 SELF_SOURCE = re.compile(r"self:([^,]+)")  # in a data source
@@ -142,17 +143,20 @@ class TextGenerator:
         """A JSON lines file with a record for each prompt, generated unless it is in the cache folder.
 
         `to_record` makes a record from a prompt's number and its continuation's token ids; an empty one is skipped. The
-        file's name is a hash of `key` and the settings.
+        file's name is a hash of `key` and the settings. Of several processes one generates, and the others wait.
         """
         name = hashlib.sha256(json.dumps([*key, self.length, TEMPERATURE, self.seed]).encode()).hexdigest()[:16]
         path = cache_folder() / f"self-{name}.jsonl"
-        if not path.is_file():
-            partial = path.with_suffix(".unfinished")
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            self._generate(partial, prompts, to_record)
-            lines = [line for line in partial.read_text(encoding="utf-8").splitlines(keepends=True) if line != "{}\n"]
-            partial.write_text("".join(lines), encoding="utf-8")
-            os.replace(partial, path)
+        if path.is_file():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent, f"self-{name}.lock", wait=True):
+            if not path.is_file():
+                partial = path.with_suffix(".unfinished")
+                self._generate(partial, prompts, to_record)
+                lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+                partial.write_text("".join(line for line in lines if line != "{}\n"), encoding="utf-8")
+                os.replace(partial, path)
         return path
 
     @torch.inference_mode()

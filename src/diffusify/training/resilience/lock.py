@@ -1,4 +1,4 @@
-"""A lock file that keeps a second run out of a run's folder."""
+"""A lock file that keeps a second run out of a run's folder, or makes it wait."""
 
 import fcntl
 import os
@@ -11,16 +11,17 @@ LOCK = "run.lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. The kernel releases it when the process dies, however it dies.
+def locked(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock of a folder. The kernel releases it when the process dies, however it dies.
 
-    Raises ValueError, with the holder's process id, when another run holds the lock.
+    When another run holds it, waits for that run, or without `wait` raises ValueError with its process id.
     """
-    path = folder / LOCK
+    path = folder / name
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, child processes do not inherit it
+                # Unlike flock's, child processes do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 raise ValueError(
