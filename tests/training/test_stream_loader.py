@@ -74,11 +74,17 @@ def take(batches: Iterator[dict[str, torch.Tensor]], count: int) -> list[list[li
     return [batch["tokens"].tolist() for batch in islice(batches, count)]
 
 
-@given(st.integers(0, 30), st.sampled_from([(0, 1), (0, 2), (1, 2)]), st.integers(1, 3))
+@given(st.integers(0, 30), st.sampled_from([(0, 1), (0, 2), (1, 2)]), st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=12)
 def test_resuming_after_any_step(
-    folder: str, tmp_path_factory: pytest.TempPathFactory, step: int, ranks: tuple[int, int], accumulated: int
+    folder: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    step: int,
+    ranks: tuple[int, int],
+    accumulated: int,
+    then: int,
 ) -> None:
+    """The resumed run accumulates another number of batches, and is resumed again."""
     out = tmp_path_factory.mktemp("out")
     args = arguments(out, *ranks, gradient_accumulation_steps=accumulated)
     undisturbed = StreamLoader(rows_of(folder), args)
@@ -89,9 +95,13 @@ def test_resuming_after_any_step(
     stopped.save(out, step)
     take(batches, accumulated)  # the next step's batches are fetched, but Ctrl-C comes before the step
     stopped.save(out, step)
-    resumed = StreamLoader(rows_of(folder), args)
-    resumed.load(out)
-    assert take(iter(resumed), 6) == rows[step * accumulated :]
+    args.gradient_accumulation_steps = then
+    resumed, again = (StreamLoader(rows_of(folder), args) for _ in range(2))
+    resumed.load(out, step)
+    assert take(iter(resumed), then) == rows[step * accumulated :][:then]
+    resumed.save(out, step + 1)
+    again.load(out, step + 1)
+    assert take(iter(again), 6 - then) == rows[step * accumulated + then :]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on machines with one core
@@ -104,7 +114,7 @@ def test_workers_take_turns_and_resume(folder: str, tmp_path: Path) -> None:
     take(iter(stopped), 5)
     stopped.save(tmp_path, 5)
     resumed = StreamLoader(rows_of(folder), args)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, 5)
     assert take(iter(resumed), 7) == rows[5:]
     assert resumed.bad_records.records > 0
 
@@ -127,9 +137,9 @@ def test_another_number_of_readers_is_refused(folder: str, tmp_path: Path) -> No
     StreamLoader(rows_of(folder), arguments(tmp_path)).save(tmp_path, 0)
     other = StreamLoader(rows_of(folder), arguments(tmp_path, world=2))
     with pytest.raises(ValueError, match="was saved with 1 readers of the text stream, not 2"):
-        other.load(tmp_path)
+        other.load(tmp_path, 0)
     with pytest.raises(ValueError, match="was saved with no readers"):
-        other.load(tmp_path / "nowhere")
+        other.load(tmp_path / "nowhere", 0)
 
 
 def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:

@@ -27,6 +27,7 @@ class StreamLoader:
         self.workers = max(1, args.dataloader_num_workers)
         self.readers = self.workers * args.world_size  # of all processes
         self.batches = 0
+        self._earlier = 0  # batches beyond those of equal steps, if a resumed run had other accumulation before
         self.states: list[State | None] = [None] * self.workers
         # A step's batches are fetched before the step is taken. A checkpoint saved in between needs the earlier state.
         self._history = deque([(0, self.states)], maxlen=args.gradient_accumulation_steps + 1)
@@ -61,13 +62,13 @@ class StreamLoader:
 
     def save(self, folder: Path | str, step: int) -> None:
         """Save the stream's state after an optimizer step in a checkpoint folder."""
-        batches = step * self.args.gradient_accumulation_steps
+        batches = self._earlier + step * self.args.gradient_accumulation_steps
         states = dict(self._history)[batches]
         text = json.dumps({"batches": batches, "readers": self.readers, "states": states})
         (Path(folder) / self._file_name).write_text(text, encoding="utf-8")
 
-    def load(self, folder: Path | str) -> None:
-        """Continue from a checkpoint. Raises ValueError if it was saved with another number of readers."""
+    def load(self, folder: Path | str, step: int) -> None:
+        """Continue from a step's checkpoint. Raises ValueError if it was saved with another number of readers."""
         path = Path(folder) / self._file_name
         saved: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"readers": 0}
         if saved["readers"] != self.readers:
@@ -76,6 +77,7 @@ class StreamLoader:
                 f"{self.readers} (processes times dataloader_num_workers); set the same numbers, or give another folder"
             )
         self.batches, self.states = saved["batches"], saved["states"]
+        self._earlier = self.batches - step * self.args.gradient_accumulation_steps
         self._history.clear()
         self._history.append((self.batches, self.states))
 

@@ -117,7 +117,7 @@ class DiffusionTrainer(ResilientTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if self.stream is not None and checkpoint is not None:
-            self.stream.load(checkpoint)
+            self.stream.load(checkpoint, self.state.global_step)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
