@@ -34,6 +34,30 @@ def test_a_plan_ends_with_the_command_of_the_run(causal_base: str) -> None:
     assert "--recipe ar" in command and "-o annealing_steps=9 -o length=32" in command
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--recipe", "draft", "--lora", "8"], "diffusify adapt BASE --data DATA --recipe draft --lora 8 --steps"),
+        (["--gpus", "12xH100"], "torchrun --nproc-per-node 6 --nnodes 2 -m diffusify adapt"),
+        (["--dtype", "float32"], "-o bf16=false"),
+        (["--dtype", "float16"], "-o fp16=true"),
+        (["--gpus", "V100"], "-o fp16=true"),
+        (["--gpus", "L4", "--batch", "9999999", "--dtype", "float32", "--utilisation", "0.3"],
+         "plan BASE --tokens 1B --gpus L4 --length 32 --batch 32768 --dtype float32 --utilisation 0.3"),
+        (["--answers", "6400x40", "--length", "64"], "32 sequences per device at a time"),
+        (["--answers", "6400x40", "--length", "64", "--batch", "4"], "-o per_device_train_batch_size=4"),
+    ],
+)  # fmt: skip
+def test_the_command_is_the_planned_run(
+    causal_base: str, counted: None, words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    defaults = ["--gpus", "H100", "--length", "32", *([] if "--answers" in words else ["--tokens", "1B"])]
+    done = run.invoke(app, ["plan", causal_base, *defaults, *words])
+    assert done.exit_code == 0, done.output
+    assert expected.replace("BASE", causal_base) in " ".join(done.output.split())
+
+
 def test_json_has_all_fields_of_the_plan(causal_base: str, counted: None) -> None:
     words = ["plan", causal_base, *RUN, "--recipe", "ar", "--price", "2", "--batch", "3", "--lora", "4"]
     words += ["-o", "alpha=4", "--json"]

@@ -29,7 +29,7 @@ def learning(recipe: Recipe, answers: float, **options: Any) -> Plan:
 
 def test_answers_are_a_number_and_a_length() -> None:
     assert parse_answers("6400x64") == (6400.0, 64) and parse_answers("1.5K x 8") == (1500.0, 8)
-    for text in ("6400", "x64", "6400x", "6400x-1", "0x8"):
+    for text in ("6400", "x64", "6400x", "6400x-1", "6400x0", "0x8"):
         with pytest.raises(ValueError, match="answers="):
             parse_answers(text)
 

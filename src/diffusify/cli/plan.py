@@ -106,7 +106,7 @@ def plan(
         from diffusify.models.lora import Lora, own_adapters
         from diffusify.planning.devices import DeviceGroup, parse_amount
         from diffusify.planning.plan import plan as run
-        from diffusify.planning.reward_plan import TEXTS, RewardPlan, parse_answers
+        from diffusify.planning.reward_plan import RewardPlan, parse_answers, texts_per_pass
 
         if paper:
             if model or tokens or answers:
@@ -132,7 +132,7 @@ def plan(
                 gpus=devices,
                 recipe=make_recipe(**recipe_options) if recipe or recipe_options else None,
                 length=length,
-                batch=batch or (TEXTS if sampled else None),
+                batch=texts_per_pass(sampled[1], batch) if sampled else batch,
                 lora=None if lora is None else Lora(lora, **lora_options),
                 dtype=dtype,
                 utilisation=utilisation,
@@ -149,7 +149,8 @@ def plan(
         command = [f"diffusify plan {shlex.quote(model)}", f"--answers {answers}" if answers else f"--tokens {tokens}"]
         command += [f"--recipe {recipe.value}"] if recipe else []
         command += [f"-o {shlex.quote(pair)}" for pair in option or []]
-        given = {"--gpus": gpus, "--length": length, "--batch": batch, "--lora": lora, "--price": price}
+        given = {"--gpus": gpus, "--length": length, "--batch": batch, "--lora": lora, "--dtype": dtype}
+        given |= {"--utilisation": utilisation, "--price": price}
         for suggestion in found.suggestions[:1]:
             name, _, value = suggestion.option.partition(" ")
             changed = {key: v for key, v in (given | {name: value}).items() if v is not None}
@@ -161,12 +162,13 @@ def _training_command(found: "Plan", recipe: RecipeName | None, pairs: list[str]
     count, setup = found.devices.count, found.setup
     program = "diffusify"
     if count > 1:
-        nodes, per_node = max(1, -(-count // 8)), min(count, 8)
-        program = f"torchrun --nproc-per-node {per_node}{f' --nnodes {nodes}' if nodes > 1 else ''} -m diffusify"
-    settings = [f"length={setup.length}", f"per_device_train_batch_size={found.rows}"]
+        per_node = max(size for size in range(1, 9) if count % size == 0)
+        nodes = f" --nnodes {count // per_node}" if count > per_node else ""
+        program = f"torchrun --nproc-per-node {per_node}{nodes} -m diffusify"
+    settings = [f"length={setup.length}", f"per_device_train_batch_size={found.rows}", *_dtype_setting(found)]
     settings += ["activation_checkpointing=true"] if found.checkpointing else []
     settings += {"ZeRO-2": ["fsdp=shard_grad_op"], "ZeRO-3": ["fsdp=full_shard"]}.get(found.sharding, [])
-    words = ["adapt" if setup.lora is None else "tune", shlex.quote(found.model), "--data DATA"]
+    words = ["adapt", shlex.quote(found.model), "--data DATA"]
     words += [f"--recipe {recipe.value}"] if recipe else []
     words += _lora_option(found)
     words += [f"--steps {found.steps}", *(f"-o {shlex.quote(pair)}" for pair in [*pairs, *settings])]
@@ -181,16 +183,29 @@ def _lora_option(found: "Plan") -> list[str]:
     return [] if lora is None or own_adapters(found.model) else [f"--lora {lora.rank}"]
 
 
+def _dtype_setting(found: "Plan") -> list[str]:
+    """The training option for the data type to compute in, unless the run takes it by itself."""
+    from diffusify.training.run_folder import fast_bfloat16
+
+    device, dtype = found.devices.device, found.setup.dtype
+    bfloat16 = fast_bfloat16() if device.name == "cpu" else device.dtype == "bfloat16"
+    settings = {"bfloat16": "bf16=true", "float16": "fp16=true", "float32": "bf16=false"}
+    return [] if dtype == ("bfloat16" if bfloat16 else "float32") else [settings[dtype]]
+
+
 def _reward_command(found: "RewardPlan") -> str:
     """The command that starts the planned run with the default numbers of prompts and answers in a step."""
-    from diffusify.planning.reward_plan import GROUP, PROMPTS
+    from diffusify.planning.reward_plan import GROUP, PROMPTS, texts_per_pass
 
     learning, texts = found.learning, PROMPTS * GROUP
     words = [f"diffusify reinforce {shlex.quote(learning.model)} --data DATA --reward REWARD"]
     words += [f"--max-new-tokens {found.new_tokens} --steps {max(1, round(found.answers / texts))}"]
     words += _lora_option(learning)
-    words += ["-o activation_checkpointing=true"] if learning.checkpointing else []
-    return " ".join(words)
+    settings = ["activation_checkpointing=true"] if learning.checkpointing else []
+    if learning.rows != texts_per_pass(found.new_tokens):
+        settings += [f"per_device_train_batch_size={learning.rows}"]
+    settings += _dtype_setting(learning)
+    return " ".join([*words, *(f"-o {setting}" for setting in settings)])
 
 
 def _print_plan(found: "Plan", rewarded: "RewardPlan | None" = None) -> None:

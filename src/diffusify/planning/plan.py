@@ -294,7 +294,8 @@ def _suggestions(
         layouts = [layout for layout in _candidate_layouts(setup, parameters, devices, MAX_ROWS) if layout.rows]
         if layouts:
             layout = max(layouts, key=lambda layout: layout.rows)
-            yield Suggestion(f"fewer rows at a time, with {described(layout)}", f"--batch {layout.rows}")
+            rows = 1 << (layout.rows.bit_length() - 1)  # a power of 2, which divides the texts of `reinforce`
+            yield Suggestion(f"fewer rows at a time, with {described(layout)}", f"--batch {rows}")
     for count in (devices.count * 2**k for k in range(1, 11)):
         if layout := fitting(setup, parameters, replace(devices, count=count)):
             yield Suggestion(f"more devices, with {described(layout)}", f"--gpus {count}x{devices.device.name}")

@@ -9,9 +9,9 @@ from diffusify.planning.devices import parse_amount
 from diffusify.planning.footprint import DTYPES
 from diffusify.planning.plan import FLOAT32, Memory, Plan
 
-# The defaults of `reinforce`: prompts of a step, answers to each, texts in a forward pass of training, and positions
-# that are sampled at the same time.
-PROMPTS, GROUP, TEXTS, SAMPLED_POSITIONS = 4, 8, 8, 16384
+# The defaults of `reinforce`: prompts of a step, answers to each, and positions that are sampled at the same time.
+PROMPTS, GROUP, SAMPLED_POSITIONS = 4, 8, 16384
+_NEW_TOKENS = 2048  # in a forward pass of training, at most; 8 texts if they have more
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,25 @@ class RewardPlan:
         return self.learning.memory_checkpointed if self.learning.checkpointing else self.learning.memory
 
 
+def texts_per_pass(new_tokens: int, size: int | None = None, texts: int = PROMPTS * GROUP) -> int:
+    """The texts of a step that `reinforce` trains on in one forward pass: `size`, or as many as are usual.
+
+    ValueError if `size` does not divide the `texts` of a step.
+    """
+    divisors = [each for each in range(1, texts + 1) if texts % each == 0]
+    if size is None:
+        return max(each for each in divisors if each <= max(8, _NEW_TOKENS // new_tokens))
+    if size not in divisors:
+        raise ValueError(
+            f"per_device_train_batch_size={size} (--batch of plan) does not divide the {texts} texts of a step "
+            f"(prompts x group); use one of {', '.join(map(str, divisors))}"
+        )
+    return size
+
+
 def parse_answers(text: str) -> tuple[float, int]:
     """The number of answers and the tokens of each in text such as `6400x64`. ValueError for anything else."""
-    found = re.fullmatch(r"(.+?)\s*[xX*]\s*(\d+)", text.strip())
+    found = re.fullmatch(r"(.+?)\s*[xX*]\s*([1-9]\d*)", text.strip())
     if not found:
         raise ValueError(f"answers={text} is not a number and a length; write 6400x64 for 6,400 answers of 64 tokens")
     return parse_amount(found[1], "answers"), int(found[2])

@@ -20,6 +20,7 @@ from diffusify.models.make_denoiser import make_denoiser
 from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import saved_recipe
 from diffusify.models.saving import open_base
+from diffusify.planning.reward_plan import texts_per_pass
 from diffusify.reinforcement.reward_progress import RewardProgress, draw_rewards
 from diffusify.reinforcement.reward_prompts import columns_of, make_prompts, split_off_held_out
 from diffusify.reinforcement.reward_trainer import Reinforcement, RewardTrainer
@@ -30,7 +31,6 @@ from diffusify.training.adapt import known_frame
 from diffusify.training.budget import Budget
 from diffusify.training.run_folder import check_run_folder, check_training_options, train
 
-_MICRO_BATCH = 2048  # new tokens in a forward pass of training, at most; 8 texts if they have more
 _DISTORTING = (
     *("top_k", "top_p", "repetition_penalty", "suppress_tokens", "logits_processor", "regex", "stop", "guidance"),
 )
@@ -224,14 +224,7 @@ def _micro_batch(training: dict[str, Any], texts: int, max_new_tokens: int) -> d
             "gradient_accumulation_steps follows from prompts and group; set per_device_train_batch_size, the number "
             "of texts in a forward pass, or leave it out"
         )
-    divisors = [size for size in range(1, texts + 1) if texts % size == 0]
-    most = max(8, _MICRO_BATCH // max_new_tokens)
-    size = training.get("per_device_train_batch_size", max(each for each in divisors if each <= most))
-    if size not in divisors:
-        raise ValueError(
-            f"per_device_train_batch_size={size} does not divide the {texts} texts of a step (prompts x group); use "
-            f"one of {', '.join(map(str, divisors))}"
-        )
+    size = texts_per_pass(max_new_tokens, training.get("per_device_train_batch_size"), texts)
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": texts // size}
 
 
