@@ -214,7 +214,7 @@ def training_arguments(
         "warmup_steps": 10,
         "weight_decay": 0.0,
         "adam_beta2": 0.95,
-        "bf16": fast_bfloat16(),
+        "bf16": fast_bfloat16() and not options.get("fp16"),
         "use_cpu": not torch.accelerator.is_available(),
         "logging_steps": 5,
         "save_strategy": "no",
@@ -249,7 +249,7 @@ def _learning_rate(parameters: int, masks_only: bool) -> float:
 def fast_bfloat16() -> bool:
     """Whether this machine's accelerator or CPU is faster in bfloat16 than in float32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mps.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
