@@ -21,6 +21,7 @@ from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
 from diffusify.training.trainer import DiffusionTrainer
 from diffusify.training.validation import validate
+from tests.pretend_accelerator import accelerator
 
 
 def trainer_for(
@@ -123,6 +124,30 @@ def test_the_teacher_is_the_base_as_it_was_when_the_run_began(
     weights = dict(base.denoiser.named_parameters())
     shared = [weights[name] is weight for name, weight in base.teacher.denoiser.named_parameters()]
     assert sum(shared) == (0 if lora is None else len([w for w in weights.values() if not w.requires_grad]))
+
+
+def test_the_teacher_reads_clean_text(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    """Adapters for masks would take its open positions for masks; the AR half that they keep is the base."""
+    losses = []
+    for teacher in ("own", "base"):
+        recipe = block(4, adapters="masks", teacher=teacher)
+        trainer = trainer_for(causal_base, corpus, tmp_path, recipe, max_steps=1, logging_steps=1)
+        trainer.train()
+        losses += [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize("recipe", [block(4, teacher="base"), ar(alignment=1.0)], ids=["teacher", "alignment"])
+def test_frozen_copies_are_on_the_device_before_the_network_is(
+    causal_base: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """As with FSDP and DeepSpeed, which place the network themselves."""
+    monkeypatch.setattr(TrainingArguments, "place_model_on_device", False)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    with accelerator():
+        trainer = trainer_for(causal_base, corpus, tmp_path, recipe, use_cpu=False)
+        copy = trainer.teacher.denoiser if trainer.teacher else trainer.alignment.base  # pyright: ignore
+        assert (trainer.denoiser.device.type, copy.device.type) == ("cpu", "cuda")
 
 
 def test_checkpointing_of_activations_changes_nothing(causal_base: str, corpus: str, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_masked_models_and_block_models_fill_spans_of_unknown_length(
 def test_alignment_is_zero_for_the_base_and_trains_adapters_only(causal_base: str) -> None:
     recipe = ar(alignment=10.0)
     denoiser, _ = make_denoiser(load_base(causal_base), recipe, lora=Lora(4))
-    alignment = Alignment(denoiser)
+    alignment = Alignment(denoiser, denoiser.device)
     assert sum(
         p.data_ptr() not in {q.data_ptr() for q in denoiser.parameters()} for p in alignment.base.parameters()
     ) <= sum(p.requires_grad for p in denoiser.parameters())
@@ -159,7 +159,7 @@ def test_alignment_compares_the_tokens_of_a_resized_text(causal_base: str) -> No
     batch = recipe.length_noise(plain, LengthTokens(318, 319), Linear(), 5, generator=rng)
     assert batch.resized_from is not None
     text, columns = batch.resized_from
-    compared = Alignment(denoiser).positions(batch)
+    compared = Alignment(denoiser, denoiser.device).positions(batch)
     assert torch.equal(batch.clean[compared], columns.take(text.tokens)[compared])
     assert not torch.isin(batch.clean[compared], torch.tensor([318, 319])).any()
     assert (batch.canvas.real & ~torch.isin(batch.clean, torch.tensor([318, 319])) == compared).all()

@@ -95,7 +95,7 @@ class RewardTrainer(DiffusionTrainer):
         super().__init__(denoiser, recipe, *args, **kwargs)
         self.reinforcement, self.text_tokenizer = reinforcement, text_tokenizer
         policy = reinforcement.policy
-        self.reference = Teacher(denoiser).denoiser if policy.kl_weight else None
+        self.reference = Teacher(denoiser, self.args.device).denoiser if policy.kl_weight else None
         self.drafts: Objective | None = recipe.objective if isinstance(policy, Grpo) and policy.drafts else None
         self.text_log = TextLog(self.folder / "texts.jsonl")
         self._batch: _Batch | None = None

@@ -25,8 +25,8 @@ class Alignment:
     began, without its adapters if it has some; weights that are not trained are shared with it.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.base = frozen_copy(denoiser)
+    def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
+        self.base = frozen_copy(denoiser, device)
         if has_lora(self.base.network):
             self.base.network.disable_adapters()
 

@@ -77,8 +77,8 @@ class DiffusionTrainer(ResilientTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget = recipe, budget
-        self.teacher = Teacher(denoiser) if recipe.objective.distills_from("base") else None
-        self.alignment = Alignment(denoiser) if recipe.alignment else None
+        self.teacher = Teacher(denoiser, args.device) if recipe.objective.distills_from("base") else None
+        self.alignment = Alignment(denoiser, args.device) if recipe.alignment else None
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         optimize_for_training(denoiser.network, autocast_dtype=half, compiled=compiled)
         self.stream: StreamLoader | None = None
