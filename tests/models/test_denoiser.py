@@ -259,3 +259,15 @@ def test_frozen_weights_under_adapters_get_no_gradient() -> None:
     prediction.loss.total.backward()
     trained = {name for name, weight in denoiser.named_parameters() if weight.grad is not None}
     assert trained and trained == {name for name, weight in denoiser.named_parameters() if weight.requires_grad}
+
+
+def test_a_length_head_grows() -> None:
+    denoiser = tiny_denoiser("llama")
+    denoiser.add_length_head(4)
+    first = denoiser.length_head
+    for longest, expected in ((6, 6), (3, 6)):
+        denoiser.add_length_head(longest)
+        assert first and denoiser.length_head and denoiser.diffusion_config.longest_answer == expected
+        assert torch.equal(denoiser.length_head.inner.weight, first.inner.weight)
+        assert torch.equal(denoiser.length_head.outer.weight[:4], first.outer.weight)
+        assert len(denoiser.length_head.outer.bias) == expected

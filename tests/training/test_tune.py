@@ -244,3 +244,23 @@ def test_the_length_head_reads_only_prompts(masked_base: str, pairs: str, tmp_pa
         part = (slice(row, row + 1), columns)
         alone = denoiser.length_logits(Canvas.clean(tokens[part], torch.ones_like(tokens[part]), editable[part]))
         torch.testing.assert_close(alone[0], logits[i], atol=1e-5, rtol=1e-4)
+
+
+def test_a_length_head_stays_and_is_trained_further_on_answers(
+    masked_base: str, pairs: str, corpus: str, tmp_path: Path
+) -> None:
+    def head(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "length_head.safetensors")
+
+    options: dict[str, Any] = SMALL | {"template": TEMPLATE, "steps": 1, "warmup_steps": 0}
+    first = tune(masked_base, pairs, tmp_path / "first", recipe=mlm(20), length_head=True, **options)
+    adapted = adapt(
+        str(first), corpus, tmp_path / "adapted", steps=1, warmup_steps=0, length=32, held_out=64, bf16=False
+    )
+    assert all(torch.equal(weight, head(first)[name]) for name, weight in head(adapted).items())
+    for length_head, rate in ((False, 3e-3), (True, 0.0)):
+        again: Any = options | {"length_head": length_head, "learning_rate": rate}
+        tuned = tune(str(adapted), pairs, tmp_path / str(rate), **again)
+        assert all(torch.equal(weight, head(first)[name]) == (rate == 0) for name, weight in head(tuned).items())
+    other = adapt(str(first), corpus, tmp_path / "other", recipe=block(masked=True), steps=1, length=32, bf16=False)
+    assert not (other / "length_head.safetensors").exists()

@@ -321,9 +321,11 @@ class Denoiser(nn.Module):
         return masks if len(masks) > 1 else next(iter(masks.values())) if masks else make()
 
     def add_length_head(self, max_length: int) -> None:
-        """Add a length head that predicts answer lengths of up to `max_length` tokens."""
+        """Add a length head that predicts answer lengths of up to `max_length` tokens, or let the present one grow."""
+        earlier, size = self.length_head, self.config.get_text_config().hidden_size
+        max_length = max(max_length, earlier.max_length if earlier else 0)
         self.diffusion_config = replace(self.diffusion_config, longest_answer=max_length)
-        self.length_head = LengthHead(self.config.get_text_config().hidden_size, max_length).to(self.device)
+        self.length_head = LengthHead(size, max_length, earlier).to(self.device)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)

@@ -17,10 +17,13 @@ class LengthHead(nn.Module):
     It is Diffusion-LLM's length predictor, but it is trained together with the denoiser instead of in a second run.
     """
 
-    def __init__(self, hidden_size: int, max_length: int) -> None:
+    def __init__(self, hidden_size: int, max_length: int, earlier: "LengthHead | None" = None) -> None:
+        """With what an `earlier` head has learned, whose `max_length` is no larger."""
         super().__init__()
         self.inner = nn.Linear(hidden_size, hidden_size)
         self.outer = nn.Linear(hidden_size, max_length)
+        for weight, learned in zip(self.parameters(), earlier.parameters(), strict=True) if earlier else ():
+            weight.data[: len(learned)] = learned
 
     @property
     def max_length(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from diffusify.config import DiffusionConfig, DocumentFrame
+from diffusify.config import DiffusionConfig, DocumentFrame, sees_right_context
 from diffusify.models.denoiser import Denoiser
 from diffusify.models.document_frame import choose_frame
 from diffusify.models.loading import Base
@@ -25,8 +25,9 @@ def make_denoiser(
 ) -> tuple[Denoiser, TextTokenizer]:
     """A denoiser with a recipe's diffusion config, and with new adapters if `lora` is given; and its tokenizer.
 
-    Without a `frame` of documents, the base's is measured (see `choose_frame`). Changes the base's network in place.
-    Raises ValueError when base and recipe do not fit.
+    A base with heads keeps them; a length head is frozen, and dropped if the recipe has no use for it. Without a
+    `frame` of documents, the base's is measured (see `choose_frame`). Changes the base's network in place. Raises
+    ValueError when base and recipe do not fit.
     """
     check_fit(base.source, base.masked, recipe)
     frame = choose_frame(base)[0] if frame is None else frame
@@ -34,13 +35,18 @@ def make_denoiser(
     length_tokens = None if recipe.length_noise is None else ensure_length_tokens(base)
     config = recipe.diffusion_config(type(base.network).__name__, mask, base.source)
     config = replace(config, frame=frame, length_tokens=length_tokens)
+    own = DiffusionConfig.load(base.folder) if base.folder else config
+    if sees_right_context(recipe.attention) and length_tokens is None:
+        config = replace(config, longest_answer=own.longest_answer)
     disable_dropout(base.network)
     if not has_lora(base.network) and (lora := default_lora(lora, recipe.adapters)):
         add_lora(base.network, lora, mask, base.source, recipe.adapters, length_tokens)
     denoiser, tokenizer = Denoiser(base.network, config), TextTokenizer(base.tokenizer, mask, frame)
     denoiser.limit_vocabulary(tokenizer.token_ids)
-    if base.folder is not None and DiffusionConfig.load(base.folder).draft_head is not None:
+    if base.folder is not None and (own.draft_head or config.longest_answer):
         load_heads(denoiser, base.folder)
+    if denoiser.length_head is not None:
+        denoiser.length_head.requires_grad_(False)
     return denoiser, tokenizer
 
 

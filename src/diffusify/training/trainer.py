@@ -173,7 +173,7 @@ class DiffusionTrainer(ResilientTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch, recipe = inputs["noised"].to(self.args.device), inputs["recipe"]
-        objective = recipe.objective
+        objective, length_head = recipe.objective, self.denoiser.length_head
         teacher_logits = self.teacher(batch) if self.teacher and objective.distill else None
         prediction = model(
             batch.canvas,
@@ -181,7 +181,7 @@ class DiffusionTrainer(ResilientTrainer):
             positions=batch.targets,
             ar_positions=objective.ar_targets(batch),
             attention=recipe.attention,
-            return_lengths=self.denoiser.length_head is not None,
+            return_lengths=length_head is not None and length_head.outer.weight.requires_grad,
             return_layers=recipe.alignment > 0,
             loss=lambda logits, ar_logits: objective(logits, ar_logits, batch, recipe.schedule, teacher_logits),
         )

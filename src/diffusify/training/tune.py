@@ -61,7 +61,8 @@ def tune(
     - `template`: the prompt and the target of a record; default: its well-known fields (see `make_examples`). Only
       targets, their end token included, are noised and learned.
     - `lora` trains new adapters instead of all weights, and `load_in_4bit` on a base with 4-bit weights (QLoRA).
-    - `length_head` also trains a head that predicts a target's length from its prompt.
+    - `length_head` also trains a head that predicts a target's length from its prompt; one that the model has is
+      trained further in any case.
     - `steps` or `minutes` is the budget; default: `epochs`.
     - `length`: longer examples are skipped; default: 512 tokens, or the model's context if that is shorter.
     - `held_out` prompts are held out to measure the NELBO; 0 trains on all and measures nothing.
@@ -146,7 +147,7 @@ def tune(
     )
     for note in examples.notes(length):
         console.print(note, markup=False, soft_wrap=True)
-    if length_head:
+    if length_head or denoiser.length_head is not None:
         denoiser.add_length_head(max(sum(target) for target in examples.rows["target"]))
     split = split_off_prompts(examples.rows, held_out, seed=seed)
     rows, held = (
