@@ -171,16 +171,17 @@ def test_two_canvases_of_a_text_share_its_clean_half(family: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("time", [PerBlock(4, complement=True), PerBlock(4, min_t=1.0)], ids=["some", "all"])
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "gemma3_text"])
-def test_texts_of_a_group_share_what_they_begin_with(family: str) -> None:
+def test_texts_of_a_group_share_what_they_begin_with(family: str, time: PerBlock) -> None:
     """One row for each group gives the same logits as one row for each text, and is shorter than its texts."""
     denoiser = tiny_denoiser(family, BlockCausal(4, clean="token" if family in CAUSAL else "block"))
     tokens = texts(6, 20)
     tokens[1:3, :9], tokens[4:, :3] = tokens[0, :9], tokens[3, :3]  # three texts begin with 9 tokens, three with 3
     lengths = torch.tensor([20, 14, 18, 12, 20, 12])
     document = (torch.arange(20) < lengths[:, None]).long()
-    clean = denoiser.predictable(Canvas.clean(tokens, document, (torch.arange(20) > 7) & (document > 0)))
-    time, generator = PerBlock(4, complement=True), torch.Generator().manual_seed(1)
+    clean = denoiser.predictable(Canvas.clean(tokens, document, (torch.arange(20) > 2) & (document > 0)))
+    generator = torch.Generator().manual_seed(1)
     batch = noised(clean, time, Linear(), MASK, ar_share=0.5, generator=generator)
     asked = {"positions": batch.targets, "ar_positions": batch.ar_positions | batch.targets}
     widths = []

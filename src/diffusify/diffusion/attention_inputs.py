@@ -121,8 +121,8 @@ class AttentionInputs:
         is_copy = shared[row // group] & (row % group > 0)[:, None]
 
         def mask_of_group(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            is_own = (q // m == k // m) | ((k < m) & shared[b, k % m])
-            return is_own & mask_mod(b * group + q // m, h, q % m, k % m)
+            is_seen = torch.where(shared[b, k % m], k < m, q // m == k // m)
+            return is_seen & mask_mod(b * group + q // m, h, q % m, k % m)
 
         def in_group(index: Int[Tensor, "c n"]) -> Int[Tensor, "c n"]:
             row = torch.arange(len(index), device=device) // (len(index) // b)
