@@ -19,6 +19,7 @@ from diffusify.diffusion.objectives import Loss
 from diffusify.diffusion.policy_objectives import Espo, Grpo, TraceRl, token_log_probs
 from diffusify.diffusion.schedules import Linear
 from diffusify.models.lora import Lora
+from diffusify.models.recipe import Recipe
 from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.reinforcement.reinforce import reinforce
@@ -214,6 +215,20 @@ def test_drafts_learn_and_the_reference_stays(models: dict[str, str], questions:
     after, _ = load_denoiser(same)
     weights = dict(before.named_parameters())
     assert all(torch.equal(weight, weights[name]) for name, weight in after.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [block(4, infilling=0.5, any_order=True, variable_length=True), ar(variable_length=True)],
+    ids=["block", "ar"],
+)
+def test_length_tokens_have_no_part_in_the_scores(
+    recipe: Recipe, causal_base: str, corpus: str, questions: str, tmp_path: Path
+) -> None:
+    """Texts are sampled without them, as the reference scores them, so it is the model itself at the first step."""
+    model = adapt(causal_base, corpus, tmp_path / "model", recipe=recipe, steps=1, length=32, bf16=False)
+    out = reinforce(str(model), questions, tmp_path / "out", rewards=vowels, **dict(SMALL, steps=1, held_out=0))
+    assert [entry["kl"] < 1e-9 for entry in log_of(out) if "kl" in entry] == [True]
 
 
 def test_bad_arguments_are_refused(

@@ -123,10 +123,11 @@ class Recipe:
         if int((step + 1) * self.infilling) > int(step * self.infilling):
             if self.spans is not None:
                 return self._filling_spans()
-            objective = replace(self.objective, ar_weight=0.0, distill=0.0)
+            objective = replace(self.objective, ar_weight=0.0, distill=0.0, total_variation=0.0)
             return replace(
-                self, attention=Bidirectional(), time=PerText(), objective=objective, curriculum=(), infilling=0.0
-            )
+                self, attention=Bidirectional(), time=PerText(), objective=objective, curriculum=(), infilling=0.0,
+                position_decay=None,
+            )  # fmt: skip
         if step + 1 < self.annealing_steps:
             annealed = Annealed((step + 1) / self.annealing_steps, seed=step)
             return replace(self, attention=annealed, annealing_steps=0)

@@ -231,4 +231,4 @@ def _micro_batch(training: dict[str, Any], texts: int, max_new_tokens: int) -> d
 def _training_recipe(recipe: Recipe) -> Recipe:
     """A model's recipe for its own texts: its drafts learn from its AR half, and nothing else is trained beside it."""
     teacher = replace(recipe.objective, ar_weight=0.0, teacher="own", per="editable")
-    return replace(recipe, objective=teacher, infilling=0.0)
+    return replace(recipe, objective=teacher, infilling=0.0, spans=None, length_noise=None)

@@ -94,7 +94,9 @@ class RewardTrainer(DiffusionTrainer):
     ) -> None:
         super().__init__(denoiser, recipe, *args, **kwargs)
         self.reinforcement, self.text_tokenizer = reinforcement, text_tokenizer
-        policy = reinforcement.policy
+        policy, length_tokens = reinforcement.policy, denoiser.diffusion_config.length_tokens
+        if length_tokens is not None:  # answers are sampled without them, so they are scored without them
+            denoiser.limit_vocabulary(text_tokenizer.token_ids - set(length_tokens.ids))
         self.reference = Teacher(denoiser, self.args.device).denoiser if policy.kl_weight else None
         self.drafts: Objective | None = recipe.objective if isinstance(policy, Grpo) and policy.drafts else None
         self.text_log = TextLog(self.folder / "texts.jsonl")
