@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -19,6 +20,8 @@ from diffusify.models.recipes import ar, block, mlm
 from diffusify.models.saving import load_denoiser
 from diffusify.text.packing import pack
 from diffusify.text.sources import load_texts
+from diffusify.training.budget import Budget
+from diffusify.training.progress import TrainingProgress
 from diffusify.training.trainer import DiffusionTrainer
 from diffusify.training.validation import validate
 from tests.pretend_accelerator import accelerator
@@ -212,6 +215,16 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(causal_base: str, corpus: st
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     for name, tensor in weights(undisturbed).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_progress_counts_the_seconds_from_the_checkpoint(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    other = trainer_for(causal_base, corpus, tmp_path, block(4))
+    progress = TrainingProgress(budget := Budget(9), 8, Console(quiet=True))
+    trainer = DiffusionTrainer(other.denoiser, block(4), other.args, callbacks=[progress], budget=budget)
+    trainer.state.stateful_callbacks = {"Budget": {"attributes": {"seconds": 100.0}}}  # pyright: ignore
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    progress.bar.stop()
+    assert progress.first_second == budget.seconds == 100.0
 
 
 def test_checkpoints_open_in_plain_transformers_and_as_denoisers(causal_base: str, corpus: str, tmp_path: Path) -> None:

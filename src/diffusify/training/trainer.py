@@ -70,7 +70,7 @@ class DiffusionTrainer(ResilientTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), *([budget] if budget else [])],
+            callbacks=[*([budget] if budget else []), *(callbacks or [])],  # which may read a restored budget
             max_skipped=max_skipped,
             notify=notify,
             **kwargs,
