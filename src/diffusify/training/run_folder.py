@@ -90,9 +90,9 @@ def train(
     """
     if isinstance(rows, RowStream):
         check_supported_by_streams(settings["training"])
-    if settings["training"].get("eval_strategy") == "no":
+    if not settings["training"].keys().isdisjoint(("eval_strategy", "eval_steps")):
         budget.evaluations = 0
-    if settings["training"].get("save_strategy") == "no":
+    if not settings["training"].keys().isdisjoint(("save_strategy", "save_steps")):
         budget.save_minutes = inf
     args = training_arguments(out, budget, denoiser, settings["seed"], settings["training"])
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -219,7 +219,7 @@ def training_arguments(
         "logging_steps": 5,
         "save_strategy": "no",
         "save_total_limit": 2,
-        "eval_on_start": True,
+        "eval_on_start": options.get("eval_strategy") != "no" and not options.get("eval_delay"),
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
