@@ -130,6 +130,7 @@ class DiffusionConfig:
     adapters: Literal["all", "masks"] = "all"  # the rows of a forward pass that adapters act on, if there are any
     draft_head: int | None = None  # the inner size of the draft head; no head if unset
     length_tokens: LengthTokens | None = None  # for models that change the length of masked spans while they fill them
+    spans: float | None = None  # the mean length of the spans that `PerText` masks in training, which goes on with them
 
     @property
     def added_token_ids(self) -> tuple[int, ...]:

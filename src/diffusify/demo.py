@@ -61,7 +61,8 @@ def main(
         console.print(f"\n[bold]3. Chat[/] with the bundled model {CHAT_MODEL}")
         print_chat()
         gc.collect()
-        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe draft(4) on {DATA} for {minutes:g} minutes")
+        time = f"{minutes:g} minute{'s' * (minutes != 1)}"
+        console.print(f"\n[bold]4. Adapt[/] {BASE} with the recipe draft(4) on {DATA} for {time}")
         adapt(
             BASE,
             DATA,

@@ -82,7 +82,8 @@ def test_options_of_mlm() -> None:
     "recipe",
     [
         ar(annealing_steps=0),
-        mlm(20),
+        ar(annealing_steps=0, spans=8.0),
+        mlm(20, spans=4.0),
         block(8),
         block(2, masked=True),
         block(4, infilling=0.25),

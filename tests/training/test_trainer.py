@@ -225,6 +225,7 @@ def test_progress_counts_the_seconds_from_the_checkpoint(causal_base: str, corpu
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
     progress.bar.stop()
     assert progress.first_second == budget.seconds == 100.0
+    assert progress.bar.tasks[0].fields["note"] == "first steps"  # nothing is evaluated before them
 
 
 def test_checkpoints_open_in_plain_transformers_and_as_denoisers(causal_base: str, corpus: str, tmp_path: Path) -> None:

@@ -113,6 +113,6 @@ def adapt(
             **adapt_options,
             **training_options,
         )
-        curve = folder / "curve.png"  # missing if nothing was held out
+        curve = folder / "curve.png"  # missing if nothing was evaluated
         console.print(f"saved {folder}" + f"  (loss curve: {curve})" * curve.is_file(), soft_wrap=True)
         suggest(f"diffusify generate {folder} 'Once upon a time' --watch", f"diffusify show {folder}")

@@ -128,6 +128,6 @@ def reinforce(
             **run_options,
             **training_options,
         )
-        curve = folder / "curve.png"  # missing if nothing was held out
+        curve = folder / "curve.png"  # missing if nothing was evaluated
         console.print(f"saved {folder}" + f"  (reward curve: {curve})" * curve.is_file(), soft_wrap=True)
         suggest(f"diffusify chat {folder}")

@@ -127,7 +127,7 @@ def tune(
             **tune_options,
             **training_options,
         )
-        curve = folder / "curve.png"  # missing if nothing was held out
+        curve = folder / "curve.png"  # missing if nothing was evaluated
         console.print(f"saved {folder}" + f"  (loss curve: {curve})" * curve.is_file(), soft_wrap=True)
         first = f"diffusify chat {folder}"
         if template is not None:

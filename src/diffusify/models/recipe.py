@@ -188,4 +188,5 @@ class Recipe:
             infilling=self._infilling_attention,
             adapters=self.adapters,
             draft_head=self.draft_head,
+            spans=self.time.spans if isinstance(self.time, PerText) else None,
         )

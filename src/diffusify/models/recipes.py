@@ -1,7 +1,7 @@
 """Recipes that adapt a pretrained network to diffusion: DiffuLLaMA's, Diffusion-LLM's, and block diffusion."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from diffusify.config import DiffusionConfig
 from diffusify.diffusion.attention import Bidirectional, BlockCausal, Causal, Prefix
@@ -184,7 +184,8 @@ def saved_recipe(model: str) -> Recipe | None:
     if (config := find_diffusion_config(model)) is None:
         return None
     weight = config.objective.weight
-    per_text = PerText(grid=weight.steps, draws=2) if isinstance(weight, RdmWeight) else PerText()
+    grid: dict[str, Any] = {"grid": weight.steps, "draws": 2} if isinstance(weight, RdmWeight) else {}
+    per_text = PerText(**grid, spans=config.spans)
     per_block = PerBlock(config.block_size or 1, min_t=1.0 if config.recipe == "draft" else PerBlock.min_t)
     time = per_text if config.block_size is None else per_block
     return Recipe(

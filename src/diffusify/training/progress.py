@@ -32,10 +32,11 @@ class TrainingProgress(TrainerCallback):
             console=console,
             transient=True,
         )
-        self.task = self.bar.add_task(self.title, total=1.0, note="first evaluation")
+        self.task = self.bar.add_task(self.title, total=1.0, note="")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step, self.first_second = state.global_step, self.budget.seconds
+        self.bar.update(self.task, note="first evaluation" if args.eval_on_start else "first steps")
         self.bar.start()
 
     def on_log(
