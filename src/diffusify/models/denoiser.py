@@ -301,8 +301,8 @@ class Denoiser(nn.Module):
         if self._mask_rows is not None:
             self._mask_rows.is_mask = inputs.is_mask
         reruns = torch.is_grad_enabled() and self.network.is_activation_checkpointing  # layers, after `without_mask`
-        needs_mask = limited or (reruns and type(self.network).__name__ in IGNORES_IS_CAUSAL)
-        with without_mask(self.network) if inputs.unmasked and not needs_mask else nullcontext(inputs) as masked:
+        needs_mask = limited or not inputs.unmasked or (reruns and type(self.network).__name__ in IGNORES_IS_CAUSAL)
+        with nullcontext(inputs) if needs_mask else without_mask(self.network) as masked:
             output = self.network.base_model(
                 input_ids=inputs.tokens,
                 position_ids=inputs.position_ids + self._position_offset,
@@ -322,10 +322,10 @@ class Denoiser(nn.Module):
 
     def add_length_head(self, max_length: int) -> None:
         """Add a length head that predicts answer lengths of up to `max_length` tokens, or let the present one grow."""
-        earlier, size = self.length_head, self.config.get_text_config().hidden_size
-        max_length = max(max_length, earlier.max_length if earlier else 0)
+        max_length = max(max_length, self.length_head.max_length if self.length_head else 0)
         self.diffusion_config = replace(self.diffusion_config, longest_answer=max_length)
-        self.length_head = LengthHead(size, max_length, earlier).to(self.device)
+        size = self.config.get_text_config().hidden_size
+        self.length_head = LengthHead(size, max_length, self.length_head).to(self.device)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)

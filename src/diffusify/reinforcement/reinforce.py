@@ -83,7 +83,7 @@ def reinforce(
     Sampled texts and rewards are in `texts.jsonl`. Other arguments, resuming and errors are as in `tune`. Raises
     ValueError for bad arguments and for a reward that fails, after a checkpoint.
     """
-    out, console = Path(out), console or Console(stderr=True, highlight=False)
+    model, data, out, console = str(model), str(data), Path(out), console or Console(stderr=True, highlight=False)
     functions = make_rewards(rewards)
     training = check_training_options(training, minutes=minutes)
     config, recipe = find_diffusion_config(model), saved_recipe(model)
