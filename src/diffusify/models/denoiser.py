@@ -321,11 +321,10 @@ class Denoiser(nn.Module):
         return masks if len(masks) > 1 else next(iter(masks.values())) if masks else make()
 
     def add_length_head(self, max_length: int) -> None:
-        """Add a length head that predicts answer lengths of up to `max_length` tokens, or let the present one grow."""
-        max_length = max(max_length, self.length_head.max_length if self.length_head else 0)
-        self.diffusion_config = replace(self.diffusion_config, longest_answer=max_length)
-        size = self.config.get_text_config().hidden_size
-        self.length_head = LengthHead(size, max_length, self.length_head).to(self.device)
+        """Add a length head for answers of up to `max_length` tokens, or let the present one grow."""
+        hidden_size = self.config.get_text_config().hidden_size
+        self.length_head = LengthHead(hidden_size, max_length, self.length_head).to(self.device)
+        self.diffusion_config = replace(self.diffusion_config, longest_answer=self.length_head.max_length)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.network.activation_checkpointing_enable(**kwargs)

@@ -18,10 +18,10 @@ class LengthHead(nn.Module):
     """
 
     def __init__(self, hidden_size: int, max_length: int, earlier: "LengthHead | None" = None) -> None:
-        """With what an `earlier` head has learned, whose `max_length` is no larger."""
+        """With what an `earlier` head has learned, and at least its `max_length`."""
         super().__init__()
         self.inner = nn.Linear(hidden_size, hidden_size)
-        self.outer = nn.Linear(hidden_size, max_length)
+        self.outer = nn.Linear(hidden_size, max(max_length, earlier.max_length if earlier else 0))
         for weight, learned in zip(self.parameters(), earlier.parameters(), strict=True) if earlier else ():
             weight.data[: len(learned)] = learned
 
