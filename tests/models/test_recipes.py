@@ -115,6 +115,7 @@ def test_infilling_steps_fill_spans_in_blocks() -> None:
     filling = next(step for step in steps if step.attention == spans)
     assert (filling.time, filling.spans) == (PerBlock(4, of_spans=True), MaskedSpans())
     assert filling.objective == replace(recipe.objective, ar_share=1.0)
+    assert block(4, infilling=0.5, teacher="base").at(1, 0.0).objective.teacher == "own"  # which sees both sides
     assert all(step.spans is None for step in steps if step.attention != spans)
     config = recipe.diffusion_config("LlamaForCausalLM", 7, "some/base")
     assert config.infilling == spans and config.sees_right_context and config.infiller.reads_as_ar_model

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,17 @@ def test_drafts_learn_and_the_reference_stays(models: dict[str, str], questions:
 
 @pytest.mark.parametrize(
     "recipe",
-    [block(4, infilling=0.5, any_order=True, variable_length=True), ar(variable_length=True)],
-    ids=["block", "ar"],
+    [
+        block(4, infilling=0.5, any_order=True, variable_length=True),
+        ar(variable_length=True),
+        replace(ar(), objective=replace(ar().objective, distill=0.5, teacher="base")),
+    ],
+    ids=["block", "ar", "distilled"],
 )
-def test_length_tokens_have_no_part_in_the_scores(
+def test_a_model_is_its_own_reference_at_first(
     recipe: Recipe, causal_base: str, corpus: str, questions: str, tmp_path: Path
 ) -> None:
-    """Texts are sampled without them, as the reference scores them, so it is the model itself at the first step."""
+    """Also with length tokens, without which texts are sampled, and whatever the model was trained with."""
     model = adapt(causal_base, corpus, tmp_path / "model", recipe=recipe, steps=1, length=32, bf16=False)
     out = reinforce(str(model), questions, tmp_path / "out", rewards=vowels, **dict(SMALL, steps=1, held_out=0))
     assert [entry["kl"] < 1e-9 for entry in log_of(out) if "kl" in entry] == [True]

@@ -23,7 +23,8 @@ def stratified(count: int, generator: Generator | None = None) -> Float[Tensor, 
     which lowers the variance of a loss averaged over them.
     """
     cells = torch.randperm(count, generator=generator)
-    return (cells + torch.rand(1, generator=generator)) / count
+    samples = (cells + torch.rand(1, generator=generator)) / count
+    return samples.clamp_max(1 - 2**-24)  # float32 may round up to 1
 
 
 def _segment_ids(starts: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
@@ -102,8 +103,11 @@ class PerBlock:
     def tilt_uniform(
         self, clean: Canvas, t: Float[Tensor, "b n"], uniform: Float[Tensor, "b n"], generator: Generator | None = None
     ) -> Float[Tensor, "b n"]:
-        """The uniform numbers of `corrupt`, tilted: Gumbel ranks within each block, spread evenly over [0, 1)."""
-        if self.tilt is None:
+        """The uniform numbers of `corrupt`, tilted: Gumbel ranks within each block, spread evenly over [0, 1).
+
+        Blocks of spans, which are not those of the text, are not tilted.
+        """
+        if self.tilt is None or self.of_spans:
             return uniform
         index, block = clean.position_ids % self.size, _segment_ids(clean.position_ids % self.size == 0)
         odds = math.log(2) / (self.tilt * self.size) * (1 - t) * index

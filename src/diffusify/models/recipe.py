@@ -148,7 +148,7 @@ class Recipe:
             self,
             attention=replace(self.attention, sides="both"),
             time=replace(self.time, of_spans=True),
-            objective=replace(self.objective, ar_share=1.0),
+            objective=replace(self.objective, ar_share=1.0, teacher="own"),  # the base sees the left side only
             curriculum=(),
             infilling=0.0,
         )

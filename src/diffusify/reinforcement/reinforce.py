@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffusify.config import DiffusionConfig, to_plain
+from diffusify.config import DiffusionConfig, keeps_ar_model, to_plain
 from diffusify.diffusion.policy_objectives import Espo, Grpo, PolicyObjective, TraceRl
 from diffusify.models.attention_check import check_attention
 from diffusify.models.bundled import find_diffusion_config, resolve_model
@@ -230,5 +230,7 @@ def _micro_batch(training: dict[str, Any], texts: int, max_new_tokens: int) -> d
 
 def _training_recipe(recipe: Recipe) -> Recipe:
     """A model's recipe for its own texts: its drafts learn from its AR half, and nothing else is trained beside it."""
-    teacher = replace(recipe.objective, ar_weight=0.0, teacher="own", per="editable")
-    return replace(recipe, objective=teacher, infilling=0.0, spans=None, length_noise=None)
+    objective = replace(recipe.objective, ar_weight=0.0, teacher="own", per="editable")
+    if not keeps_ar_model(recipe.attention, recipe.shift):
+        objective = replace(objective, distill=0.0, total_variation=0.0)
+    return replace(recipe, objective=objective, infilling=0.0, spans=None, length_noise=None)

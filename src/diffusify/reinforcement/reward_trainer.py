@@ -172,8 +172,8 @@ class RewardTrainer(DiffusionTrainer):
 
     def _make_batch(self, number: int, texts: SampledTexts) -> _Batch:
         """A batch without scores. Its canvases are a function of the texts, the seed and the number."""
-        generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + number) * 65_536 % 2**63)
-        noise = self.denoiser.diffusion_config.mask_token_id
+        last = (self.args.seed * 1_000_003 + number) * 65_536 + 65_535  # the seed of no text
+        generator, noise = torch.Generator().manual_seed(last % 2**63), self.denoiser.diffusion_config.mask_token_id
         noised = self.reinforcement.policy.canvases(texts, self.recipe.time, self.recipe.schedule, noise, generator)
         return _Batch(number, texts, noised, *torch.zeros(2, *noised.clean.shape))
 

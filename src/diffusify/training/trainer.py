@@ -174,7 +174,7 @@ class DiffusionTrainer(ResilientTrainer):
     ) -> Any:
         batch, recipe = inputs["noised"].to(self.args.device), inputs["recipe"]
         objective, length_head = recipe.objective, self.denoiser.length_head
-        teacher_logits = self.teacher(batch) if self.teacher and objective.distill else None
+        teacher_logits = self.teacher(batch) if self.teacher and objective.distills_from("base") else None
         prediction = model(
             batch.canvas,
             batch.text,
