@@ -114,6 +114,16 @@ def test_another_run_in_the_same_folder_is_refused(
         adapt(causal_base, corpus, tmp_path / "mine", steps=1, **TINY)
 
 
+def test_files_that_are_not_read_are_reported(causal_base: str, corpus: str, tmp_path: Path) -> None:
+    console, folder = Console(file=StringIO(), width=200), tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(corpus, folder)
+    (folder / "book.pdf").write_bytes(b"%PDF")
+    adapt(causal_base, folder, tmp_path / "run", steps=1, console=console, **TINY)
+    assert isinstance(console.file, StringIO)
+    assert "1 other files of the folder are not data, such as book.pdf" in console.file.getvalue()
+
+
 def test_a_run_on_other_contents_is_refused(causal_base: str, corpus: str, tmp_path: Path) -> None:
     """The path is the same. A run of an earlier version, and one whose data are gone, are recognized."""
     data, run = tmp_path / "data.jsonl", tmp_path / "run"

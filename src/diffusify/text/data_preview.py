@@ -1,9 +1,7 @@
 """What a data source will be in training: its records, tokens and first example, and what is left out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -12,7 +10,7 @@ from diffusify.text.bad_records import BadRecords
 from diffusify.text.examples import make_examples, parse_records, usable_records
 from diffusify.text.messages import is_pair, is_preference, record_messages
 from diffusify.text.packing import BATCH
-from diffusify.text.sources import load_records, no_documents_message, source_files, stream_texts
+from diffusify.text.sources import load_records, no_documents_message, other_files, stream_texts
 from diffusify.text.tokenizer import TextTokenizer
 
 Form = Literal["chat", "pairs", "text"]
@@ -55,17 +53,9 @@ def preview_data(
         preview = _preview_records(records, form or found or "chat", tokenizer, each_turn, length)
     if limit is not None:
         preview.notes.append(f"only the first {limit:,} records of a hub are read")
-    if Path(source).expanduser().is_dir():
-        preview.notes.extend(_other_files(Path(source).expanduser(), text=preview.form == "text"))
+    if note := other_files(source, records=preview.form != "text"):
+        preview.notes.append(note)
     return preview
-
-
-def _other_files(folder: Path, *, text: bool) -> Iterator[str]:
-    """A note on the files of a folder that are not data."""
-    data = set(source_files(str(folder), records=not text) or ())
-    other = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in data]
-    if other:
-        yield f"{len(other):,} other files of the folder are not data, such as {other[0].relative_to(folder)}"
 
 
 def _try_load_records(source: str, form: Form | None, limit: int | None) -> Dataset | None:

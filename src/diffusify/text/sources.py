@@ -98,6 +98,18 @@ def source_files(source: str, *, records: bool = False) -> list[Path] | None:
     raise ValueError(_missing_message(source, SOURCE_FORMS))
 
 
+def other_files(source: str, *, records: bool = False) -> str | None:
+    """A note on the files of a folder that are not data; None without any, or if the source is no folder."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    data = set(source_files(source, records=records) or ())
+    other = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in data]
+    if not other:
+        return None
+    return f"{len(other):,} other files of the folder are not data, such as {other[0].relative_to(folder)}"
+
+
 def source_checksum(source: str, *, records: bool = False) -> str | None:
     """A checksum of what the files of a source contain; None if a part is on a hub, or a file cannot be found."""
     try:

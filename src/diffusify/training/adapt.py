@@ -19,7 +19,7 @@ from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.bad_records import check_limit
 from diffusify.text.corpus import open_corpus
-from diffusify.text.sources import source_checksum, source_files
+from diffusify.text.sources import other_files, source_checksum, source_files
 from diffusify.training.budget import Budget
 from diffusify.training.run_folder import check_run_folder, check_training_options, read_frame, train
 from diffusify.training.self_generated import SELF_SOURCE, check_can_generate, with_generated_texts
@@ -119,6 +119,8 @@ def adapt(
     corpus = open_corpus(
         texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
     )
+    if note := other_files(data):
+        console.print(note, soft_wrap=True)
     if corpus.note:
         console.print(corpus.note, soft_wrap=True)
     if corpus.bad_records.corrupt:

@@ -21,7 +21,7 @@ from diffusify.models.recipes import default_recipe, saved_recipe
 from diffusify.models.saving import checksum, open_base
 from diffusify.text.examples import Template, make_examples
 from diffusify.text.packing import pack_examples
-from diffusify.text.sources import load_records, source_checksum
+from diffusify.text.sources import load_records, other_files, source_checksum
 from diffusify.training.adapt import known_frame
 from diffusify.training.budget import Budget
 from diffusify.training.run_folder import check_run_folder, check_training_options, train, training_arguments
@@ -145,6 +145,8 @@ def tune(
         length=length,
         max_corrupt=max_corrupt,
     )
+    if note := other_files(data, records=True):
+        console.print(note, soft_wrap=True)
     for note in examples.notes(length):
         console.print(note, markup=False, soft_wrap=True)
     if length_head or denoiser.length_head is not None:
