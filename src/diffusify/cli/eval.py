@@ -26,8 +26,8 @@ def eval_(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated names of tasks. all: the tasks with a file in --data, or all known tasks without "
-            "--data. list: print the known tasks and exit."
+            help="Comma-separated names of tasks. all: the tasks with a file in --data, or those "
+            "that can be loaded without --data. list: print the known tasks and exit."
         ),
     ] = "all",
     data: Annotated[
