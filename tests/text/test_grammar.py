@@ -102,7 +102,7 @@ def test_lengths_that_cannot_match_are_not_tried() -> None:
 
 @pytest.mark.parametrize("sampling", [{}, {"threshold": 0.5}, {"temperature": 1.0}])
 def test_suppressed_tokens_are_in_no_matching_text(sampling: dict) -> None:
-    suppressed = [BYTES.encode(digit, continues=True)[0] for digit in "012345678"]
+    suppressed = tuple(BYTES.encode(digit, continues=True)[0] for digit in "012345678")
     assert BLOCK.generate("The cat", 8, regex="[0-9]{4}", suppress_tokens=suppressed, **sampling).completion == "9999"
     with pytest.raises(ValueError, match="8 tokens, but its constraint allows no text of exactly that length"):
         BLOCK.generate("The cat", 8, regex="[0-9]{4}", suppress_tokens=(BYTES.end_token_id,), **sampling)
