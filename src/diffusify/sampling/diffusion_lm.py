@@ -244,12 +244,11 @@ class DiffusionLM:
         _check_batch(per_text, self.config)
         if per_text and per_text[0].rerank:
             raise ValueError(f"rerank={per_text[0].rerank} is for masked spans, not for continuations; leave it out")
-        if max_new_tokens is None and self.denoiser.length_head is not None:
-            beam = min(per_text[0].length_beam, self.denoiser.length_head.max_length)
-            max_new_tokens = self._predict_lengths(prompts, beam)
+        if max_new_tokens is None:
+            if (head := self.denoiser.length_head) is not None:
+                beam = min(per_text[0].length_beam, head.max_length)
+            max_new_tokens = self._default_lengths(prompts, default_length, beam)
             prompts = [prompt for prompt in prompts for _ in range(beam)]
-        elif max_new_tokens is None:
-            max_new_tokens = self._lengths_with_room(prompts, default_length)
         canvas = continuation_canvas(self.tokenizer, prompts, max_new_tokens, context=self.denoiser.context_length)
         return GenerationRun(
             self.denoiser,
@@ -261,22 +260,19 @@ class DiffusionLM:
             automata=self._automata(per_text),
         )
 
-    def _lengths_with_room(self, prompts: Sequence[str | list[int]], length: int) -> int | list[int]:
-        """A length for each prompt's continuation, less where the context has no room for it."""
-        context = self.denoiser.context_length
-        if context is None:
-            return length
-        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=context)
-        return (context - (canvas.real & ~canvas.editable).sum(1)).clamp_max(length).tolist()
-
     @torch.inference_mode()
-    def _predict_lengths(self, prompts: Sequence[str | list[int]], beam: int) -> list[int]:
-        """The `beam` most likely lengths of each prompt's answer, at most what fits into the context."""
-        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=self.denoiser.context_length)
-        lengths = self.denoiser.length_logits(canvas.to(self.denoiser.device)).topk(beam).indices.cpu() + 1
-        if self.denoiser.context_length is not None:
-            prompt_length = (canvas.real & ~canvas.editable).sum(1, keepdim=True)
-            lengths = torch.minimum(lengths, self.denoiser.context_length - prompt_length)
+    def _default_lengths(self, prompts: Sequence[str | list[int]], length: int, beam: int) -> list[int]:
+        """The `beam` most likely lengths of each prompt's answer, or `length` for each without a length head.
+
+        They are at most what fits into the context.
+        """
+        context = self.denoiser.context_length
+        canvas = continuation_canvas(self.tokenizer, prompts, 1, context=context)
+        lengths = torch.full((len(prompts), 1), length)
+        if self.denoiser.length_head is not None:
+            lengths = self.denoiser.length_logits(canvas.to(self.denoiser.device)).topk(beam).indices.cpu() + 1
+        if context is not None:
+            lengths = torch.minimum(lengths, context - (canvas.real & ~canvas.editable).sum(1, keepdim=True))
         return lengths.flatten().tolist()
 
 

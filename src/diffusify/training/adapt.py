@@ -120,7 +120,7 @@ def adapt(
         texts, tokenizer, length, held_out=held_out, seed=seed, streaming=streaming, max_corrupt=max_corrupt
     )
     if note := other_files(data):
-        console.print(note, soft_wrap=True)
+        console.print(note, markup=False, soft_wrap=True)
     if corpus.note:
         console.print(corpus.note, soft_wrap=True)
     if corpus.bad_records.corrupt:

@@ -146,7 +146,7 @@ def tune(
         max_corrupt=max_corrupt,
     )
     if note := other_files(data, records=True):
-        console.print(note, soft_wrap=True)
+        console.print(note, markup=False, soft_wrap=True)
     for note in examples.notes(length):
         console.print(note, markup=False, soft_wrap=True)
     if length_head or denoiser.length_head is not None:
